@@ -1,0 +1,51 @@
+//! Copies from global to shared memory that pass no register (PTX ISA 9.7.9.24, `cp.async`).
+//!
+//! A thread starts copies, closes them into groups with [`commit`], and waits until all but the newest
+//! few groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block.
+
+use super::shared::Shared;
+use crate::memory::Global;
+use core::arch::asm;
+
+/// Starts a copy of 16 bytes, of which the first `bytes` come from `source` and the rest are zeros.
+/// `.cg`: the line is kept in L2 alone.
+///
+/// `AHEAD`: L2 may fetch the 256 bytes around, since the next step of this stream wants them; otherwise the
+/// 128 around.
+///
+/// # Safety
+/// `target` must be 16 aligned bytes inside the block's allocation that nobody reads before the group is
+/// waited for; `source` must be 16-byte aligned and valid for a read of `bytes` (0 ..= 16) bytes.
+#[inline(always)]
+pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, bytes: u32) {
+    // An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
+    // zero-filling form for sm_90a into an instruction that the device calls illegal.
+    macro_rules! copy {
+        ($prefetch:literal) => {
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!(concat!("cp.async.cg.shared.global.L2::", $prefetch, " [{}], [{}], 16, {};"),
+                    in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, options(nostack));
+            }
+        };
+    }
+    if AHEAD {
+        copy!("256B");
+    } else {
+        copy!("128B");
+    }
+}
+
+/// Closes the copies started since the last call into one group, which may be empty.
+#[inline(always)]
+pub fn commit() {
+    // SAFETY: bookkeeping only.
+    unsafe { asm!("cp.async.commit_group;", options(nostack)) }
+}
+
+/// Waits until at most `NEWEST` of this thread's groups are still under way.
+#[inline(always)]
+pub fn wait<const NEWEST: u32>() {
+    // SAFETY: ordering only.
+    unsafe { asm!("cp.async.wait_group {};", const NEWEST, options(nostack)) }
+}

@@ -1,0 +1,124 @@
+//! Device memory: plain loads and stores, one element or 16 bytes (PTX ISA 9.7.9.8, 9.7.9.11).
+//!
+//! All are coherent accesses (never `.nc`): tiles and `h` are written by the launch just before.
+
+use crate::memory::Global;
+use crate::params::Tile;
+use core::arch::asm;
+
+/// A type that one instruction loads and stores.
+pub trait Scalar: Copy {
+    /// `ld.global`.
+    ///
+    /// # Safety
+    /// `address` must be valid for a read of `Self`, and aligned to it.
+    unsafe fn load(address: u64) -> Self;
+    /// `st.global`.
+    ///
+    /// # Safety
+    /// `address` must be valid for a write of `Self`, and aligned to it.
+    unsafe fn store(address: u64, value: Self);
+}
+
+macro_rules! scalar {
+    ($type:ty, $class:ident, $via:ty, $load:literal, $store:literal) => {
+        impl Scalar for $type {
+            #[inline(always)]
+            unsafe fn load(address: u64) -> Self {
+                let value: $via;
+                // SAFETY: as the caller promises.
+                unsafe { asm!($load, out($class) value, in(reg64) address, options(nostack, readonly)) };
+                value as $type
+            }
+            #[inline(always)]
+            unsafe fn store(address: u64, value: Self) {
+                // SAFETY: as the caller promises.
+                unsafe { asm!($store, in(reg64) address, in($class) value as $via, options(nostack)) };
+            }
+        }
+    };
+}
+scalar!(u8, reg16, u16, "ld.global.u8 {}, [{}];", "st.global.u8 [{}], {};");
+scalar!(u16, reg16, u16, "ld.global.u16 {}, [{}];", "st.global.u16 [{}], {};");
+scalar!(u32, reg32, u32, "ld.global.u32 {}, [{}];", "st.global.u32 [{}], {};");
+scalar!(f32, reg32, f32, "ld.global.f32 {}, [{}];", "st.global.f32 [{}], {};");
+
+impl<T: Scalar> Global<T> {
+    /// Loads the element here.
+    ///
+    /// # Safety
+    /// The address must be valid for a read of `T`, and aligned to it.
+    #[inline(always)]
+    pub unsafe fn load(self) -> T {
+        // SAFETY: as the caller promises.
+        unsafe { T::load(self.address()) }
+    }
+
+    /// Stores an element here.
+    ///
+    /// # Safety
+    /// The address must be valid for a write of `T`, and aligned to it.
+    #[inline(always)]
+    pub unsafe fn store(self, value: T) {
+        // SAFETY: as the caller promises.
+        unsafe { T::store(self.address(), value) }
+    }
+}
+
+impl<T> Global<T> {
+    /// Loads 16 bytes.
+    ///
+    /// # Safety
+    /// The address must be valid for a read of 16 bytes, and 16-byte aligned.
+    #[inline(always)]
+    pub unsafe fn load16(self) -> [u32; 4] {
+        let [mut a, mut b, mut c, mut d] = [0u32; 4];
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("ld.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) self.address(),
+                options(nostack, readonly));
+        }
+        [a, b, c, d]
+    }
+
+    /// Stores 16 bytes.
+    ///
+    /// # Safety
+    /// The address must be valid for a write of 16 bytes, and 16-byte aligned.
+    #[inline(always)]
+    pub unsafe fn store16(self, [a, b, c, d]: [u32; 4]) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("st.global.v4.u32 [{}], {{{}, {}, {}, {}}};",
+                in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+                options(nostack));
+        }
+    }
+}
+
+impl Global<Tile> {
+    /// Loads a tile, in two pieces of 16 bytes.
+    ///
+    /// # Safety
+    /// The address must be valid for a read of a [`Tile`], and 16-byte aligned.
+    #[inline(always)]
+    pub unsafe fn load_tile(self) -> Tile {
+        // SAFETY: as the caller promises.
+        let ([slot, expert, first, rows], [rank, ..]) = unsafe { (self.load16(), Global::<u8>::new(self.address() + 16).load16()) };
+        Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
+    }
+
+    /// Stores a tile, in two pieces of 16 bytes.
+    ///
+    /// # Safety
+    /// The address must be valid for a write of a [`Tile`], and 16-byte aligned.
+    #[inline(always)]
+    pub unsafe fn store_tile(self, tile: Tile) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            self.store16([tile.slot, tile.expert, tile.first, tile.rows]);
+            Global::<u8>::new(self.address() + 16).store16([tile.rank, 0, 0, 0]);
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! Programmatic dependent launch: a launch may start while the one before it still runs
+//! (PTX ISA 9.7.12.13, `griddepcontrol`). Below sm_90 launches simply follow one another, and both
+//! functions do nothing.
+
+#[cfg(feature = "sm_90")]
+use core::arch::asm;
+
+/// Waits until the launch before this one has ended and its writes are visible. Nothing that an earlier
+/// launch writes may be read, and nothing that it reads may be written, before this.
+#[inline(always)]
+pub fn wait_for_previous() {
+    #[cfg(feature = "sm_90")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("griddepcontrol.wait;", options(nostack))
+    }
+}
+
+/// Lets the next launch start as soon as every block of this one has said so (or ended).
+#[inline(always)]
+pub fn let_next_start() {
+    #[cfg(feature = "sm_90")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("griddepcontrol.launch_dependents;", options(nostack))
+    }
+}

@@ -1,0 +1,23 @@
+//! The machine: one module a hardware feature, and the only place that names an instruction.
+//!
+//! | module | unit | PTX | since |
+//! |---|---|---|---|
+//! | [`thread`] | who am I | `%tid`, `%ctaid`, `trap` | – |
+//! | [`global`] | device memory | `ld.global`, `st.global` | – |
+//! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
+//! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
+//! | [`barrier`] | a block's threads meet | `bar.sync` | – |
+//! | [`warp`] | a warp's threads exchange | `shfl.sync` | – |
+//! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
+//! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |
+//!
+//! Section numbers in this folder are those of the PTX ISA manual, version 8.0.
+
+pub mod async_copy;
+pub mod barrier;
+pub mod global;
+pub mod grid;
+pub mod mma;
+pub mod shared;
+pub mod thread;
+pub mod warp;

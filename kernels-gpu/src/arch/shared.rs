@@ -1,0 +1,101 @@
+//! A block's shared memory. All of it is dynamic: the host gives its size at launch, the kernel's map
+//! gives its meaning.
+
+use core::arch::{asm, global_asm};
+
+global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
+
+/// A byte address in shared memory.
+#[derive(Clone, Copy)]
+pub struct Shared(u32);
+
+impl Shared {
+    /// Start of the block's dynamic shared memory, aligned to 1024 bytes.
+    #[inline(always)]
+    pub fn base() -> Self {
+        let address: u32;
+        // SAFETY: the address of a symbol is a constant.
+        unsafe { asm!("mov.u32 {}, dynamic_shared;", out(reg32) address, options(pure, nomem, nostack)) };
+        Shared(address)
+    }
+
+    /// The address `bytes` further on.
+    #[inline(always)]
+    pub fn offset(self, bytes: u32) -> Self {
+        Shared(self.0 + bytes)
+    }
+
+    /// The address as the instructions take it.
+    #[inline(always)]
+    pub(super) fn address(self) -> u32 {
+        self.0
+    }
+
+    /// `ld.shared.u32`.
+    ///
+    /// # Safety
+    /// Four bytes here must be inside the block's allocation, aligned, and written before.
+    #[inline(always)]
+    pub unsafe fn load(self) -> u32 {
+        let value: u32;
+        // SAFETY: as the caller promises.
+        unsafe { asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly)) };
+        value
+    }
+
+    /// `st.shared.u32`.
+    ///
+    /// # Safety
+    /// Four bytes here must be inside the block's allocation, and aligned.
+    #[inline(always)]
+    pub unsafe fn store(self, value: u32) {
+        // SAFETY: as the caller promises.
+        unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack)) };
+    }
+
+    /// `st.shared.v4.u32`.
+    ///
+    /// # Safety
+    /// Sixteen bytes here must be inside the block's allocation, and aligned.
+    #[inline(always)]
+    pub unsafe fn store16(self, [a, b, c, d]: [u32; 4]) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};",
+                in(reg32) self.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
+        }
+    }
+
+    /// `atom.shared.add.u32`: adds, and returns what was there (PTX ISA 9.7.12.4).
+    ///
+    /// # Safety
+    /// As for [`Shared::load`].
+    #[inline(always)]
+    pub unsafe fn fetch_add(self, value: u32) -> u32 {
+        let before: u32;
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("atom.shared.add.u32 {}, [{}], {};",
+                out(reg32) before, in(reg32) self.0, in(reg32) value, options(nostack));
+        }
+        before
+    }
+
+    /// `ldmatrix.x4`: four 8×8 matrices of 16-bit elements (PTX ISA 9.7.13.4.15). Thread i gives the
+    /// address of row i % 8 of matrix i / 8, and receives from matrix m, in register m, the elements
+    /// 2·(i % 4) and 2·(i % 4) + 1 of row i / 4. The whole warp must come here.
+    ///
+    /// # Safety
+    /// Sixteen bytes here must be inside the block's allocation, aligned, and written before.
+    #[inline(always)]
+    pub unsafe fn load_matrices(self) -> [u32; 4] {
+        let [mut a, mut b, mut c, mut d] = [0u32; 4];
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0,
+                options(nostack, readonly));
+        }
+        [a, b, c, d]
+    }
+}

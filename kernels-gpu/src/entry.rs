@@ -1,0 +1,176 @@
+//! The entry points: one macro stamps a kernel out over element type, index width and tile shape, and
+//! keeps the table that the build and the host read.
+//!
+//! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
+//! addresses that are not multiples of 8 elements.
+
+use crate::route;
+use crate::tile::TileShape;
+
+/// Element type that an entry point is compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ElementType {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+/// Width of element offsets within a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IndexWidth {
+    /// For calls whose largest element offset over all tensors fits 31 bits.
+    I32,
+    /// For all others.
+    I64,
+}
+
+/// The kernels' tile shapes, by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TileKind {
+    /// [`TileShape::M16`].
+    M16,
+    /// [`TileShape::M32`].
+    M32,
+    /// [`TileShape::M64`].
+    M64,
+    /// [`TileShape::M16`], for sizes and addresses that are not multiples of 8 elements.
+    Any,
+}
+
+impl TileKind {
+    /// All kinds.
+    pub const ALL: [Self; 4] = [Self::M16, Self::M32, Self::M64, Self::Any];
+
+    /// The shape behind the name.
+    pub const fn shape(self) -> TileShape {
+        match self {
+            TileKind::M16 | TileKind::Any => TileShape::M16,
+            TileKind::M32 => TileShape::M32,
+            TileKind::M64 => TileShape::M64,
+        }
+    }
+}
+
+/// What an entry point computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// [`crate::route`]. Its offsets are below 2³¹ whatever the call, and it reads no activations: it has
+    /// one form.
+    Route,
+    /// [`crate::shrink`].
+    Shrink(Variant),
+    /// [`crate::expand`].
+    Expand(Variant),
+}
+
+/// What a kernel is stamped out over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// Type of activations and weights.
+    pub element: ElementType,
+    /// Width of offsets.
+    pub index: IndexWidth,
+    /// Tile shape.
+    pub tile: TileKind,
+}
+
+/// One kernel entry point as it stands in the PTX module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Symbol in the module, for example `shrink_bf16_i32_m16`.
+    pub name: &'static str,
+    /// What it computes.
+    pub kernel: Kernel,
+    /// Threads a block (`.maxntid`): the launch must use exactly this many.
+    pub threads: u32,
+    /// Blocks that must fit on one multiprocessor at a time (`.minnctapersm`); bounds the registers.
+    pub min_blocks: u32,
+}
+
+macro_rules! entries {
+    ($($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*) => {
+        /// Every entry point of the module.
+        pub const ENTRIES: &[Entry] = &[
+            Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1 },
+            $($(
+                entries!(@row $kernel $Kernel "bf16" Bf16 "i32" I32 $tile $Tile $min_blocks),
+                entries!(@row $kernel $Kernel "bf16" Bf16 "i64" I64 $tile $Tile $min_blocks),
+                entries!(@row $kernel $Kernel "f16" F16 "i32" I32 $tile $Tile $min_blocks),
+                entries!(@row $kernel $Kernel "f16" F16 "i64" I64 $tile $Tile $min_blocks),
+            )*)*
+        ];
+
+        /// The entry points themselves.
+        ///
+        /// # Safety
+        /// Every tensor of the parameter block must be as its field says, and the launch as the host plans
+        /// it; ids within the tensors may be anything.
+        #[cfg(target_arch = "nvptx64")]
+        mod stamped {
+            use super::{TileKind, TileShape};
+            use crate::arch::mma::{Bf16, F16};
+
+            #[unsafe(no_mangle)]
+            unsafe extern "ptx-kernel" fn route(p: crate::params::RouteParams) {
+                // SAFETY: as the entry point's caller promises.
+                unsafe { crate::route::route(p) }
+            }
+
+            $($(
+                entries!(@stamp $kernel $Params "bf16" Bf16 "i32" u32 $tile $Tile);
+                entries!(@stamp $kernel $Params "bf16" Bf16 "i64" u64 $tile $Tile);
+                entries!(@stamp $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
+                entries!(@stamp $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
+            )*)*
+        }
+    };
+    (@row $kernel:ident $Kernel:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident $min_blocks:literal) => {
+        Entry {
+            name: concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile),
+            kernel: Kernel::$Kernel(Variant {
+                element: ElementType::$E,
+                index: IndexWidth::$I,
+                tile: TileKind::$Tile,
+            }),
+            threads: TileShape::THREADS,
+            min_blocks: $min_blocks,
+        }
+    };
+    (@stamp $kernel:ident $Params:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident) => {
+        const _: () = {
+            #[unsafe(export_name = concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile))]
+            unsafe extern "ptx-kernel" fn entry(p: crate::params::$Params) {
+                const SHAPE: TileShape = TileKind::$Tile.shape();
+                // SAFETY: as the entry point's caller promises.
+                unsafe {
+                    crate::$kernel::$kernel::<
+                        $E,
+                        $I,
+                        { SHAPE.row_fragments as usize },
+                        { SHAPE.groups as usize },
+                        { SHAPE.column_warps },
+                        { !matches!(TileKind::$Tile, TileKind::Any) },
+                    >(p)
+                }
+            }
+        };
+    };
+}
+
+// Blocks a multiprocessor: what the tile's shared memory allows at R = 64, so that registers are not what
+// limits the loads in flight.
+entries! {
+    shrink Shrink ShrinkParams [
+        "m16" M16 4,
+        "m32" M32 4,
+        "m64" M64 3,
+        "any" Any 2,
+    ]
+    expand Expand ExpandParams [
+        "m16" M16 4,
+        "m32" M32 4,
+        "m64" M64 3,
+        "any" Any 2,
+    ]
+}

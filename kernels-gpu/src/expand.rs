@@ -1,0 +1,321 @@
+//! `expand`: out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q], for the pairs of
+//! one tile.
+//!
+//! One block takes a tile of pairs and a run of columns of one slice. The tile's h stays in shared memory;
+//! b passes through a ring of stages, one panel of 64 ranks of one tile of columns a step. The old values
+//! of `out` are requested before the product that they are added to.
+//!
+//! Shared memory:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | ⌈R / 64⌉ × rows × 128 | panels of h, one row a pair |
+//! | `STAGES` × columns × 128 | panels of b, one row a column |
+
+use crate::tile::TileShape;
+
+/// Depth of the ring: one step is multiplied while two are under way.
+pub const STAGES: u32 = 3;
+
+/// Panels of h that hold `rank` ranks.
+pub const fn panels(rank: u32) -> u32 {
+    rank.div_ceil(TileShape::DEPTH)
+}
+
+/// Bytes of shared memory of a block.
+pub const fn shared_bytes(shape: TileShape, max_rank: u32) -> u32 {
+    (panels(max_rank) * shape.rows() + STAGES * shape.columns()) * TileShape::ROW_BYTES
+}
+
+#[cfg(target_arch = "nvptx64")]
+pub use kernel::expand;
+
+#[cfg(target_arch = "nvptx64")]
+mod kernel {
+    use super::{STAGES, panels};
+    use crate::arch::async_copy;
+    use crate::arch::mma::Element;
+    use crate::arch::shared::Shared;
+    use crate::arch::{barrier, grid, thread};
+    use crate::memory::{Global, Index};
+    use crate::params::{ExpandParams, Tile, count};
+    use crate::tile::accumulator::{Accumulator, column_of, row_of};
+    use crate::tile::panel::{CHUNK, Panel, weight_row};
+    use crate::tile::{GROUP, TileShape, quotient, select_slice, unroll};
+
+    /// Which columns of which slice this block takes.
+    struct Run {
+        slice: u32,
+        first: u32,
+        end: u32,
+    }
+
+    /// This thread's rows of the tile: where each begins in `out` at the slice's column 0, and its weight.
+    /// A row past the tile's end is null.
+    struct OutRows<const M: usize> {
+        start: [[Global<u16>; 2]; M],
+        weight: [[f32; 2]; M],
+    }
+
+    impl<const M: usize> OutRows<M> {
+        /// # Safety
+        /// The tile must be one of `p`'s.
+        #[inline(always)]
+        unsafe fn new<I: Index>(p: &ExpandParams, tile: &Tile, warp_row: u32, slice: u32) -> Self {
+            let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[1.0; 2]; M] };
+            unroll::<M>(|m| {
+                unroll::<2>(|half| {
+                    let row = warp_row + row_of(m, half);
+                    if row < tile.rows {
+                        // SAFETY: `first` + `rows` pairs are in the list, and each is below P.
+                        let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                        let offset = I::from_u32(pair).times(I::from_u64(p.out_stride));
+                        rows.start[m][half] = p.out.at(offset.plus(I::from_u32(slice).times(I::from_u32(p.out_dim))));
+                        // An inactive pair's weight may be anything; its zeros stay zeros.
+                        if !p.topk_weights.is_null() && tile.rank > 0 {
+                            // SAFETY: as above.
+                            rows.weight[m][half] = unsafe { p.topk_weights.at(pair).load() };
+                        }
+                    }
+                });
+            });
+            rows
+        }
+    }
+
+    /// Copies the tile's h of one slice into its panels. With partial sums, adds them first.
+    ///
+    /// # Safety
+    /// The tile must be one of `p`'s, and the launch that writes h must have ended.
+    #[inline(always)]
+    unsafe fn copy_h<E: Element, I: Index, const FAST: bool>(p: &ExpandParams, tile: &Tile, rows: u32, slice: u32) {
+        let chunks = tile.rank.div_ceil(CHUNK);
+        // Chunks up to the end of a 16-wide step, so that the product reads nothing unwritten.
+        let chunks = chunks.next_multiple_of(2);
+        // A power of two of threads takes a row, so that no thread divides.
+        let width = chunks.next_power_of_two();
+        let (shift, mask) = (width.trailing_zeros(), width - 1);
+        let mut item = thread::index();
+        while item < rows << shift {
+            let (row, chunk) = (item >> shift, item & mask);
+            item += TileShape::THREADS;
+            if chunk >= chunks {
+                continue;
+            }
+            let panel = Panel::at(Shared::base().offset(chunk / 8 * rows * TileShape::ROW_BYTES));
+            let rank = chunk * CHUNK;
+            let mut elements = tile.rank.saturating_sub(rank).min(CHUNK);
+            let mut source = I::from_u32(0);
+            if row < tile.rows {
+                // SAFETY: `first` + `rows` pairs are in the list.
+                let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                let h_row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
+                source = h_row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank));
+            } else {
+                elements = 0;
+            }
+            if FAST && p.splits > 1 {
+                let mut sum = [0.0f32; 8];
+                if elements > 0 {
+                    let part = I::from_u32(p.slices).times(I::from_u32(p.pair_count)).times(I::from_u32(p.max_rank));
+                    let mut split = 0;
+                    while split < p.splits {
+                        let at = p.partial.at(source);
+                        // SAFETY: `shrink` wrote whole chunks of every part.
+                        let (low, high) = unsafe { (at.load16(), at.at(4u32).load16()) };
+                        unroll::<4>(|i| {
+                            sum[i] += f32::from_bits(low[i]);
+                            sum[i + 4] += f32::from_bits(high[i]);
+                        });
+                        source = source.plus(part);
+                        split += 1;
+                    }
+                }
+                let [a, b, c, d, e, f, g, h] = sum;
+                // SAFETY: the chunk is inside the panel.
+                unsafe {
+                    panel.chunk(row, chunk % 8).store16([E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)]);
+                }
+            } else {
+                // SAFETY: `elements` ranks are left in the row.
+                unsafe { panel.copy_chunk::<FAST, false>(row, chunk % 8, p.h.at(source), elements) };
+            }
+        }
+    }
+
+    /// Eight columns of one row: adds the old values if asked to, and stores.
+    ///
+    /// # Safety
+    /// `at` must be valid for reads and writes of `columns` (1 ..= 8) elements.
+    #[inline(always)]
+    unsafe fn store<E: Element, const FAST: bool>(at: Global<u16>, values: [f32; 8], old: [u32; 4], columns: u32, accumulate: bool) {
+        if FAST {
+            let mut packed = [0u32; 4];
+            unroll::<4>(|i| {
+                let [first, second] = E::unpack(old[i]);
+                packed[i] = E::pack(values[2 * i] + first, values[2 * i + 1] + second);
+            });
+            // SAFETY: as the caller promises; fast columns come in eights.
+            unsafe { at.store16(packed) };
+        } else {
+            unroll::<8>(|i| {
+                if (i as u32) < columns {
+                    let at = at.at(i as u32);
+                    // SAFETY: as the caller promises.
+                    unsafe {
+                        let old = if accumulate { E::unpack(at.load() as u32)[0] } else { 0.0 };
+                        at.store(E::pack(values[i] + old, 0.0) as u16);
+                    }
+                }
+            });
+        }
+    }
+
+    /// The kernel. `M` and `G`: fragments and groups a warp; `COLUMN_WARPS`: warps along the columns.
+    ///
+    /// # Safety
+    /// As for the entry points: every tensor of `p` must be as its field says.
+    #[inline(always)]
+    pub unsafe fn expand<E: Element, I: Index, const M: usize, const G: usize, const COLUMN_WARPS: u32, const FAST: bool>(
+        p: ExpandParams,
+    ) {
+        let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
+        let tile_columns = 32 * G as u32 * COLUMN_WARPS;
+
+        // Which columns of which tile.
+        let parts = p.slices * p.blocks_per_slice;
+        let tile_number = quotient(thread::block(), parts);
+        let part = thread::block() - tile_number * parts;
+        let slice = quotient(part, p.blocks_per_slice);
+        let first = (part - slice * p.blocks_per_slice) * p.columns_per_block;
+        let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
+
+        grid::let_next_start();
+        if p.route_is_old == 0 {
+            grid::wait_for_previous();
+        }
+        let accumulate = p.accumulate != 0;
+        // SAFETY: `counts` has `count::LEN` elements.
+        let tiles = unsafe { p.counts.at(if accumulate { count::ACTIVE } else { count::ALL }).load() };
+        if tile_number >= tiles {
+            return;
+        }
+        // SAFETY: `route` wrote as many tiles as it counted.
+        let tile = unsafe { p.tiles.at(tile_number).load_tile() };
+
+        // b, [L, E or 1, N, R], from this tile's matrix on.
+        let expert = if p.b_experts == 1 { 0 } else { tile.expert };
+        let matrix = I::from_u32(tile.slot).times(I::from_u32(p.b_experts)).plus(I::from_u32(expert));
+        let matrix = matrix.times(I::from_u32(p.out_dim));
+        let b = select_slice(p.b, run.slice);
+        let ring = Shared::base().offset(panels(p.max_rank) * rows * TileShape::ROW_BYTES);
+        let b_panel = |stage: u32| Panel::at(ring.offset(stage * tile_columns * TileShape::ROW_BYTES));
+        let copy_step = |stage: u32, column: u32, panel: u32| {
+            let first_rank = panel * TileShape::DEPTH;
+            let chunks = (tile.rank - first_rank).min(TileShape::DEPTH).div_ceil(CHUNK).next_multiple_of(2);
+            let width = chunks.next_power_of_two();
+            let (shift, mask) = (width.trailing_zeros(), width - 1);
+            let mut item = thread::index();
+            while item < tile_columns << shift {
+                let (row, chunk) = (item >> shift, item & mask);
+                item += TileShape::THREADS;
+                let rank = first_rank + chunk * CHUNK;
+                let mut elements = tile.rank.saturating_sub(rank).min(CHUNK);
+                if column + row >= run.end {
+                    elements = 0;
+                }
+                let offset = matrix.plus(I::from_u32(column + row)).times(I::from_u32(p.max_rank));
+                let source = b.at(offset.plus(I::from_u32(rank)));
+                // SAFETY: `elements` ranks are left in the row, none when the column is past the run.
+                unsafe { b_panel(stage).copy_chunk::<FAST, true>(weight_row(row), chunk, source, elements) };
+            }
+        };
+
+        // The ring is filled before h is there: b does not depend on the launch before this one.
+        let depth = panels(tile.rank);
+        let (mut next_column, mut next_panel, mut next_stage) = (run.first, 0, 0);
+        let mut copy_next = || {
+            if next_column < run.end && depth > 0 {
+                copy_step(next_stage, next_column, next_panel);
+                next_panel += 1;
+                if next_panel == depth {
+                    next_panel = 0;
+                    next_column += tile_columns;
+                }
+                next_stage = if next_stage + 1 == STAGES { 0 } else { next_stage + 1 };
+            }
+            async_copy::commit();
+        };
+        let mut filled = 0;
+        while filled < STAGES - 1 {
+            copy_next();
+            filled += 1;
+        }
+        if p.route_is_old != 0 {
+            grid::wait_for_previous();
+        }
+        // SAFETY: the launch before this one has ended.
+        unsafe { copy_h::<E, I, FAST>(&p, &tile, rows, run.slice) };
+        async_copy::commit();
+        async_copy::wait::<0>();
+
+        let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
+        let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
+        // SAFETY: the tile is one of p's.
+        let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice) };
+        let mut stage = 0;
+        let mut column = run.first;
+        while column < run.end {
+            let first = column + warp_column + column_of();
+            let mut old = [[[[0u32; 4]; G]; 2]; M];
+            if FAST && accumulate {
+                unroll::<M>(|m| {
+                    unroll::<2>(|half| {
+                        unroll::<G>(|g| {
+                            let at = first + 32 * g as u32;
+                            if !out.start[m][half].is_null() && at < run.end {
+                                // SAFETY: eight columns from `at` are inside the row, and aligned.
+                                old[m][half][g] = unsafe { out.start[m][half].at(at).load16() };
+                            }
+                        });
+                    });
+                });
+            }
+            let groups = run.end.saturating_sub(column + warp_column).div_ceil(GROUP);
+            let mut sum = Accumulator::<M, G>::zero();
+            let mut panel = 0;
+            while panel < depth {
+                async_copy::wait::<{ STAGES - 2 }>();
+                barrier::sync();
+                copy_next();
+                let h_panel = Panel::at(Shared::base().offset(panel * rows * TileShape::ROW_BYTES));
+                let left = tile.rank - panel * TileShape::DEPTH;
+                unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
+                    if (k as u32) * 16 < left {
+                        // SAFETY: h and b are filled up to the end of the step that holds the last rank.
+                        unsafe { sum.multiply::<E>(h_panel, warp_row, b_panel(stage), warp_column, groups, k as u32) };
+                    }
+                });
+                stage = if stage + 1 == STAGES { 0 } else { stage + 1 };
+                panel += 1;
+            }
+            unroll::<M>(|m| {
+                unroll::<2>(|half| {
+                    unroll::<G>(|g| {
+                        let at = first + 32 * g as u32;
+                        if !out.start[m][half].is_null() && at < run.end {
+                            let weight = out.weight[m][half];
+                            let values = sum.columns(m, half, g).map(|value| value * weight);
+                            let columns = (run.end - at).min(8);
+                            // SAFETY: `columns` columns from `at` are inside the row.
+                            unsafe {
+                                store::<E, FAST>(out.start[m][half].at(at), values, old[m][half][g], columns, accumulate);
+                            }
+                        }
+                    });
+                });
+            });
+            column += tile_columns;
+        }
+    }
+}

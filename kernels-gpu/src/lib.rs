@@ -1,0 +1,31 @@
+//! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`].
+//!
+//! The crate is compiled twice. For `nvptx64-nvidia-cuda` it is the kernels, and its product is PTX;
+//! for the host it is what both sides must agree on: parameter blocks ([`params`]), tile shapes
+//! ([`tile::TileShape`]), shared-memory maps, and the table of entry points ([`ENTRIES`]).
+//!
+//! Data walks in one direction: entry point ([`mod@entry`]) → kernel → [`tile`] → `arch`. Nothing but
+//! `arch` knows an instruction.
+#![cfg_attr(target_arch = "nvptx64", no_std)]
+#![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
+#![cfg_attr(target_arch = "nvptx64", allow(clippy::missing_safety_doc))]
+
+#[cfg(target_arch = "nvptx64")]
+pub mod arch;
+pub mod entry;
+pub mod expand;
+pub mod memory;
+pub mod params;
+pub mod route;
+pub mod shrink;
+pub mod tile;
+
+pub use entry::{ENTRIES, ElementType, Entry, IndexWidth, Kernel, TileKind, Variant};
+
+/// A kernel cannot unwind and has nobody to tell: it stops the launch, and the host sees an error.
+/// No shipped kernel reaches this; the build refuses PTX in which formatting code is left.
+#[cfg(target_arch = "nvptx64")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    arch::thread::trap()
+}

@@ -1,0 +1,235 @@
+//! What the host hands to a kernel: one `repr(C)` block a launch, passed by value.
+//!
+//! 16-bit floats are `u16` here: a block is the same for bf16 and f16, the entry point knows which.
+
+use crate::memory::Global;
+#[cfg(not(target_arch = "nvptx64"))]
+use bytemuck::{Pod, Zeroable};
+
+/// Most slices of a projection.
+pub const MAX_SLICES: usize = 4;
+
+/// Division of 31-bit numbers by a divisor of 1 ..= 64 that is known when the block is made: a
+/// multiplication and a shift.
+///
+/// With `shift = ⌈log2 d⌉` and `magic = ⌈2^(31+shift) / d⌉`, `magic·d − 2^(31+shift) < 2^shift`, so
+/// the error of `n·magic / 2^(31+shift)` stays below 1/d for every n < 2³¹ (Granlund and Montgomery,
+/// "Division by invariant integers using multiplication", 1994).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct Divider {
+    magic: u32,
+    shift: u32,
+}
+
+impl Divider {
+    /// Largest divisor.
+    pub const MAX: u32 = 64;
+
+    /// Division by `divisor`, which must be 1 ..= [`Divider::MAX`].
+    ///
+    /// # Panics
+    /// For any other divisor.
+    pub const fn new(divisor: u32) -> Self {
+        assert!(divisor >= 1 && divisor <= Self::MAX);
+        let shift = divisor.next_power_of_two().trailing_zeros();
+        let magic = (1u64 << (31 + shift)).div_ceil(divisor as u64);
+        // For powers of two the quotient is exactly 2^31: it fits, as every quotient does.
+        Divider { magic: magic as u32, shift }
+    }
+
+    /// `n / divisor`, for `n` below 2³¹.
+    #[inline(always)]
+    pub const fn quotient(self, n: u32) -> u32 {
+        ((n as u64 * self.magic as u64) >> (31 + self.shift)) as u32
+    }
+}
+
+/// One tile of work: up to `tile_rows` pairs of one segment. Written by `route`, read by the others.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct Tile {
+    /// Adapter slot.
+    pub slot: u32,
+    /// Local expert.
+    pub expert: u32,
+    /// Position of the tile's first pair in the sorted pair list.
+    pub first: u32,
+    /// Pairs in the tile, 1 ..= `tile_rows`.
+    pub rows: u32,
+    /// Rank in use, 0 ..= R. 0 marks pairs that are inactive and must be zeroed.
+    pub rank: u32,
+    /// To 32 bytes, so that a tile is two 16-byte loads.
+    pub reserved: [u32; 3],
+}
+
+/// How `adapter_enabled` is stored.
+pub mod enabled {
+    /// No tensor: every slot is on.
+    pub const ALL: u32 = 0;
+    /// One byte a slot.
+    pub const U8: u32 = 1;
+    /// One 32-bit integer a slot.
+    pub const I32: u32 = 2;
+}
+
+/// Index into the tile counts that `route` leaves.
+pub mod count {
+    /// Tiles of active pairs: these come first in the list.
+    pub const ACTIVE: u32 = 0;
+    /// All tiles, those of inactive pairs included.
+    pub const ALL: u32 = 1;
+    /// How many counts there are.
+    pub const LEN: usize = 2;
+}
+
+/// Parameters of `route`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct RouteParams {
+    /// `[P]` global expert ids.
+    pub topk_ids: Global<u32>,
+    /// `[T]` adapter slots.
+    pub token_lora: Global<u32>,
+    /// `[L]` flags, of the kind that `enabled_kind` names.
+    pub adapter_enabled: Global<u8>,
+    /// `[L]` ranks in use, or null.
+    pub ranks: Global<u32>,
+    /// `[global_experts]` local ids, or null.
+    pub expert_map: Global<u32>,
+    /// `[P]` out: pairs sorted by bucket; inactive pairs last.
+    pub pairs: Global<u32>,
+    /// Out: the tiles.
+    pub tiles: Global<Tile>,
+    /// `[count::LEN]` out: how many tiles.
+    pub counts: Global<u32>,
+    /// `[P]` scratch: the bucket of each pair.
+    pub buckets: Global<u32>,
+    /// P.
+    pub pair_count: u32,
+    /// P / k gives the token.
+    pub top_k: Divider,
+    /// L.
+    pub slots: u32,
+    /// E.
+    pub experts: u32,
+    /// Length of `expert_map`; E without one.
+    pub global_experts: u32,
+    /// R.
+    pub max_rank: u32,
+    /// Pairs a tile.
+    pub tile_rows: u32,
+    /// One of [`enabled`].
+    pub enabled_kind: u32,
+    /// Buckets whose counters fit shared memory at a time.
+    pub window: u32,
+}
+
+/// Parameters of `shrink`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct ShrinkParams {
+    /// `[T or P, K]`.
+    pub x: Global<u16>,
+    /// S of `[L, E or 1, R, K]`.
+    pub a: [Global<u16>; MAX_SLICES],
+    /// `[S, P, R]` out, when `splits` is 1.
+    pub h: Global<u16>,
+    /// `[splits, S, P, R]` out, when `splits` is more than 1.
+    pub partial: Global<f32>,
+    /// Sorted pairs.
+    pub pairs: Global<u32>,
+    /// Tiles.
+    pub tiles: Global<Tile>,
+    /// How many tiles.
+    pub counts: Global<u32>,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: u64,
+    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
+    pub x_row: Divider,
+    /// P.
+    pub pair_count: u32,
+    /// K.
+    pub in_dim: u32,
+    /// R.
+    pub max_rank: u32,
+    /// S.
+    pub slices: u32,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Blocks that share a tile's columns.
+    pub column_blocks: u32,
+    /// Columns that a stage has room for.
+    pub column_room: u32,
+    /// Blocks that share K.
+    pub splits: u32,
+    /// Steps of K that each of them takes.
+    pub steps_per_split: u32,
+    /// 1: write `h` whole, zeros for inactive pairs and above the rank. 0: what `expand` will read.
+    pub write_all: u32,
+}
+
+/// Parameters of `expand`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct ExpandParams {
+    /// `[S, P, R]`, when `splits` is 1.
+    pub h: Global<u16>,
+    /// `[splits, S, P, R]`, when `splits` is more than 1.
+    pub partial: Global<f32>,
+    /// S of `[L, E or 1, N, R]`.
+    pub b: [Global<u16>; MAX_SLICES],
+    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    pub out: Global<u16>,
+    /// `[P]`, or null for 1.
+    pub topk_weights: Global<f32>,
+    /// Sorted pairs.
+    pub pairs: Global<u32>,
+    /// Tiles.
+    pub tiles: Global<Tile>,
+    /// How many tiles.
+    pub counts: Global<u32>,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: u64,
+    /// P.
+    pub pair_count: u32,
+    /// N.
+    pub out_dim: u32,
+    /// R.
+    pub max_rank: u32,
+    /// S.
+    pub slices: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
+    /// Blocks that share a slice's columns.
+    pub blocks_per_slice: u32,
+    /// Columns that each of them takes, a multiple of the tile's.
+    pub columns_per_block: u32,
+    /// Partial sums of `h`.
+    pub splits: u32,
+    /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
+    pub accumulate: u32,
+    /// 1: the route is older than the launch before this one, so tiles may be read, and `b` requested,
+    /// before that launch has ended.
+    pub route_is_old: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divider_divides_like_the_processor() {
+        let numbers = (0..10_000).chain((0..10_000).map(|i| i32::MAX as u32 - i));
+        for n in numbers {
+            for d in 1..=Divider::MAX {
+                assert_eq!(Divider::new(d).quotient(n), n / d, "{n} / {d}");
+            }
+        }
+    }
+}

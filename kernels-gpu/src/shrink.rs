@@ -1,0 +1,285 @@
+//! `shrink`: h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c], for the pairs of one tile.
+//!
+//! One block takes a tile of pairs, a block of columns and a part of K. A *column* is a (slice, rank)
+//! pair: the ranks of all slices side by side, so that x is read once for all of them. Steps of 64
+//! elements of K travel through a ring of stages in shared memory.
+//!
+//! Fewer blocks than the device has room for share K between them: each then writes its part of the sum
+//! in f32, and `expand` adds the parts in a fixed order.
+//!
+//! Shared memory, `STAGES` times:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | rows × 128 | panel of x, one row a pair |
+//! | column_room × 128 | panel of a, one row a column |
+
+use crate::tile::TileShape;
+
+/// Depth of the ring: one step is multiplied while three are under way.
+pub const STAGES: u32 = 4;
+
+/// Bytes of shared memory of a block whose stages have room for `column_room` columns.
+pub const fn shared_bytes(shape: TileShape, column_room: u32) -> u32 {
+    STAGES * (shape.rows() + column_room) * TileShape::ROW_BYTES
+}
+
+#[cfg(target_arch = "nvptx64")]
+pub use kernel::shrink;
+
+#[cfg(target_arch = "nvptx64")]
+mod kernel {
+    use super::STAGES;
+    use crate::arch::async_copy;
+    use crate::arch::mma::Element;
+    use crate::arch::shared::Shared;
+    use crate::arch::{barrier, grid, thread};
+    use crate::memory::{Global, Index};
+    use crate::params::{ShrinkParams, Tile, count};
+    use crate::tile::accumulator::{Accumulator, column_of, row_of};
+    use crate::tile::panel::{CHUNK, CHUNKS, Panel, weight_row};
+    use crate::tile::{GROUP, TileShape, quotient, select_slice, unroll};
+
+    /// Rows that the block's threads copy in one sweep: eight threads a row.
+    const SWEEP: u32 = TileShape::THREADS / CHUNKS;
+
+    /// A column of the product: a rank of a slice.
+    #[derive(Clone, Copy)]
+    struct Column {
+        slice: u32,
+        rank: u32,
+    }
+
+    impl Column {
+        /// Column `number`, with `ranks` columns a slice.
+        #[inline(always)]
+        fn new(number: u32, ranks: u32) -> Self {
+            let past = |slices: u32| (number >= slices * ranks) as u32;
+            let slice = past(1) + past(2) + past(3);
+            Column { slice, rank: number - slice * ranks }
+        }
+    }
+
+    /// The columns of one block.
+    struct Columns {
+        first: u32,
+        count: u32,
+        /// Columns a slice.
+        ranks: u32,
+    }
+
+    /// What one thread copies in each step: one chunk of every `SWEEP`-th row of both panels. A row that
+    /// is null is filled with zeros: pairs past the tile's, columns past the rank.
+    struct Feed {
+        x: [Global<u16>; 4],
+        a: [Global<u16>; 8],
+        in_dim: u32,
+        rows: u32,
+        tile_columns: u32,
+        columns: u32,
+        chunk: u32,
+        sweep_row: u32,
+    }
+
+    impl Feed {
+        /// # Safety
+        /// The tile must be one of `p`'s.
+        #[inline(always)]
+        unsafe fn new<I: Index>(p: &ShrinkParams, tile: &Tile, rows: u32, tile_columns: u32, columns: &Columns) -> Self {
+            let mut feed = Feed {
+                x: [Global::NULL; 4],
+                a: [Global::NULL; 8],
+                in_dim: p.in_dim,
+                rows,
+                tile_columns,
+                columns: columns.count,
+                chunk: thread::index() % CHUNKS,
+                sweep_row: thread::index() / CHUNKS,
+            };
+            unroll::<4>(|i| {
+                let row = i as u32 * SWEEP + feed.sweep_row;
+                if i as u32 * SWEEP < rows && row < tile.rows {
+                    // SAFETY: `first` + `rows` pairs are in the list.
+                    let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                    let offset = I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride));
+                    feed.x[i] = p.x.at(offset.plus(I::from_u32(feed.chunk * CHUNK)));
+                }
+            });
+            let expert = if p.a_experts == 1 { 0 } else { tile.expert };
+            let matrix = I::from_u32(tile.slot).times(I::from_u32(p.a_experts)).plus(I::from_u32(expert));
+            let matrix = matrix.times(I::from_u32(p.max_rank));
+            unroll::<8>(|i| {
+                let number = i as u32 * SWEEP + feed.sweep_row;
+                if (i as u32 * SWEEP) < tile_columns && number < columns.count {
+                    let Column { slice, rank } = Column::new(columns.first + number, columns.ranks);
+                    if rank < tile.rank {
+                        let offset = matrix.plus(I::from_u32(rank)).times(I::from_u32(p.in_dim));
+                        feed.a[i] = select_slice(p.a, slice).at(offset.plus(I::from_u32(feed.chunk * CHUNK)));
+                    }
+                }
+            });
+            feed
+        }
+
+        /// Starts the copies of one step of K.
+        ///
+        /// # Safety
+        /// Nobody may read the two panels before the copies were waited for and a barrier passed.
+        #[inline(always)]
+        unsafe fn copy_step<const FAST: bool>(&self, x_panel: Panel, a_panel: Panel, step: u32) {
+            let depth = step * TileShape::DEPTH;
+            let left = self.in_dim.saturating_sub(depth + self.chunk * CHUNK).min(CHUNK);
+            unroll::<4>(|i| {
+                let row = i as u32 * SWEEP + self.sweep_row;
+                if i as u32 * SWEEP < self.rows {
+                    let elements = if self.x[i].is_null() { 0 } else { left };
+                    // SAFETY: `left` elements are left in the row; an empty copy reads nothing.
+                    unsafe { x_panel.copy_chunk::<FAST, false>(row, self.chunk, self.x[i].at(depth), elements) };
+                }
+            });
+            unroll::<8>(|i| {
+                let column = i as u32 * SWEEP + self.sweep_row;
+                // Groups of columns past the last one are left out: nobody multiplies them.
+                if (i as u32 * SWEEP) < self.tile_columns && (i as u32 * SWEEP) < self.columns.next_multiple_of(GROUP) {
+                    let elements = if self.a[i].is_null() { 0 } else { left };
+                    let row = weight_row(column);
+                    // SAFETY: as above; a stage has room for every group that has a column.
+                    unsafe { a_panel.copy_chunk::<FAST, true>(row, self.chunk, self.a[i].at(depth), elements) };
+                }
+            });
+        }
+    }
+
+    /// The kernel. `M` and `G`: fragments and groups a warp; `COLUMN_WARPS`: warps along the columns.
+    ///
+    /// # Safety
+    /// As for the entry points: every tensor of `p` must be as its field says.
+    #[inline(always)]
+    pub unsafe fn shrink<E: Element, I: Index, const M: usize, const G: usize, const COLUMN_WARPS: u32, const FAST: bool>(
+        p: ShrinkParams,
+    ) {
+        let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
+        let tile_columns = 32 * G as u32 * COLUMN_WARPS;
+
+        // Which part of which tile.
+        let parts = p.column_blocks * p.splits;
+        let tile_number = quotient(thread::block(), parts);
+        let part = thread::block() - tile_number * parts;
+        let column_block = quotient(part, p.splits);
+        let split = part - column_block * p.splits;
+
+        grid::wait_for_previous();
+        grid::let_next_start();
+        // SAFETY: `counts` has `count::LEN` elements.
+        let tiles = unsafe { p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE }).load() };
+        if tile_number >= tiles {
+            return;
+        }
+        // SAFETY: `route` wrote as many tiles as it counted.
+        let tile = unsafe { p.tiles.at(tile_number).load_tile() };
+
+        // The slot's own rank decides how many columns there are. Fast stores are eight columns wide.
+        let ranks = match (p.write_all != 0, FAST) {
+            (true, _) => p.max_rank,
+            (false, true) => tile.rank.next_multiple_of(CHUNK),
+            (false, false) => tile.rank,
+        };
+        let first_column = column_block * tile_columns;
+        let columns = (p.slices * ranks).saturating_sub(first_column).min(tile_columns);
+        if columns == 0 {
+            return;
+        }
+
+        let columns_here = Columns { first: first_column, count: columns, ranks };
+        // SAFETY: the tile is one of p's.
+        let feed = unsafe { Feed::new::<I>(&p, &tile, rows, tile_columns, &columns_here) };
+        let stage_bytes = (rows + p.column_room) * TileShape::ROW_BYTES;
+        let x_panel = |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes));
+        let a_panel = |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes + rows * TileShape::ROW_BYTES));
+
+        let first_step = split * p.steps_per_split;
+        let all_steps = if tile.rank == 0 { 0 } else { p.in_dim.div_ceil(TileShape::DEPTH) };
+        let steps = all_steps.saturating_sub(first_step).min(p.steps_per_split);
+
+        let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
+        let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
+        let groups = columns.saturating_sub(warp_column).div_ceil(GROUP);
+        let mut sum = Accumulator::<M, G>::zero();
+        let mut next = 0;
+        while next < STAGES - 1 {
+            if next < steps {
+                // SAFETY: nobody reads the ring yet.
+                unsafe { feed.copy_step::<FAST>(x_panel(next), a_panel(next), first_step + next) };
+            }
+            async_copy::commit();
+            next += 1;
+        }
+        let mut step = 0;
+        while step < steps {
+            // The step's copies have landed for all threads, and all have left the stage that is filled next.
+            async_copy::wait::<{ STAGES - 2 }>();
+            barrier::sync();
+            if next < steps {
+                let stage = next % STAGES;
+                // SAFETY: the barrier was passed by all readers of this stage.
+                unsafe { feed.copy_step::<FAST>(x_panel(stage), a_panel(stage), first_step + next) };
+            }
+            async_copy::commit();
+            next += 1;
+            if groups > 0 {
+                let stage = step % STAGES;
+                unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
+                    // SAFETY: all rows of both panels were filled, at least those whose sums are stored.
+                    unsafe { sum.multiply::<E>(x_panel(stage), warp_row, a_panel(stage), warp_column, groups, k as u32) };
+                });
+            }
+            step += 1;
+        }
+        async_copy::wait::<0>();
+
+        // Store: eight columns of a row at a time.
+        unroll::<M>(|m| {
+            unroll::<2>(|half| {
+                let row = warp_row + row_of(m, half);
+                if row < tile.rows {
+                    // SAFETY: `first` + `rows` pairs are in the list.
+                    let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                    unroll::<G>(|g| {
+                        let column = warp_column + 32 * g as u32 + column_of();
+                        let values = sum.columns(m, half, g);
+                        // h or part of it, [S, P, R]: where a column of this pair lies.
+                        let place = |number: u32| {
+                            let Column { slice, rank } = Column::new(first_column + number, ranks);
+                            let row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
+                            row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank))
+                        };
+                        if FAST && column < columns {
+                            let [a, b, c, d, e, f, g, h] = values;
+                            // SAFETY: ranks are multiples of 8, so eight columns are of one slice and aligned.
+                            unsafe {
+                                if p.splits == 1 {
+                                    let packed = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
+                                    p.h.at(place(column)).store16(packed);
+                                } else {
+                                    let rows = I::from_u32(p.slices).times(I::from_u32(p.pair_count));
+                                    let part = I::from_u32(split).times(rows).times(I::from_u32(p.max_rank));
+                                    let at = p.partial.at(part.plus(place(column)));
+                                    at.store16([a, b, c, d].map(f32::to_bits));
+                                    at.at(4u32).store16([e, f, g, h].map(f32::to_bits));
+                                }
+                            }
+                        }
+                        if !FAST {
+                            unroll::<8>(|i| {
+                                if column + (i as u32) < columns {
+                                    // SAFETY: the column is one of `columns`.
+                                    unsafe { p.h.at(place(column + i as u32)).store(E::pack(values[i], 0.0) as u16) };
+                                }
+                            });
+                        }
+                    });
+                }
+            });
+        });
+    }
+}
