@@ -1,0 +1,68 @@
+//! Compiles `moe-lora-kernels` from Rust to PTX: finds a toolchain, builds, stamps launch bounds
+//! onto the entry points, and refuses output that would be slow or would not load.
+//!
+//! ```text
+//! toolchain   which rustc, and where `core` for nvptx64-nvidia-cuda comes from
+//!    ↓
+//! compile     rustc → LLVM → PTX, one architecture at a time; `core` is built once and kept
+//!    ↓
+//! stamp       `.maxntid` and `.minnctapersm` from `moe_lora_kernels::ENTRIES`
+//!    ↓
+//! lint        local memory, calls and unknown entry points are errors
+//!    ↓
+//! ptxas       registers, spills and stack of every kernel, where NVIDIA's assembler is present
+//! ```
+//!
+//! Build scripts and `cargo xtask` are its only callers; nothing here runs at run time. What each
+//! step guards against is told in `docs/CODEGEN.md`.
+//!
+//! ```no_run
+//! use moe_lora_codegen::{Arch, Compiler, Search};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let toolchain = Search::from_env()?.find()?;
+//! let compiler = Compiler::new(toolchain, "target/kernel-core".as_ref())?;
+//! let module = compiler.compile(Arch::Sm90a)?;
+//! println!("{}", module.ptx);
+//! # Ok(())
+//! # }
+//! ```
+
+mod arch;
+pub mod compile;
+pub mod lint;
+pub mod ptxas;
+pub mod stamp;
+pub mod toolchain;
+
+use std::path::Path;
+
+/// The entry points that every module has, with their launch bounds.
+pub use moe_lora_kernels::ENTRIES;
+
+pub use arch::{Arch, UnknownArch};
+pub use compile::{CompileError, Compiler, Module};
+pub use ptxas::{Ptxas, PtxasError};
+pub use toolchain::{Search, Toolchain, ToolchainError};
+
+/// The folder of the moe-lora workspace that this crate was compiled from.
+pub fn workspace_root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("codegen lies inside the workspace")
+}
+
+/// The sources of the kernels: a build script watches this folder.
+pub fn kernel_sources() -> std::path::PathBuf {
+    workspace_root().join("kernels-gpu/src")
+}
+
+/// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has
+/// marked as a cache. Build scripts ask for the one around `OUT_DIR`, programs for their own.
+pub fn target_dir_around(path: &Path) -> Option<&Path> {
+    path.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file())
+}
+
+/// An entry point as the tests need it: what it computes does not matter here.
+#[cfg(test)]
+pub(crate) const fn test_entry(name: &'static str, threads: u32, min_blocks: u32) -> moe_lora_kernels::Entry {
+    moe_lora_kernels::Entry { name, kernel: moe_lora_kernels::entry::Kernel::Route, threads, min_blocks }
+}

@@ -1,0 +1,116 @@
+//! Compiles the GPU kernels and embeds their PTX, and satisfies the linker's `-lcuda` on machines
+//! without CUDA. Without the feature `cuda` there is nothing to do.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    if let Err(error) = cuda::build() {
+        // Cargo shows what a failed build script wrote to stderr; a panic would bury it.
+        eprintln!("\n{error}");
+        let mut cause = error.source();
+        while let Some(error) = cause {
+            eprintln!("caused by: {error}");
+            cause = error.source();
+        }
+        eprintln!("\n{}", cuda::alternatives());
+        std::process::exit(1);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::error::Error;
+    use std::fmt::Write;
+    use std::path::{Path, PathBuf};
+    use std::{env, fs};
+
+    use moe_lora_codegen::{Arch, Compiler, Search, compile, lint, toolchain};
+
+    /// Names a folder with `sm_80.ptx` and `sm_90a.ptx`, as `cargo xtask build-ptx` writes them, to
+    /// embed instead of compiling the kernels here.
+    const PTX_DIR_VAR: &str = "MOE_LORA_PTX_DIR";
+
+    /// What to do about it, printed below any error.
+    pub fn alternatives() -> String {
+        let root = moe_lora_codegen::workspace_root().display();
+        format!(
+            "To get moe-lora built:\n  \
+             cargo xtask build-ptx       run in {root}: finds a toolchain or fetches one into target/\n  \
+             {PTX_DIR_VAR}=/folder    embeds PTX that `cargo xtask build-ptx --out /folder` wrote elsewhere\n  \
+             --no-default-features       leaves the GPU kernels out: the CPU back end alone"
+        )
+    }
+
+    pub fn build() -> Result<(), Box<dyn Error>> {
+        let out = PathBuf::from(env::var("OUT_DIR")?);
+        let modules = match env::var_os(PTX_DIR_VAR).filter(|dir| !dir.is_empty()) {
+            Some(dir) => read_modules(Path::new(&dir))?,
+            None => compile_modules(&out)?,
+        };
+        embed(&out, &modules)?;
+        write_driver_archive(&out)?;
+        for variable in [PTX_DIR_VAR, toolchain::RUSTC_VAR, toolchain::SEARCH_VAR, "RUSTUP_HOME"] {
+            println!("cargo::rerun-if-env-changed={variable}");
+        }
+        println!("cargo::rerun-if-changed={}", moe_lora_codegen::kernel_sources().display());
+        Ok(())
+    }
+
+    /// The linker wants a libcuda for `cust_raw`; the functions themselves are looked up in the
+    /// driver at run time (`src/driver`). An archive with nothing in it contents the linker.
+    fn write_driver_archive(out: &Path) -> Result<(), Box<dyn Error>> {
+        let dir = out.join("cuda-stub");
+        fs::create_dir_all(&dir)?;
+        fs::write(dir.join("libcuda.a"), "!<arch>\n")?;
+        println!("cargo::rustc-link-search=native={}", dir.display());
+        Ok(())
+    }
+
+    fn compile_modules(out: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {
+        let toolchain = Search::from_env()?.find()?;
+        // `core` is kept beside Cargo's own output, so that a rebuild does not compile it again.
+        let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
+        let compiler = Compiler::new(toolchain, &cache)?;
+        let compile = |arch| {
+            let module = compiler.compile(arch)?;
+            for line in module.warnings.lines() {
+                println!("cargo::warning={line}");
+            }
+            Ok((arch, module.ptx))
+        };
+        Arch::EMBEDDED.into_iter().map(compile).collect()
+    }
+
+    fn read_modules(dir: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {
+        let read = |arch: Arch| {
+            let path = dir.join(format!("{arch}.ptx"));
+            println!("cargo::rerun-if-changed={}", path.display());
+            let ptx = fs::read_to_string(&path)
+                .map_err(|error| format!("{PTX_DIR_VAR}: cannot read {}: {error}", path.display()))?;
+            // PTX of another version of the kernels would fail at run time, or worse.
+            lint::lint(&ptx, moe_lora_codegen::ENTRIES)
+                .map_err(|faults| format!("{PTX_DIR_VAR}: {} is refused:\n{faults}", path.display()))?;
+            Ok((arch, ptx))
+        };
+        Arch::EMBEDDED.into_iter().map(read).collect()
+    }
+
+    /// Writes the modules, and `embedded.rs`: a slice of `Embedded` that `src/driver/module.rs`
+    /// includes.
+    fn embed(out: &Path, modules: &[(Arch, String)]) -> Result<(), Box<dyn Error>> {
+        let mut rows = String::from("&[\n");
+        for (arch, ptx) in modules {
+            fs::write(out.join(format!("{arch}.ptx")), ptx)?;
+            let sm = arch.capability();
+            let made_by = compile::made_by(ptx);
+            writeln!(
+                rows,
+                "    Embedded {{ sm: {sm}, arch: \"{arch}\", made_by: {made_by:?}, \
+                 ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{arch}.ptx\")) }},"
+            )?;
+        }
+        rows.push_str("]\n");
+        fs::write(out.join("embedded.rs"), rows)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,144 @@
+//! `cargo xtask bundle`
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use moe_lora_codegen::{Arch, workspace_root};
+use serde_json::Value;
+
+use crate::ptx;
+use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir};
+
+/// A bundle has to travel: more than this and something is in it that should not be.
+const LARGEST: u64 = 60_000_000;
+
+const README: &str = include_str!("bundle/README.txt");
+const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
+
+/// Gather all that a GPU machine without Rust needs in one folder.
+///
+/// The folder holds the program moe-lora, the examples, every test of moe-lora-tests with its
+/// fixtures, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
+/// architecture, and run ./run-tests.sh there.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Folder to write to, emptied first [default: target/bundle]
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+}
+
+/// Carries the command out.
+pub fn run(args: &Args) -> Result<()> {
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => target_dir()?.join("bundle"),
+    };
+    let is_ours = out.join("run-tests.sh").is_file();
+    let is_free = out.read_dir().map_or(true, |mut entries| entries.next().is_none());
+    ensure!(is_ours || is_free, "{} holds something other than a bundle", out.display());
+    empty_dir(&out)?;
+    // First, so that what an interrupted run leaves behind is known for a bundle.
+    write_script(&out.join("run-tests.sh"), RUN_TESTS)?;
+    std::fs::write(out.join("README.txt"), README)?;
+
+    if let Err(reason) = ptx::build(&Arch::EMBEDDED, &out.join("ptx"), false)? {
+        eprintln!("not assembled: {reason}");
+    }
+    for (folder, build) in [
+        (".", &["build", "-p", "moe-lora", "--bins"][..]),
+        ("examples", &["build", "-p", "moe-lora", "--examples"]),
+        ("tests", &["test", "-p", "moe-lora-tests", "--no-run"]),
+    ] {
+        let dir = out.join(folder);
+        std::fs::create_dir_all(&dir)?;
+        for (name, program) in executables(build)? {
+            let copy = dir.join(name);
+            std::fs::copy(&program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
+            strip(&copy)?;
+        }
+    }
+    copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
+
+    let total = print_sizes(&out)?;
+    ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
+    Ok(())
+}
+
+/// Builds with Cargo, and returns the name and the path of every program that came out.
+fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+    let mut cargo = cargo();
+    cargo
+        .args(build)
+        .args(["--release", "--message-format=json-render-diagnostics"])
+        .stderr(Stdio::inherit());
+    let messages = step(&format!("cargo {} --release", build.join(" ")), || read(&mut cargo))?;
+    let mut found = Vec::new();
+    for line in messages.lines() {
+        let message: Value = serde_json::from_str(line)?;
+        if let (Some(program), Some(name)) =
+            (message["executable"].as_str(), message["target"]["name"].as_str())
+        {
+            found.push((name.to_owned(), PathBuf::from(program)));
+        }
+    }
+    Ok(found)
+}
+
+/// Drops the symbols of a program, where the tool for it is installed.
+fn strip(program: &Path) -> Result<()> {
+    if installed("strip") {
+        run_command(Command::new("strip").arg(program))?;
+    }
+    Ok(())
+}
+
+fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from).with_context(|| format!("{}", from.display()))? {
+        let entry = entry?;
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type()?.is_dir() {
+            copy_tree(&from, &to)?;
+        } else {
+            std::fs::copy(&from, &to).with_context(|| format!("{}", from.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn write_script(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text)?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
+}
+
+/// Prints what lies in the bundle, and returns its size.
+fn print_sizes(out: &Path) -> Result<u64> {
+    println!("\n{}:", out.display());
+    let mut total = 0;
+    let mut entries: Vec<_> = std::fs::read_dir(out)?.collect::<std::io::Result<_>>()?;
+    entries.sort_by_key(std::fs::DirEntry::file_name);
+    for entry in entries {
+        let bytes = size(&entry.path())?;
+        total += bytes;
+        println!("  {:16} {:>8.2} MB", entry.file_name().display(), bytes as f64 / 1e6);
+    }
+    println!("  {:16} {:>8.2} MB", "in all", total as f64 / 1e6);
+    Ok(total)
+}
+
+fn size(path: &Path) -> Result<u64> {
+    if !path.is_dir() {
+        return Ok(path.metadata()?.len());
+    }
+    let mut total = 0;
+    for entry in std::fs::read_dir(path)? {
+        total += size(&entry?.path())?;
+    }
+    Ok(total)
+}

@@ -1,0 +1,105 @@
+//! `cargo xtask test` and `cargo xtask demo`
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use moe_lora_codegen::workspace_root;
+
+use crate::setup;
+use crate::shell::{cargo, empty_dir, run as run_command, target_dir};
+
+/// The tests append a line to the file that this names whenever they skip something.
+pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
+
+/// Run every test, and a crate elsewhere that depends on moe-lora by path.
+///
+/// Tests of the GPU back end run where there is a GPU and are listed as skipped where there is
+/// none; everything else runs everywhere. `cargo xtask bundle` takes the tests to a GPU machine
+/// that has no Rust.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Fail if any test was skipped: for machines that have a GPU
+    #[arg(long)]
+    require_gpu: bool,
+    /// Arguments for `cargo test`, for example: -p moe-lora-tests --test decode -- bf16
+    #[arg(last = true, value_name = "CARGO TEST ARGUMENTS")]
+    cargo_test: Vec<String>,
+}
+
+/// Carries `test` out.
+pub fn run(args: &Args) -> Result<()> {
+    setup::compiler()?;
+    let skip_log = target_dir()?.join("skipped-tests.txt");
+    std::fs::write(&skip_log, "").with_context(|| format!("cannot write {}", skip_log.display()))?;
+
+    let mut test = cargo();
+    test.args(["test", "--release"]).env(SKIP_LOG_VAR, &skip_log);
+    if args.cargo_test.is_empty() {
+        test.arg("--workspace");
+    }
+    run_command(test.args(&args.cargo_test))?;
+    if args.cargo_test.is_empty() {
+        path_dependency()?;
+    }
+
+    let skipped = std::fs::read_to_string(&skip_log)?;
+    if skipped.is_empty() {
+        println!("\nNothing was skipped.");
+    } else {
+        println!("\nSkipped, {} in all:", skipped.lines().count());
+        for line in skipped.lines() {
+            println!("  {line}");
+        }
+    }
+    ensure!(!args.require_gpu || skipped.is_empty(), "tests were skipped, and --require-gpu forbids that");
+    Ok(())
+}
+
+/// Builds and runs a crate that is no part of this workspace and names moe-lora by path, as the
+/// README tells users to.
+fn path_dependency() -> Result<()> {
+    const MAIN: &str = include_str!("path_dependency.rs.in");
+    let dir = target_dir()?.join("path-dependency");
+    let root = workspace_root();
+    empty_dir(&dir.join("src"))?;
+    let manifest = format!(
+        "[package]\nname = \"path-dependency\"\nedition = \"2024\"\n\n\
+         [dependencies]\nmoe-lora = {{ path = {:?} }}\n\n[workspace]\n",
+        root.join("host")
+    );
+    std::fs::write(dir.join("Cargo.toml"), manifest)?;
+    std::fs::write(dir.join("src/main.rs"), MAIN)?;
+    // The versions that the workspace was tested with; Cargo drops what is not needed here.
+    std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock"))?;
+    run_command(
+        cargo()
+            .args(["run", "--quiet", "--manifest-path"])
+            .arg(dir.join("Cargo.toml"))
+            .arg("--target-dir")
+            .arg(dir.join("target"))
+            .env("CUDA_LIBRARY_PATH", root.join("host/cuda-stub"))
+            // Away from the workspace, whose .cargo/config.toml would help.
+            .current_dir(Path::new("/")),
+    )
+}
+
+/// Build the program `moe-lora` and run its demo.
+///
+/// The demo runs the operator on the GPU where there is one and on the CPU otherwise, and checks
+/// the result against the float64 reference.
+#[derive(clap::Args)]
+pub struct DemoArgs {
+    /// Arguments for `moe-lora demo`; --help lists them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "DEMO ARGUMENTS")]
+    demo: Vec<String>,
+}
+
+/// Carries `demo` out.
+pub fn demo(args: &DemoArgs) -> Result<()> {
+    setup::compiler()?;
+    run_command(
+        cargo()
+            .args(["run", "--release", "-p", "moe-lora", "--bin", "moe-lora", "--", "demo"])
+            .args(&args.demo),
+    )
+}
