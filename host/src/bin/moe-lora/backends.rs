@@ -1,0 +1,264 @@
+//! The back ends of this machine. All that this program knows of CUDA is here.
+
+use clap::ValueEnum;
+use moe_lora::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
+#[cfg(feature = "cuda")]
+use moe_lora::plan::Stage;
+use moe_lora::verify::{Case, Failure, Outcome, check_each};
+use moe_lora::{Backend, Element, Forward, Projection, Result};
+use std::fmt;
+use std::time::{Duration, Instant};
+
+/// Which back ends to use.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Choice {
+    /// The GPU where there is one
+    Auto,
+    /// The CPU
+    Cpu,
+    /// The GPU, or fail
+    Cuda,
+}
+
+/// What this machine has.
+pub struct Machine {
+    cpu: Cpu,
+    #[cfg(feature = "cuda")]
+    gpu: Result<Gpu>,
+}
+
+/// One back end.
+pub enum Place<'m> {
+    /// The CPU.
+    Cpu(&'m Cpu),
+    /// A stream of the GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(Queue<'m>),
+}
+
+/// One back end in every way that it can be made to work.
+pub enum Ways<'m> {
+    /// The CPU has one.
+    Cpu(&'m Cpu),
+    /// The GPU: as the planner chooses, and every index width with every tile.
+    #[cfg(feature = "cuda")]
+    Cuda(Vec<Queue<'m>>),
+}
+
+impl Ways<'_> {
+    /// Checks a case in all of them.
+    pub fn check(&self, case: &Case) -> Result<Vec<Outcome>, Box<Failure>> {
+        match self {
+            &Ways::Cpu(cpu) => check_each([cpu], case),
+            #[cfg(feature = "cuda")]
+            Ways::Cuda(queues) => check_each(queues, case),
+        }
+    }
+}
+
+impl fmt::Display for Ways<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ways::Cpu(_) => f.pad("cpu"),
+            #[cfg(feature = "cuda")]
+            Ways::Cuda(queues) => f.pad(&format!("cuda, in {} ways", queues.len())),
+        }
+    }
+}
+
+/// `$body` with the back end behind a [`Place`], whatever its type.
+macro_rules! with_backend {
+    ($place:expr, $backend:ident => $body:expr) => {
+        match $place {
+            &$crate::backends::Place::Cpu($backend) => $body,
+            #[cfg(feature = "cuda")]
+            $crate::backends::Place::Cuda($backend) => $body,
+        }
+    };
+}
+pub(crate) use with_backend;
+
+impl Machine {
+    /// Looks for a GPU.
+    pub fn find() -> Self {
+        Machine {
+            cpu: Cpu,
+            #[cfg(feature = "cuda")]
+            gpu: Gpu::new(0),
+        }
+    }
+
+    /// Why there is no GPU to use; `None` when there is one.
+    pub fn missing(&self) -> Option<String> {
+        #[cfg(feature = "cuda")]
+        return self.gpu.as_ref().err().map(ToString::to_string);
+        #[cfg(not(feature = "cuda"))]
+        Some("this program was built without the feature `cuda`".into())
+    }
+
+    /// The back end to use: for [`Choice::Auto`] the fastest.
+    pub fn one(&self, choice: Choice) -> anyhow::Result<Place<'_>> {
+        let mut places = self.each(choice)?;
+        Ok(places.pop().expect("there is always a CPU"))
+    }
+
+    /// All back ends to use: for [`Choice::Auto`] those that are here, the CPU first.
+    pub fn each(&self, choice: Choice) -> anyhow::Result<Vec<Place<'_>>> {
+        let mut places = Vec::new();
+        if choice != Choice::Cuda {
+            places.push(Place::Cpu(&self.cpu));
+        }
+        #[cfg(feature = "cuda")]
+        places.extend(self.queues(choice, &[Options::default()])?.into_iter().map(Place::Cuda));
+        self.require(choice)?;
+        Ok(places)
+    }
+
+    /// For each back end to use, every way that it can be made to work.
+    pub fn ways(&self, choice: Choice) -> anyhow::Result<Vec<Ways<'_>>> {
+        let mut all = Vec::new();
+        if choice != Choice::Cuda {
+            all.push(Ways::Cpu(&self.cpu));
+        }
+        #[cfg(feature = "cuda")]
+        {
+            let forced = [IndexWidth::I32, IndexWidth::I64]
+                .into_iter()
+                .flat_map(|index| TileKind::ALL.map(|tile| Options { index: Some(index), tile: Some(tile) }));
+            let options: Vec<_> = [Options::default()].into_iter().chain(forced).collect();
+            let queues = self.queues(choice, &options)?;
+            all.extend((!queues.is_empty()).then_some(Ways::Cuda(queues)));
+        }
+        self.require(choice)?;
+        Ok(all)
+    }
+
+    /// Refuses [`Choice::Cuda`] where there is no GPU.
+    fn require(&self, choice: Choice) -> anyhow::Result<()> {
+        match self.missing() {
+            Some(reason) if choice == Choice::Cuda => {
+                anyhow::bail!("{reason}; --backend cpu works on any machine")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A queue for each of `options`; none where there is no GPU or it is not wanted.
+    #[cfg(feature = "cuda")]
+    fn queues(&self, choice: Choice, options: &[Options]) -> Result<Vec<Queue<'_>>> {
+        match &self.gpu {
+            Ok(gpu) if choice != Choice::Cpu => options.iter().map(|&options| gpu.queue(options)).collect(),
+            _ => Ok(Vec::new()),
+        }
+    }
+}
+
+impl fmt::Display for Machine {
+    /// What `moe-lora info` prints.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        writeln!(f, "cpu      {threads} threads")?;
+        #[cfg(feature = "cuda")]
+        match &self.gpu {
+            Ok(gpu) => {
+                let (info, module) = (gpu.info(), gpu.embedded());
+                writeln!(f, "cuda     {info}, {} MiB L2", info.l2_bytes >> 20)?;
+                writeln!(f, "         runs the {} kernels", module.arch)?;
+            }
+            Err(reason) => writeln!(f, "cuda     {reason}")?,
+        }
+        #[cfg(feature = "cuda")]
+        for module in EMBEDDED {
+            writeln!(
+                f,
+                "kernels  {:<8} {}, {} KiB of PTX",
+                module.arch,
+                module.made_by,
+                module.ptx.len() >> 10
+            )?;
+        }
+        #[cfg(not(feature = "cuda"))]
+        writeln!(f, "cuda     {}", self.missing().unwrap_or_default())?;
+        Ok(())
+    }
+}
+
+/// A back end that knows how long its work takes.
+pub trait Timed: Backend {
+    /// Bytes per second that its memory moves at best, when known.
+    fn bandwidth(&self) -> Option<f64>;
+
+    /// How it does a call, in a word or two.
+    fn kernel<T: Element>(
+        &self,
+        projection: &Projection,
+        call: &Forward<'_, Self::Space, T>,
+    ) -> Result<String>;
+
+    /// Median time of the `calls` calls that `work` queues, one call. `work` is repeated.
+    ///
+    /// # Safety
+    /// All memory that `work` names must live until this returns, and `work` must queue only.
+    unsafe fn time(&self, calls: usize, work: impl FnMut() -> Result<()>) -> Result<Duration>;
+}
+
+/// The CPU repeats its work for this long.
+const CPU_BUDGET: Duration = Duration::from_millis(500);
+
+impl Timed for Cpu {
+    fn bandwidth(&self) -> Option<f64> {
+        None
+    }
+
+    fn kernel<T: Element>(&self, _: &Projection, _: &Forward<'_, Self::Space, T>) -> Result<String> {
+        Ok("all cores".into())
+    }
+
+    unsafe fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
+        let (start, mut times) = (Instant::now(), Vec::new());
+        while times.is_empty() || start.elapsed() < CPU_BUDGET {
+            let start = Instant::now();
+            work()?;
+            times.push(start.elapsed() / calls as u32);
+        }
+        Ok(median(times))
+    }
+}
+
+/// The GPU replays its work this often.
+#[cfg(feature = "cuda")]
+const GPU_REPEATS: usize = 50;
+/// What an H100's memory moves when it only reads, measured; any other device's is not known here.
+#[cfg(feature = "cuda")]
+const H100_BANDWIDTH: f64 = 3.0e12;
+
+#[cfg(feature = "cuda")]
+impl Timed for Queue<'_> {
+    fn bandwidth(&self) -> Option<f64> {
+        self.gpu().info().name.contains("H100").then_some(H100_BANDWIDTH)
+    }
+
+    fn kernel<T: Element>(
+        &self,
+        projection: &Projection,
+        call: &Forward<'_, Self::Space, T>,
+    ) -> Result<String> {
+        let plan = self.plan(projection, &call.check(projection)?, Stage::Forward, &call.route)?;
+        Ok(plan.map_or("nothing".into(), |plan| format!("{:?} {:?}", plan.index, plan.tile).to_lowercase()))
+    }
+
+    unsafe fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
+        work()?;
+        // SAFETY: the caller keeps all memory alive until this returns, and the graph goes before.
+        let graph = unsafe { self.capture(|_| work())? };
+        let times = self.time(&graph, GPU_REPEATS)?;
+        Ok(median(times.iter().map(|time| Duration::from_secs_f64(time * 1e-6 / calls as f64)).collect()))
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}

@@ -1,0 +1,25 @@
+use crate::backends::Machine;
+
+/// Prints what is here and what is missing.
+pub fn info() -> anyhow::Result<()> {
+    let machine = Machine::find();
+    println!("moe-lora {}", env!("CARGO_PKG_VERSION"));
+    print!("{machine}");
+    println!("\n{}", advice(&machine));
+    Ok(())
+}
+
+fn advice(machine: &Machine) -> &'static str {
+    match (machine.missing(), cfg!(feature = "cuda")) {
+        (None, _) => "Nothing is missing. Next: moe-lora demo",
+        (Some(_), false) => {
+            "Everything runs on the CPU. For the GPU, build this program with its default features.\n\
+             Next: moe-lora demo"
+        }
+        (Some(_), true) => {
+            "Everything runs on the CPU. The GPU back end needs a device of compute capability 8.0 or later and\n\
+             an NVIDIA driver for CUDA 11.8 or later (libcuda.so.1; no toolkit).\n\
+             Next: moe-lora demo"
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! `moe-lora`: what this machine can run, whether it runs right, how fast, and on files of your own.
+
+mod backends;
+mod demo;
+mod info;
+mod run;
+mod verify;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use moe_lora::DType;
+use std::process::ExitCode;
+
+/// The fused MoE-LoRA operator: for every (token, expert) pair of a mixture-of-experts layer,
+/// out += routing weight · B · (A · x), with the matrices of the token's own adapter.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "\
+Examples:
+  moe-lora info                  What is here, and what is missing
+  moe-lora demo                  Qwen3-30B-A3B's layer on every back end: right, and how fast
+  moe-lora verify --grid full    Every mode on many shapes, against float64
+  moe-lora run --help            One layer of a PEFT adapter on tensors of your own"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show the GPU, the driver and the kernels built into this program, and what is missing
+    Info,
+    /// Run the layer shapes of Qwen3-30B-A3B on every back end: check the results, time the calls
+    Demo(demo::Args),
+    /// Apply one layer of PEFT adapters to tensors in a file
+    Run(run::Args),
+    /// Check back ends against the float64 reference, over a grid of shapes and modes
+    Verify(verify::Args),
+}
+
+/// A type to compute in.
+#[derive(Clone, Copy, ValueEnum)]
+enum DTypeArg {
+    Bf16,
+    F16,
+}
+
+impl From<DTypeArg> for DType {
+    fn from(dtype: DTypeArg) -> Self {
+        match dtype {
+            DTypeArg::Bf16 => DType::Bf16,
+            DTypeArg::F16 => DType::F16,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Info => info::info(),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Verify(args) => verify::verify(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! The tensors and modes of one call, and the checks that every back end makes before it starts.
+//!
+//! Names, shapes and types are those of the operator's contract; see the crate's front page.
+
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::projection::{MAX_SIZE, Projection, elements};
+use crate::tensor::{Rows, RowsMut, Space, View, ViewMut};
+use bytemuck::Pod;
+
+/// `adapter_enabled`, `[L]`: 0 switches a slot off for this layer.
+#[derive(Clone, Copy, Debug)]
+pub enum Enabled<'a, S: Space> {
+    /// Every slot is on; there is no tensor.
+    All,
+    /// One byte a slot.
+    U8(View<'a, S, u8>),
+    /// One 32-bit integer a slot.
+    I32(View<'a, S, i32>),
+}
+
+/// Who goes where: the tensors that routing reads. All ids are untrusted.
+#[derive(Clone, Copy, Debug)]
+pub struct RoutingTensors<'a, S: Space> {
+    /// `[T, k]`: global expert ids.
+    pub topk_ids: View<'a, S, i32>,
+    /// `[T]`: adapter slot of each token, −1 for none.
+    pub token_lora: View<'a, S, i32>,
+    /// `[L]`: which slots are on.
+    pub adapter_enabled: Enabled<'a, S>,
+    /// `[L]`: rank in use per slot; `None`: `max_rank` for all. On a device a rank is clamped to
+    /// 0 ..= `max_rank`; on the host one over `max_rank` is an error.
+    pub ranks: Option<View<'a, S, i32>>,
+    /// `[global experts]`: local id of a global expert, −1 when another device holds it.
+    pub expert_map: Option<View<'a, S, i32>>,
+}
+
+/// Where a call's segments come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Route<'a, S: Space> {
+    /// Found by this call, and kept in the workspace.
+    From(RoutingTensors<'a, S>),
+    /// Those that the last call on this workspace found: the second projection of a layer has the
+    /// routing of the first.
+    Kept,
+}
+
+/// A whole call: `out` (+)= routed weight · b · (a · x), for every active pair.
+#[derive(Debug)]
+pub struct Forward<'a, S: Space, T> {
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where.
+    pub route: Route<'a, S>,
+    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
+    pub x: Rows<'a, S, T>,
+    /// S tensors `[L, E or 1, R, K]`.
+    pub a: &'a [View<'a, S, T>],
+    /// S tensors `[L, E or 1, N, R]`.
+    pub b: &'a [View<'a, S, T>],
+    /// `[T, k]`: multiplies each pair's delta; `None` for 1 (`mul_routed_weight` off).
+    pub topk_weights: Option<View<'a, S, f32>>,
+    /// `[T, k, ≥ offset + S·N]`.
+    pub out: RowsMut<'a, S, T>,
+    /// First column of `out` that this call writes.
+    pub offset: usize,
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive.
+    pub accumulate: bool,
+}
+
+/// The first half of a call: `h = a · x`, zero for inactive pairs and above a slot's rank.
+#[derive(Debug)]
+pub struct Shrink<'a, S: Space, T> {
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where.
+    pub route: Route<'a, S>,
+    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
+    pub x: Rows<'a, S, T>,
+    /// S tensors `[L, E or 1, R, K]`.
+    pub a: &'a [View<'a, S, T>],
+    /// `[S, P, R]`, written whole.
+    pub h: ViewMut<'a, S, T>,
+}
+
+/// The second half of a call: `out` (+)= routed weight · b · h.
+#[derive(Debug)]
+pub struct Expand<'a, S: Space, T> {
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where.
+    pub route: Route<'a, S>,
+    /// `[S, P, R]`, as [`Shrink`] leaves it.
+    pub h: View<'a, S, T>,
+    /// S tensors `[L, E or 1, N, R]`.
+    pub b: &'a [View<'a, S, T>],
+    /// `[T, k]`: multiplies each pair's delta; `None` for 1.
+    pub topk_weights: Option<View<'a, S, f32>>,
+    /// `[T, k, ≥ offset + S·N]`.
+    pub out: RowsMut<'a, S, T>,
+    /// First column of `out` that this call writes.
+    pub offset: usize,
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive.
+    pub accumulate: bool,
+}
+
+/// What a checked call adds to its projection: everything that a plan depends on beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// T.
+    pub tokens: usize,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: usize,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: usize,
+    /// First column of `out` that the call writes.
+    pub offset: usize,
+    /// True when every 16-bit tensor starts on a 16-byte boundary.
+    pub aligned: bool,
+}
+
+/// Bytes of the vector accesses of the fast kernels.
+const VECTOR_BYTES: u64 = 16;
+
+/// Refuses a view that cannot hold `shape`.
+fn check_view<S: Space, T: Pod>(tensor: &'static str, view: &View<'_, S, T>, shape: &[usize]) -> Result<()> {
+    let expected = elements(tensor, shape)?;
+    check_extent(tensor, view.address(), align_of::<T>(), view.len(), expected, || format!("{shape:?}"))
+}
+
+fn check_extent(
+    tensor: &'static str,
+    address: u64,
+    align: usize,
+    got: usize,
+    expected: usize,
+    shape: impl Fn() -> String,
+) -> Result<()> {
+    if expected == 0 {
+        return Ok(());
+    }
+    if address == 0 {
+        return Err(Error::NullPointer { tensor, expected });
+    }
+    if !address.is_multiple_of(align as u64) {
+        return Err(Error::Misaligned { tensor, expected: align, address });
+    }
+    if got < expected {
+        return Err(Error::TooShort { tensor, shape: shape(), expected, got });
+    }
+    Ok(())
+}
+
+/// Refuses rows that overlap or that the buffer cannot hold; returns the stride.
+fn check_rows(
+    tensor: &'static str,
+    (address, align, len): (u64, usize, usize),
+    stride: Option<usize>,
+    rows: usize,
+    width: usize,
+) -> Result<usize> {
+    let stride = stride.unwrap_or(width);
+    if stride < width {
+        return Err(Error::RowStride { tensor, expected: width, got: stride });
+    }
+    // The last row need not be followed by the padding of its stride.
+    let extent = match rows.checked_sub(1) {
+        None => 0,
+        Some(before) => elements(tensor, &[before, stride])?
+            .checked_add(width)
+            .ok_or_else(|| Error::SizeOverflow { tensor, shape: format!("[{rows}, {width}]") })?,
+    };
+    let shape = || format!("[{rows}, {width}] with a row stride of {stride}");
+    check_extent(tensor, address, align, len, extent, shape)?;
+    Ok(stride)
+}
+
+fn check_slices<S: Space, T: Pod>(
+    tensor: &'static str,
+    slices: &[View<'_, S, T>],
+    projection: &Projection,
+    shape: [usize; 4],
+) -> Result<()> {
+    let expected = projection.sizes().slices;
+    if slices.len() != expected {
+        return Err(Error::SliceCount { tensor, expected, got: slices.len() });
+    }
+    slices.iter().try_for_each(|slice| check_view(tensor, slice, &shape))
+}
+
+fn check_dtype<T: Element>(projection: &Projection, tensor: &'static str) -> Result<()> {
+    let expected = projection.sizes().dtype;
+    if T::DTYPE != expected {
+        return Err(Error::DTypeMismatch { tensor, expected, got: T::DTYPE });
+    }
+    Ok(())
+}
+
+fn check_tokens(projection: &Projection, tokens: usize) -> Result<usize> {
+    if tokens > MAX_SIZE {
+        return Err(Error::SizeTooLarge { what: "tokens", limit: MAX_SIZE, got: tokens });
+    }
+    projection.pairs(tokens)
+}
+
+fn all_aligned(addresses: impl IntoIterator<Item = u64>) -> bool {
+    addresses.into_iter().all(|address| address.is_multiple_of(VECTOR_BYTES))
+}
+
+impl<S: Space> Route<'_, S> {
+    /// Checks the routing tensors of a call of `tokens` tokens.
+    pub(crate) fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
+        let Route::From(routing) = self else { return Ok(()) };
+        let sizes = projection.sizes();
+        check_view("topk_ids", &routing.topk_ids, &[tokens, sizes.top_k])?;
+        check_view("token_lora", &routing.token_lora, &[tokens])?;
+        match &routing.adapter_enabled {
+            Enabled::All => {}
+            Enabled::U8(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
+            Enabled::I32(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
+        }
+        if let Some(ranks) = &routing.ranks {
+            check_view("ranks", ranks, &[sizes.slots])?;
+        }
+        if let Some(map) = &routing.expert_map {
+            if map.is_empty() {
+                return Err(Error::ZeroSize { what: "expert_map" });
+            }
+            if map.len() > MAX_SIZE {
+                return Err(Error::SizeTooLarge { what: "expert_map", limit: MAX_SIZE, got: map.len() });
+            }
+            check_view("expert_map", map, &[map.len()])?;
+        }
+        Ok(())
+    }
+}
+
+fn check_a<S: Space, T: Element>(projection: &Projection, a: &[View<'_, S, T>]) -> Result<()> {
+    let s = projection.sizes();
+    check_slices("a", a, projection, [s.slots, projection.a_experts(), s.max_rank, s.in_dim])
+}
+
+fn check_b<S: Space, T: Element>(projection: &Projection, b: &[View<'_, S, T>]) -> Result<()> {
+    let s = projection.sizes();
+    check_slices("b", b, projection, [s.slots, projection.b_experts(), s.out_dim, s.max_rank])
+}
+
+fn check_x<S: Space, T: Element>(projection: &Projection, x: &Rows<'_, S, T>, tokens: usize) -> Result<usize> {
+    let extent = (x.data.address(), align_of::<T>(), x.data.len());
+    check_rows("x", extent, x.stride, projection.x_rows(tokens)?, projection.sizes().in_dim)
+}
+
+fn check_out<S: Space, T: Element>(
+    projection: &Projection,
+    out: &RowsMut<'_, S, T>,
+    offset: usize,
+    pairs: usize,
+) -> Result<usize> {
+    let width = projection
+        .out_width()
+        .checked_add(offset)
+        .ok_or_else(|| Error::SizeOverflow { tensor: "out", shape: format!("[.., {offset} + S·N]") })?;
+    let extent = (out.data.address(), align_of::<T>(), out.data.len());
+    check_rows("out", extent, out.stride, pairs, width)
+}
+
+fn check_weights<S: Space>(
+    projection: &Projection,
+    topk_weights: &Option<View<'_, S, f32>>,
+    tokens: usize,
+) -> Result<()> {
+    match topk_weights {
+        Some(weights) => check_view("topk_weights", weights, &[tokens, projection.sizes().top_k]),
+        None => Ok(()),
+    }
+}
+
+fn check_h(projection: &Projection, (address, len): (u64, usize), pairs: usize) -> Result<()> {
+    let s = projection.sizes();
+    let shape = [s.slices, pairs, s.max_rank];
+    check_extent("h", address, 2, len, elements("h", &shape)?, || format!("{shape:?}"))
+}
+
+impl<S: Space, T: Element> Forward<'_, S, T> {
+    /// Checks everything that can be known without reading device memory.
+    ///
+    /// # Errors
+    /// One [`Error`] variant for each rule, naming the tensor, what was expected and what came.
+    pub fn check(&self, projection: &Projection) -> Result<Layout> {
+        check_dtype::<T>(projection, "x")?;
+        let pairs = check_tokens(projection, self.tokens)?;
+        self.route.check(projection, self.tokens)?;
+        let x_stride = check_x(projection, &self.x, self.tokens)?;
+        check_a(projection, self.a)?;
+        check_b(projection, self.b)?;
+        check_weights(projection, &self.topk_weights, self.tokens)?;
+        let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
+        let weights = self.a.iter().chain(self.b).map(View::address);
+        let aligned = all_aligned(weights.chain([self.x.data.address(), self.out.data.address()]));
+        Ok(Layout { tokens: self.tokens, x_stride, out_stride, offset: self.offset, aligned })
+    }
+}
+
+impl<S: Space, T: Element> Shrink<'_, S, T> {
+    /// Checks everything that can be known without reading device memory.
+    ///
+    /// # Errors
+    /// As for [`Forward::check`].
+    pub fn check(&self, projection: &Projection) -> Result<Layout> {
+        check_dtype::<T>(projection, "x")?;
+        let pairs = check_tokens(projection, self.tokens)?;
+        self.route.check(projection, self.tokens)?;
+        let x_stride = check_x(projection, &self.x, self.tokens)?;
+        check_a(projection, self.a)?;
+        check_h(projection, (self.h.address(), self.h.len()), pairs)?;
+        let addresses = self.a.iter().map(View::address);
+        let aligned = all_aligned(addresses.chain([self.x.data.address(), self.h.address()]));
+        Ok(Layout { tokens: self.tokens, x_stride, out_stride: 0, offset: 0, aligned })
+    }
+}
+
+impl<S: Space, T: Element> Expand<'_, S, T> {
+    /// Checks everything that can be known without reading device memory.
+    ///
+    /// # Errors
+    /// As for [`Forward::check`].
+    pub fn check(&self, projection: &Projection) -> Result<Layout> {
+        check_dtype::<T>(projection, "h")?;
+        let pairs = check_tokens(projection, self.tokens)?;
+        self.route.check(projection, self.tokens)?;
+        check_h(projection, (self.h.address(), self.h.len()), pairs)?;
+        check_b(projection, self.b)?;
+        check_weights(projection, &self.topk_weights, self.tokens)?;
+        let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
+        let addresses = self.b.iter().map(View::address);
+        let aligned = all_aligned(addresses.chain([self.h.address(), self.out.data.address()]));
+        Ok(Layout { tokens: self.tokens, x_stride: 0, out_stride, offset: self.offset, aligned })
+    }
+}

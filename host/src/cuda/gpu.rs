@@ -1,0 +1,225 @@
+//! A device with the kernels loaded.
+
+use crate::cuda::{bind, failed, queue::Queue, status};
+use crate::error::{Error, Result};
+use crate::plan::{DeviceLimits, Options};
+use cust::context::Context;
+use cust::device::{Device, DeviceAttribute};
+use cust::module::Module;
+use cust::stream::{Stream, StreamFlags};
+use cust::sys::{self, CUfunction, CUfunction_attribute, CUstream};
+use moe_lora_kernels::{ENTRIES, Entry};
+use std::fmt;
+
+/// The kernels as PTX, for one generation of devices.
+#[derive(Clone, Copy, Debug)]
+pub struct Embedded {
+    /// Least compute capability, times ten: 80, 90.
+    pub sm: u32,
+    /// The target as PTX names it. One that ends in `a` runs on that very capability alone.
+    pub arch: &'static str,
+    /// The PTX module.
+    pub ptx: &'static str,
+    /// Which code generator and compiler made it.
+    pub made_by: &'static str,
+}
+
+/// The modules that were built into this program.
+pub static EMBEDDED: &[Embedded] = include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
+
+impl Embedded {
+    /// True when a device of this compute capability can run the module.
+    fn runs_on(&self, capability: u32) -> bool {
+        if self.arch.ends_with('a') { capability == self.sm } else { capability >= self.sm }
+    }
+}
+
+/// What the driver says of a device.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its name.
+    pub name: String,
+    /// Compute capability: major, minor.
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Bytes of L2 cache.
+    pub l2_bytes: usize,
+    /// Bytes of memory.
+    pub memory_bytes: usize,
+    /// Most shared memory that a block may be given, in bytes.
+    pub shared_bytes: u32,
+    /// Newest CUDA version that the driver knows: major, minor.
+    pub driver: (u32, u32),
+}
+
+impl DeviceInfo {
+    fn new(device: Device) -> Result<Self> {
+        let attribute = |attribute| {
+            let value = device.get_attribute(attribute).map_err(failed("cuDeviceGetAttribute"))?;
+            Ok::<_, Error>(value as u32)
+        };
+        // cust 0.3.2 has no name for this attribute.
+        let most_shared = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let mut shared_bytes = 0;
+        // SAFETY: writes one integer.
+        status("cuDeviceGetAttribute", unsafe {
+            sys::cuDeviceGetAttribute(&mut shared_bytes, most_shared, device.as_raw())
+        })?;
+        let mut version = 0;
+        // SAFETY: writes one integer.
+        status("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
+        Ok(DeviceInfo {
+            name: device.name().map_err(failed("cuDeviceGetName"))?,
+            capability: (
+                attribute(DeviceAttribute::ComputeCapabilityMajor)?,
+                attribute(DeviceAttribute::ComputeCapabilityMinor)?,
+            ),
+            multiprocessors: attribute(DeviceAttribute::MultiprocessorCount)?,
+            l2_bytes: attribute(DeviceAttribute::L2CacheSize)? as usize,
+            memory_bytes: device.total_memory().map_err(failed("cuDeviceTotalMem"))?,
+            shared_bytes: shared_bytes as u32,
+            driver: (version as u32 / 1000, version as u32 % 1000 / 10),
+        })
+    }
+}
+
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = self.capability;
+        write!(
+            f,
+            "{}, compute capability {major}.{minor}, {} multiprocessors, {} GiB, driver for CUDA {}.{}",
+            self.name,
+            self.multiprocessors,
+            self.memory_bytes >> 30,
+            self.driver.0,
+            self.driver.1
+        )
+    }
+}
+
+/// A device with the kernels loaded, in the device's primary context: the one that CUDA's runtime, and so
+/// most other libraries in the process, use.
+pub struct Gpu {
+    // Dropped in this order: the module before its context.
+    functions: Vec<CUfunction>,
+    _module: Module,
+    context: Context,
+    embedded: &'static Embedded,
+    info: DeviceInfo,
+}
+
+// SAFETY: contexts, modules and functions may be used from any thread on which the context is current;
+// `make_current` sees to that.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; nothing here changes after `new`.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens device `ordinal` and loads the kernels. The device's context becomes current on this thread.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] without a driver or device, [`Error::UnsupportedDevice`] when no embedded module
+    /// fits, [`Error::Driver`] when the driver refuses something.
+    pub fn new(ordinal: u32) -> Result<Self> {
+        bind::require()?;
+        let no_device = |error: cust::error::CudaError| Error::NoDevice { reason: format!("{error:?}") };
+        cust::init(cust::CudaFlags::empty()).map_err(no_device)?;
+        let device = Device::get_device(ordinal).map_err(no_device)?;
+        let info = DeviceInfo::new(device)?;
+        if !bind::has_launch_kernel_ex() {
+            let reason = "the driver is older than CUDA 11.8".to_owned();
+            return Err(Error::Driver { call: "cuLaunchKernelEx", reason });
+        }
+        let capability = info.capability.0 * 10 + info.capability.1;
+        let embedded = EMBEDDED
+            .iter()
+            .filter(|embedded| embedded.runs_on(capability))
+            .max_by_key(|embedded| embedded.sm)
+            .ok_or_else(|| Error::UnsupportedDevice {
+                device: info.name.clone(),
+                capability: format!("{}.{}", info.capability.0, info.capability.1),
+                needed: "8.0",
+            })?;
+        let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
+        let module = Module::from_ptx(embedded.ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
+        let functions = ENTRIES
+            .iter()
+            .map(|entry| {
+                let function = module.get_function(entry.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
+                let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is of a live module. The limit is the device's own.
+                status("cuFuncSetAttribute", unsafe {
+                    sys::cuFuncSetAttribute(function, most, info.shared_bytes as i32)
+                })?;
+                Ok(function)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Gpu { functions, _module: module, context, embedded, info })
+    }
+
+    /// What the driver says of the device.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// The module that was loaded.
+    pub fn embedded(&self) -> &'static Embedded {
+        self.embedded
+    }
+
+    /// What plans need to know of the device.
+    pub fn limits(&self) -> DeviceLimits {
+        DeviceLimits { multiprocessors: self.info.multiprocessors, shared_bytes: self.info.shared_bytes }
+    }
+
+    /// A queue on a stream of its own.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when no stream can be made.
+    pub fn queue(&self, options: Options) -> Result<Queue<'_>> {
+        self.make_current()?;
+        let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
+        Ok(Queue::owned(self, stream, options))
+    }
+
+    /// A queue on a stream of the caller's.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the context cannot be made current.
+    pub fn queue_on<'a>(&'a self, stream: &'a Stream, options: Options) -> Result<Queue<'a>> {
+        self.make_current()?;
+        Ok(Queue::borrowed(self, stream.as_inner(), options))
+    }
+
+    /// A queue on a stream that another library made.
+    ///
+    /// # Safety
+    /// `stream` must be a live stream of this device's primary context (or null, its default stream) for as
+    /// long as the queue and its work live.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the context cannot be made current.
+    pub unsafe fn queue_raw(&self, stream: CUstream, options: Options) -> Result<Queue<'_>> {
+        self.make_current()?;
+        Ok(Queue::borrowed(self, stream, options))
+    }
+
+    /// Makes the device's context current on this thread.
+    fn make_current(&self) -> Result<()> {
+        // SAFETY: the context lives as long as `self`.
+        status("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context.as_raw()) })
+    }
+
+    /// The loaded function of an entry of the table.
+    pub(super) fn function(&self, entry: &'static Entry) -> CUfunction {
+        let number = ENTRIES.iter().position(|other| other.kernel == entry.kernel);
+        self.functions[number.expect("plans hold entries of the table")]
+    }
+
+    /// True when the loaded kernels wait for the launch before them on their own.
+    pub(super) fn overlaps_launches(&self) -> bool {
+        self.embedded.sm >= 90
+    }
+}

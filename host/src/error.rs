@@ -1,0 +1,159 @@
+//! One error type for everything that can be wrong with a call.
+
+use crate::dtype::DType;
+use thiserror::Error;
+
+/// Result with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a call was refused. Whatever the variant, nothing was launched and nothing was written.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A size that must be at least one is zero.
+    #[error("{what} is 0, expected at least 1")]
+    ZeroSize {
+        /// Name of the size, as in [`crate::ProjectionSizes`].
+        what: &'static str,
+    },
+    /// A size is over what the operator supports.
+    #[error("{what} is {got}, expected at most {limit}")]
+    SizeTooLarge {
+        /// Name of the size.
+        what: &'static str,
+        /// Largest value supported.
+        limit: usize,
+        /// Value given.
+        got: usize,
+    },
+    /// The sizes of a tensor multiply to more elements than can be addressed.
+    #[error("{tensor} of {shape} has more elements than can be addressed")]
+    SizeOverflow {
+        /// Name of the tensor, as in the operator's contract.
+        tensor: &'static str,
+        /// Its shape, written out.
+        shape: String,
+    },
+    /// A list of per-slice tensors has the wrong length.
+    #[error("{tensor} has {got} slices, expected {expected}")]
+    SliceCount {
+        /// `a` or `b`.
+        tensor: &'static str,
+        /// The projection's slices.
+        expected: usize,
+        /// Tensors given.
+        got: usize,
+    },
+    /// A buffer holds fewer elements than its shape says.
+    #[error("{tensor} holds {got} elements, expected at least {expected} for {shape}")]
+    TooShort {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Its shape, written out.
+        shape: String,
+        /// Elements needed.
+        expected: usize,
+        /// Elements given.
+        got: usize,
+    },
+    /// Rows overlap: the stride between them is less than their width.
+    #[error("{tensor} has a row stride of {got} elements, expected at least {expected}")]
+    RowStride {
+        /// `x` or `out`.
+        tensor: &'static str,
+        /// Width of a row.
+        expected: usize,
+        /// Stride given.
+        got: usize,
+    },
+    /// A pointer is null although its tensor has elements.
+    #[error("{tensor} is a null pointer, expected {expected} elements")]
+    NullPointer {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Elements needed.
+        expected: usize,
+    },
+    /// A pointer is not aligned to its element.
+    #[error("{tensor} at {address:#x} is not aligned to its {expected}-byte elements")]
+    Misaligned {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Alignment needed, in bytes.
+        expected: usize,
+        /// Address given.
+        address: u64,
+    },
+    /// The tensors are of another type than the projection was made for.
+    #[error("{tensor} is {got}, expected {expected}")]
+    DTypeMismatch {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Type of the projection.
+        expected: DType,
+        /// Type of the call.
+        got: DType,
+    },
+    /// A type that the operator does not exist for (from a file or a foreign caller).
+    #[error("{tensor} is {got}, expected {expected}")]
+    UnsupportedDType {
+        /// Name of the tensor.
+        tensor: String,
+        /// Types that would do.
+        expected: &'static str,
+        /// Type found.
+        got: String,
+    },
+    /// A slot's rank is over the rank that the stacked weights are allocated for.
+    #[error("ranks[{slot}] is {rank}, expected at most max_rank = {max_rank}")]
+    RankTooLarge {
+        /// The adapter slot.
+        slot: usize,
+        /// Its rank.
+        rank: i32,
+        /// The projection's `max_rank`.
+        max_rank: usize,
+    },
+    /// The call is larger than the workspace was made for.
+    #[error("workspace has room for {what} = {limit}, this call needs {got}")]
+    WorkspaceTooSmall {
+        /// What ran out.
+        what: &'static str,
+        /// What the workspace was made for.
+        limit: usize,
+        /// What the call needs.
+        got: usize,
+    },
+    /// `Route::Kept` was asked for, but the workspace keeps no route that fits this call.
+    #[error("the workspace keeps {kept}, this call needs {needed}: pass Route::From once per layer")]
+    RouteNotKept {
+        /// What the last call left.
+        kept: String,
+        /// What this call needs.
+        needed: String,
+    },
+    /// The driver library is not there, or there is no device.
+    #[error("no CUDA device: {reason}")]
+    NoDevice {
+        /// What the driver said.
+        reason: String,
+    },
+    /// The device is too old, or no embedded module fits it.
+    #[error("device {device} has compute capability {capability}, the kernels need at least {needed}")]
+    UnsupportedDevice {
+        /// Name of the device.
+        device: String,
+        /// Its compute capability, for example "7.5".
+        capability: String,
+        /// The least that is supported.
+        needed: &'static str,
+    },
+    /// A driver call failed.
+    #[error("{call} failed: {reason}")]
+    Driver {
+        /// Driver function.
+        call: &'static str,
+        /// The driver's own words.
+        reason: String,
+    },
+}

@@ -1,0 +1,31 @@
+//! The fused MoE-LoRA operator.
+//!
+//! For every (token, expert) pair of a mixture-of-experts layer, the low-rank update of the adapter
+//! that the token uses: `out[p] (+)= weight[p] · B[l, e] · (A[l, e] · x[row(p)])`.
+//!
+//! Data walks through this crate in one direction: the tensors of a call ([`call`]) are checked,
+//! planned for ([`plan`]), and launched by a [`Backend`]: [`cpu::Cpu`] everywhere, `cuda::Queue` where
+//! a GPU is. [`reference`](mod@reference) is the plain float64 form that all are tested against.
+
+pub mod adapter;
+pub mod backend;
+pub mod call;
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod dtype;
+pub mod error;
+pub mod plan;
+pub mod projection;
+pub mod reference;
+pub mod run;
+pub mod tensor;
+pub mod tensor_file;
+pub mod verify;
+
+pub use backend::{Backend, Buffer};
+pub use call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+pub use tensor::{Device, Host, Rows, RowsMut, Space, View, ViewMut};

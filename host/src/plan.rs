@@ -1,0 +1,311 @@
+//! Which kernels a call will run, on which tiles, in how many blocks: decided from shapes and the device
+//! alone, before anything is launched. Nothing here touches a device.
+
+mod heuristics;
+
+use crate::call::{Layout, Route};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::projection::{Projection, XRows};
+use crate::tensor::Space;
+use moe_lora_kernels::tile::TileShape;
+use moe_lora_kernels::{ENTRIES, ElementType, Entry, Kernel, Variant, expand, route, shrink};
+pub use moe_lora_kernels::{IndexWidth, TileKind};
+use std::fmt;
+
+/// What a plan needs to know of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceLimits {
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// Most shared memory that a block may be given, in bytes.
+    pub shared_bytes: u32,
+}
+
+impl DeviceLimits {
+    /// An H100, for plans that are made where no device is.
+    pub const H100: Self = DeviceLimits { multiprocessors: 132, shared_bytes: 232_448 };
+}
+
+/// Choices that a caller may take out of the planner's hands; `None` leaves them there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Options {
+    /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
+    pub index: Option<IndexWidth>,
+    /// Tile. A tile for sizes in multiples of 8 is honoured only where they are.
+    pub tile: Option<TileKind>,
+}
+
+/// Which part of the operator a call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Shrink and expand.
+    Forward,
+    /// Shrink alone.
+    Shrink,
+    /// Expand alone.
+    Expand,
+}
+
+/// One launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// The kernel.
+    pub entry: &'static Entry,
+    /// Blocks.
+    pub blocks: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// How `shrink` divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShrinkPlan {
+    /// The launch.
+    pub launch: Launch,
+    /// Blocks that share a tile's columns.
+    pub column_blocks: u32,
+    /// Columns that a stage has room for.
+    pub column_room: u32,
+    /// Blocks that share K.
+    pub splits: u32,
+    /// Steps of K that each of them takes.
+    pub steps_per_split: u32,
+}
+
+/// How `expand` divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpandPlan {
+    /// The launch.
+    pub launch: Launch,
+    /// Blocks that share a slice's columns.
+    pub blocks_per_slice: u32,
+    /// Columns that each of them takes.
+    pub columns_per_block: u32,
+}
+
+/// Everything that a call will launch. Prints as one line a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Width of element offsets.
+    pub index: IndexWidth,
+    /// Tile of `shrink`, `expand` and `route` alike.
+    pub tile: TileKind,
+    /// Largest element offset over all tensors of the call.
+    pub largest_offset: u64,
+    /// The routing launch; `None` when the route is kept from an earlier call.
+    pub route: Option<Launch>,
+    /// Counters of `route`'s block.
+    pub route_window: u32,
+    /// The shrink launch; `None` in [`Stage::Expand`].
+    pub shrink: Option<ShrinkPlan>,
+    /// The expand launch; `None` in [`Stage::Shrink`].
+    pub expand: Option<ExpandPlan>,
+}
+
+/// Elements of f32 that partial sums of `h` may take: 16 MiB. Beyond, a call has blocks enough without
+/// sharing K.
+const MAX_PARTIAL: u64 = 4 << 20;
+
+/// Most blocks of one launch: the grid's x dimension.
+const MAX_BLOCKS: u64 = i32::MAX as u64;
+
+/// Elements are 16-byte aligned when counts of them are multiples of this.
+const VECTOR: usize = 8;
+
+/// Columns of shared memory that hold a stage come in whole groups of a warp.
+const COLUMN_GROUP: usize = moe_lora_kernels::tile::GROUP as usize;
+
+fn entry(kernel: Kernel) -> &'static Entry {
+    ENTRIES.iter().find(|entry| entry.kernel == kernel).expect("every variant is in the table")
+}
+
+/// Bytes of scratch memory that any call of up to `tokens` tokens needs for `h` and its parts.
+pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<usize> {
+    let h = projection.h_elements(tokens)?;
+    let partial = (h as u64).saturating_mul(u64::from(heuristics::MAX_SPLITS)).min(MAX_PARTIAL);
+    Ok((h * DType::SIZE).max(partial as usize * size_of::<f32>()))
+}
+
+/// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
+pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
+    Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16))
+}
+
+/// Buckets of `route`, the one for inactive pairs included.
+fn buckets(projection: &Projection) -> u64 {
+    (projection.sizes().slots * projection.sizes().experts) as u64 + 1
+}
+
+fn tiles(projection: &Projection, pairs: usize, shape: TileShape) -> u64 {
+    route::max_tiles(pairs as u64, buckets(projection), u64::from(shape.rows()))
+}
+
+impl Plan {
+    /// Plans a call whose inputs were checked. `None` when there is nothing to do (T = 0).
+    ///
+    /// # Errors
+    /// [`Error::SizeTooLarge`] when a launch would need more blocks than a grid has.
+    pub fn new<S: Space>(
+        projection: &Projection,
+        layout: &Layout,
+        stage: Stage,
+        route: &Route<'_, S>,
+        limits: &DeviceLimits,
+        options: &Options,
+    ) -> Result<Option<Self>> {
+        if layout.tokens == 0 {
+            return Ok(None);
+        }
+        let sizes = projection.sizes();
+        let pairs = projection.pairs(layout.tokens)?;
+        let h = projection.h_elements(layout.tokens)? as u64;
+
+        let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank, layout.x_stride, layout.out_stride, layout.offset];
+        let fast = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
+        let fits = |tile: &TileKind| {
+            let shape = tile.shape();
+            let room = column_room(projection, shape);
+            let bytes = shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
+            bytes <= limits.shared_bytes
+        };
+        let tile = match options.tile {
+            _ if !fast => TileKind::Any,
+            Some(tile) if fits(&tile) => tile,
+            _ => heuristics::tile(pairs, buckets(projection), fits),
+        };
+        let shape = tile.shape();
+        let tiles = tiles(projection, pairs, shape);
+
+        // How the launches divide their work.
+        let columns = sizes.slices * sizes.max_rank;
+        let column_blocks = (columns as u32).div_ceil(shape.columns());
+        let steps = (sizes.in_dim as u32).div_ceil(TileShape::DEPTH);
+        let splits = match (stage, tile) {
+            // The split form's h is whole, and only the fast kernels store parts.
+            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) => {
+                let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
+                heuristics::splits(tiles * u64::from(column_blocks), steps, most, limits)
+            }
+            _ => 1,
+        };
+        let steps_per_split = steps.div_ceil(splits);
+        let splits = steps.div_ceil(steps_per_split);
+        let slices = sizes.slices as u64;
+        let columns_per_block = heuristics::expand_columns(tiles * slices, sizes.out_dim as u32, shape, limits);
+        let blocks_per_slice = (sizes.out_dim as u32).div_ceil(columns_per_block);
+
+        // The largest element offset decides the index width.
+        let x = match sizes.x_rows {
+            XRows::Token => layout.tokens,
+            XRows::Pair => pairs,
+        } as u64;
+        let weights = |part: Result<usize>| part.map(|elements| elements as u64);
+        let largest_offset = [
+            x.saturating_mul(layout.x_stride as u64),
+            (pairs as u64).saturating_mul(layout.out_stride as u64),
+            weights(projection.a_elements())?,
+            weights(projection.b_elements())?,
+            h * u64::from(splits),
+        ]
+        .into_iter()
+        .fold(0, u64::max);
+        let index = match options.index {
+            _ if largest_offset > i32::MAX as u64 => IndexWidth::I64,
+            Some(index) => index,
+            None => IndexWidth::I32,
+        };
+
+        let element = match sizes.dtype {
+            DType::Bf16 => ElementType::Bf16,
+            DType::F16 => ElementType::F16,
+        };
+        let variant = Variant { element, index, tile };
+        let launch = |kernel, blocks: u64, shared_bytes| {
+            if blocks > MAX_BLOCKS {
+                let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
+                return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
+            }
+            Ok(Launch { entry: entry(kernel), blocks: blocks as u32, shared_bytes })
+        };
+        let route_window = buckets(projection).min(u64::from(route::MAX_WINDOW)) as u32;
+        let column_room = column_room(projection, shape);
+        Ok(Some(Plan {
+            index,
+            tile,
+            largest_offset,
+            route: match route {
+                Route::From(_) => Some(launch(Kernel::Route, 1, route::shared_bytes(route_window))?),
+                Route::Kept => None,
+            },
+            route_window,
+            shrink: match stage {
+                Stage::Expand => None,
+                Stage::Forward | Stage::Shrink => Some(ShrinkPlan {
+                    launch: launch(
+                        Kernel::Shrink(variant),
+                        tiles * u64::from(column_blocks) * u64::from(splits),
+                        shrink::shared_bytes(shape, column_room),
+                    )?,
+                    column_blocks,
+                    column_room,
+                    splits,
+                    steps_per_split,
+                }),
+            },
+            expand: match stage {
+                Stage::Shrink => None,
+                Stage::Forward | Stage::Expand => Some(ExpandPlan {
+                    launch: launch(
+                        Kernel::Expand(variant),
+                        tiles * slices * u64::from(blocks_per_slice),
+                        expand::shared_bytes(shape, sizes.max_rank as u32),
+                    )?,
+                    blocks_per_slice,
+                    columns_per_block,
+                }),
+            },
+        }))
+    }
+
+    /// Parts that `h` is summed from.
+    pub fn splits(&self) -> u32 {
+        self.shrink.map_or(1, |shrink| shrink.splits)
+    }
+}
+
+/// Columns that a stage of `shrink` must have room for.
+fn column_room(projection: &Projection, shape: TileShape) -> u32 {
+    let columns = (projection.sizes().slices * projection.sizes().max_rank).next_multiple_of(COLUMN_GROUP);
+    shape.columns().min(columns as u32)
+}
+
+impl fmt::Display for Launch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Launch { entry, blocks, shared_bytes } = self;
+        let Entry { name, threads, .. } = entry;
+        write!(f, "{name:<20} {blocks} blocks of {threads} threads, {shared_bytes} bytes shared")
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shape = self.tile.shape();
+        let (rows, columns) = (shape.rows(), shape.columns());
+        write!(
+            f,
+            "offsets {:?} (largest {}), tile {rows} pairs × {columns} columns",
+            self.index, self.largest_offset
+        )?;
+        if let Some(launch) = self.route {
+            write!(f, "\n  {launch}")?;
+        }
+        if let Some(plan) = self.shrink {
+            write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;
+        }
+        if let Some(plan) = self.expand {
+            write!(f, "\n  {}, {} columns a block", plan.launch, plan.columns_per_block)?;
+        }
+        Ok(())
+    }
+}

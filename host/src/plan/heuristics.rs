@@ -1,0 +1,46 @@
+//! The rules that choose tiles and divide work, each with its reason. docs/PERFORMANCE.md has the
+//! measurements.
+
+use super::{DeviceLimits, TileKind};
+use moe_lora_kernels::tile::TileShape;
+
+/// Most blocks that share K: each adds a pass over h that `expand` must sum.
+pub(super) const MAX_SPLITS: u32 = 16;
+
+/// Least steps of K a block: the ring must fill once to be worth its start.
+const MIN_STEPS: u32 = 2;
+
+/// Blocks a multiprocessor that keep enough loads in flight for the memory's bandwidth.
+const BLOCKS_PER_MULTIPROCESSOR: u64 = 4;
+
+/// The tile: the smallest that holds most segments whole, since every further tile of a segment reads its
+/// weights again. Segments are guessed to be of the size that uniform routing over all slots gives.
+pub(super) fn tile(pairs: usize, buckets: u64, fits: impl Fn(&TileKind) -> bool) -> TileKind {
+    let segment = pairs as u64 / buckets;
+    let wanted = match segment {
+        0..=12 => TileKind::M16,
+        13..=24 => TileKind::M32,
+        _ => TileKind::M64,
+    };
+    // From the wanted size downwards: a large rank may leave no room for a large tile.
+    [TileKind::M64, TileKind::M32, TileKind::M16]
+        .into_iter()
+        .skip_while(|tile| *tile != wanted)
+        .find(fits)
+        .unwrap_or(TileKind::M16)
+}
+
+/// Blocks that share K, so that `blocks` of them fill the device.
+pub(super) fn splits(blocks: u64, steps: u32, most: u32, limits: &DeviceLimits) -> u32 {
+    let wanted = (u64::from(limits.multiprocessors) * BLOCKS_PER_MULTIPROCESSOR).div_ceil(blocks);
+    (wanted as u32).min(most).min(steps / MIN_STEPS).max(1)
+}
+
+/// Columns of a slice that one block of `expand` takes: as many as still leave the device full, since h is
+/// read again by each.
+pub(super) fn expand_columns(blocks: u64, out_dim: u32, shape: TileShape, limits: &DeviceLimits) -> u32 {
+    let column_tiles = out_dim.div_ceil(shape.columns());
+    let wanted = (u64::from(limits.multiprocessors) * BLOCKS_PER_MULTIPROCESSOR).div_ceil(blocks);
+    let runs = (wanted as u32).clamp(1, column_tiles);
+    column_tiles.div_ceil(runs) * shape.columns()
+}

@@ -1,0 +1,212 @@
+//! The shape of one LoRA'd projection of a mixture-of-experts layer.
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// What a row of `x` belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum XRows {
+    /// One row a token, `[T, K]`: gate and up projections (w13).
+    Token,
+    /// One row a (token, choice) pair, `[T·k, K]`: the down projection (w2).
+    Pair,
+}
+
+/// Whether the experts of a slot have a matrix each or share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertWeights {
+    /// One matrix an expert: `[L, E, …]`.
+    PerExpert,
+    /// One matrix for all experts of a slot: `[L, 1, …]`.
+    Shared,
+}
+
+/// The sizes that a [`Projection`] is made from, named as in the operator's contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProjectionSizes {
+    /// Type of activations and weights.
+    pub dtype: DType,
+    /// k: experts chosen per token, at most [`Projection::MAX_TOP_K`].
+    pub top_k: usize,
+    /// E: experts whose adapters this device holds.
+    pub experts: usize,
+    /// L: adapter slots resident on the device.
+    pub slots: usize,
+    /// R: rank that the stacked weights are allocated for.
+    pub max_rank: usize,
+    /// S: slices of the projection, at most [`Projection::MAX_SLICES`]; 2 for gate and up, 1 for down.
+    pub slices: usize,
+    /// K: width of a row of `x`.
+    pub in_dim: usize,
+    /// N: width of one slice of the output.
+    pub out_dim: usize,
+    /// What a row of `x` belongs to.
+    pub x_rows: XRows,
+    /// Whether `a` has a matrix an expert.
+    pub a_experts: ExpertWeights,
+    /// Whether `b` has a matrix an expert.
+    pub b_experts: ExpertWeights,
+}
+
+/// Sizes that have been checked: a `Projection` that exists can be planned for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Projection(ProjectionSizes);
+
+/// Elements of a tensor may be this many at most, so that byte offsets fit 63 bits.
+const MAX_ELEMENTS: usize = 1 << 61;
+/// A single size may be this large at most: kernels hold sizes in 31 bits.
+pub(crate) const MAX_SIZE: usize = i32::MAX as usize;
+
+/// `sizes` multiplied, or an error that names the tensor.
+pub(crate) fn elements(tensor: &'static str, sizes: &[usize]) -> Result<usize> {
+    sizes
+        .iter()
+        .try_fold(1usize, |product, &size| product.checked_mul(size))
+        .filter(|&product| product <= MAX_ELEMENTS)
+        .ok_or_else(|| Error::SizeOverflow { tensor, shape: format!("{sizes:?}") })
+}
+
+impl Projection {
+    /// Most experts a token may choose.
+    pub const MAX_TOP_K: usize = 64;
+    /// Most slices of one projection.
+    pub const MAX_SLICES: usize = 4;
+    /// Largest rank that weights may be allocated for.
+    pub const MAX_RANK: usize = 1024;
+
+    /// Checks sizes.
+    ///
+    /// # Errors
+    /// [`Error::ZeroSize`] and [`Error::SizeTooLarge`] name the size; [`Error::SizeOverflow`] names
+    /// the tensor whose elements cannot be addressed.
+    pub fn new(sizes: ProjectionSizes) -> Result<Self> {
+        let ProjectionSizes { top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = sizes;
+        for (what, got, limit) in [
+            ("top_k", top_k, Self::MAX_TOP_K),
+            ("experts", experts, MAX_SIZE),
+            ("slots", slots, MAX_SIZE),
+            ("max_rank", max_rank, Self::MAX_RANK),
+            ("slices", slices, Self::MAX_SLICES),
+            ("in_dim", in_dim, MAX_SIZE),
+            ("out_dim", out_dim, MAX_SIZE),
+        ] {
+            if got == 0 {
+                return Err(Error::ZeroSize { what });
+            }
+            if got > limit {
+                return Err(Error::SizeTooLarge { what, limit, got });
+            }
+        }
+        // A (slot, expert) bucket has a 31-bit number.
+        let buckets = elements("(slot, expert)", &[slots, experts])?;
+        if buckets > MAX_SIZE {
+            return Err(Error::SizeTooLarge { what: "slots · experts", limit: MAX_SIZE, got: buckets });
+        }
+        let projection = Projection(sizes);
+        projection.a_elements()?;
+        projection.b_elements()?;
+        Ok(projection)
+    }
+
+    /// The sizes as given.
+    pub fn sizes(&self) -> &ProjectionSizes {
+        &self.0
+    }
+
+    /// Matrices of `a` in one slot: E, or 1 when shared.
+    pub fn a_experts(&self) -> usize {
+        match self.0.a_experts {
+            ExpertWeights::PerExpert => self.0.experts,
+            ExpertWeights::Shared => 1,
+        }
+    }
+
+    /// Matrices of `b` in one slot: E, or 1 when shared.
+    pub fn b_experts(&self) -> usize {
+        match self.0.b_experts {
+            ExpertWeights::PerExpert => self.0.experts,
+            ExpertWeights::Shared => 1,
+        }
+    }
+
+    /// Elements of one slice of `a`, `[L, E, R, K]`.
+    pub(crate) fn a_elements(&self) -> Result<usize> {
+        elements("a", &[self.0.slots, self.a_experts(), self.0.max_rank, self.0.in_dim])
+    }
+
+    /// Elements of one slice of `b`, `[L, E, N, R]`.
+    pub(crate) fn b_elements(&self) -> Result<usize> {
+        elements("b", &[self.0.slots, self.b_experts(), self.0.out_dim, self.0.max_rank])
+    }
+
+    /// Elements of `h`, `[S, P, R]`, for `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::SizeTooLarge`] and [`Error::SizeOverflow`] when there are too many.
+    pub fn h_elements(&self, tokens: usize) -> Result<usize> {
+        elements("h", &[self.0.slices, self.pairs(tokens)?, self.0.max_rank])
+    }
+
+    /// P: (token, choice) pairs of `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::SizeTooLarge`] when a pair's number does not fit 31 bits.
+    pub fn pairs(&self, tokens: usize) -> Result<usize> {
+        match tokens.checked_mul(self.0.top_k) {
+            Some(pairs) if pairs <= MAX_SIZE => Ok(pairs),
+            _ => Err(Error::SizeTooLarge { what: "tokens", limit: MAX_SIZE / self.0.top_k, got: tokens }),
+        }
+    }
+
+    /// Rows of `x` for `tokens` tokens: T or P.
+    ///
+    /// # Errors
+    /// As for [`Projection::pairs`].
+    pub fn x_rows(&self, tokens: usize) -> Result<usize> {
+        Ok(match self.0.x_rows {
+            XRows::Token => tokens,
+            XRows::Pair => self.pairs(tokens)?,
+        })
+    }
+
+    /// Columns of `out` that a call writes: S·N.
+    pub fn out_width(&self) -> usize {
+        self.0.slices * self.0.out_dim
+    }
+
+    /// Checks ranks that are known on the host, before they are copied to a device.
+    ///
+    /// # Errors
+    /// [`Error::TooShort`] when there are fewer than slots, [`Error::RankTooLarge`] for a rank over
+    /// `max_rank`.
+    pub fn check_ranks(&self, ranks: &[i32]) -> Result<()> {
+        let ProjectionSizes { slots, max_rank, .. } = self.0;
+        if ranks.len() < slots {
+            return Err(Error::TooShort {
+                tensor: "ranks",
+                shape: format!("[{slots}]"),
+                expected: slots,
+                got: ranks.len(),
+            });
+        }
+        match ranks[..slots].iter().position(|&rank| rank > max_rank as i32) {
+            Some(slot) => Err(Error::RankTooLarge { slot, rank: ranks[slot], max_rank }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Projection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let s = &self.0;
+        write!(
+            f,
+            "{} K={} N={} S={} R={} E={} L={} k={}",
+            s.dtype, s.in_dim, s.out_dim, s.slices, s.max_rank, s.experts, s.slots, s.top_k
+        )
+    }
+}

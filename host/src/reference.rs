@@ -1,0 +1,189 @@
+//! The plain float64 form of every call: what any back end must compute, written as the contract's
+//! formula and as slow as that is.
+//!
+//! Host ranks over `max_rank` are clamped here, as ranks on a device are, and `h` is never rounded.
+
+use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::projection::{ExpertWeights, Projection, XRows};
+use crate::tensor::{Host, View};
+use rayon::prelude::*;
+
+/// Where the weights of an active pair are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// l: the adapter slot, below L.
+    pub slot: usize,
+    /// e: the local expert, below E.
+    pub expert: usize,
+    /// Rank in use, 0 ..= R.
+    pub rank: usize,
+}
+
+impl Target {
+    /// Number of the matrix among those of one slice of `a` or `b`, `[L, E or 1, …]`.
+    fn matrix(self, experts: usize, weights: ExpertWeights) -> usize {
+        match weights {
+            ExpertWeights::PerExpert => self.slot * experts + self.expert,
+            ExpertWeights::Shared => self.slot,
+        }
+    }
+}
+
+/// What a call must compute, before it is rounded or added to anything.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expected {
+    /// For each pair its weights; `None` when the pair is inactive.
+    pub targets: Vec<Option<Target>>,
+    /// `[P, S·N]` what is added to `out`, or `[S, P, R]` what `h` becomes; zero for inactive pairs.
+    pub values: Vec<f64>,
+}
+
+/// The weights of each of the P pairs; `None` where a pair is inactive. Any id may have any value.
+///
+/// The tensors must be as long as [`Forward::check`] demands.
+pub fn targets(projection: &Projection, tokens: usize, routing: &RoutingTensors<'_, Host>) -> Vec<Option<Target>> {
+    let sizes = projection.sizes();
+    if tokens == 0 {
+        return Vec::new();
+    }
+    let (topk_ids, token_lora) = (routing.topk_ids.as_slice(), routing.token_lora.as_slice());
+    let enabled = |slot: usize| match &routing.adapter_enabled {
+        Enabled::All => true,
+        Enabled::U8(flags) => flags.as_slice()[slot] != 0,
+        Enabled::I32(flags) => flags.as_slice()[slot] != 0,
+    };
+    let rank = |slot: usize| match &routing.ranks {
+        None => sizes.max_rank,
+        Some(ranks) => ranks.as_slice()[slot].clamp(0, sizes.max_rank as i32) as usize,
+    };
+    let local_expert = |global: i32| match &routing.expert_map {
+        None => Some(global),
+        Some(map) => map.as_slice().get(usize::try_from(global).ok()?).copied(),
+    };
+    let target = |pair: usize| {
+        let slot = index_below(token_lora[pair / sizes.top_k], sizes.slots)?;
+        let expert = index_below(local_expert(topk_ids[pair])?, sizes.experts)?;
+        enabled(slot).then(|| Target { slot, expert, rank: rank(slot) })
+    };
+    (0..tokens * sizes.top_k).map(target).collect()
+}
+
+/// `id` as an index, when it is one.
+fn index_below(id: i32, limit: usize) -> Option<usize> {
+    usize::try_from(id).ok().filter(|&index| index < limit)
+}
+
+/// `[P, S·N]`: weight · b · (a · x).
+///
+/// # Errors
+/// As [`Forward::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>) -> Result<Expected> {
+    let layout = call.check(projection)?;
+    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let x = X { projection, data: call.x.data, stride: layout.x_stride };
+    let weights = call.topk_weights;
+    let values = delta(projection, &targets, call.b, weights, |s, pair, target| x.shrink(call.a[s], pair, target));
+    Ok(Expected { targets, values })
+}
+
+/// `[S, P, R]`: a · x, zero above a slot's rank.
+///
+/// # Errors
+/// As [`Shrink::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -> Result<Expected> {
+    let layout = call.check(projection)?;
+    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let x = X { projection, data: call.x.data, stride: layout.x_stride };
+    let mut values = vec![0.0; projection.h_elements(call.tokens)?];
+    values.par_chunks_mut(projection.sizes().max_rank).enumerate().for_each(|(row, h)| {
+        let (s, pair) = (row / targets.len(), row % targets.len());
+        if let Some(target) = targets[pair] {
+            h[..target.rank].copy_from_slice(&x.shrink(call.a[s], pair, target));
+        }
+    });
+    Ok(Expected { targets, values })
+}
+
+/// `[P, S·N]`: weight · b · h.
+///
+/// # Errors
+/// As [`Expand::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+pub fn expand<T: Element>(projection: &Projection, call: &Expand<'_, Host, T>) -> Result<Expected> {
+    call.check(projection)?;
+    let max_rank = projection.sizes().max_rank;
+    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let values = delta(projection, &targets, call.b, call.topk_weights, |s, pair, target| {
+        let row = (s * targets.len() + pair) * max_rank;
+        widened(&call.h.as_slice()[row..][..target.rank]).collect()
+    });
+    Ok(Expected { targets, values })
+}
+
+/// `delta[p, s·N + n]` = weight\[p\] · Σ_q h\[q\] · b\[s\]\[l, e, n, q\], with h as `hidden(s, p, …)` gives it.
+fn delta<T: Element>(
+    projection: &Projection,
+    targets: &[Option<Target>],
+    b: &[View<'_, Host, T>],
+    topk_weights: Option<View<'_, Host, f32>>,
+    hidden: impl Fn(usize, usize, Target) -> Vec<f64> + Sync,
+) -> Vec<f64> {
+    let sizes = projection.sizes();
+    let width = projection.out_width();
+    let mut delta = vec![0.0; targets.len() * width];
+    delta.par_chunks_mut(width).zip(targets).enumerate().for_each(|(pair, (delta, target))| {
+        let Some(target) = *target else { return };
+        let weight = topk_weights.map_or(1.0, |weights| f64::from(weights.as_slice()[pair]));
+        for (s, delta) in delta.chunks_mut(sizes.out_dim).enumerate() {
+            let h = hidden(s, pair, target);
+            let first_row = target.matrix(sizes.experts, sizes.b_experts) * sizes.out_dim;
+            for (n, delta) in delta.iter_mut().enumerate() {
+                *delta = weight * dot(&b[s].as_slice()[(first_row + n) * sizes.max_rank..][..target.rank], &h);
+            }
+        }
+    });
+    delta
+}
+
+/// The activations of a call.
+struct X<'a, T> {
+    projection: &'a Projection,
+    data: View<'a, Host, T>,
+    stride: usize,
+}
+
+impl<T: Element> X<'_, T> {
+    /// `h[q]` = Σ_c x\[row(p), c\] · a\[l, e, q, c\], q < rank.
+    fn shrink(&self, a: View<'_, Host, T>, pair: usize, target: Target) -> Vec<f64> {
+        let sizes = self.projection.sizes();
+        let row = match sizes.x_rows {
+            XRows::Token => pair / sizes.top_k,
+            XRows::Pair => pair,
+        };
+        let x: Vec<f64> = widened(&self.data.as_slice()[row * self.stride..][..sizes.in_dim]).collect();
+        let first_row = target.matrix(sizes.experts, sizes.a_experts) * sizes.max_rank;
+        let a_row = |q| &a.as_slice()[(first_row + q) * sizes.in_dim..][..sizes.in_dim];
+        (0..target.rank).map(|q| dot(a_row(q), &x)).collect()
+    }
+}
+
+fn widened<T: Element>(row: &[T]) -> impl Iterator<Item = f64> {
+    let mut values = vec![0.0; row.len()];
+    T::widen(row, &mut values);
+    values.into_iter().map(f64::from)
+}
+
+fn dot<T: Element>(weights: &[T], values: &[f64]) -> f64 {
+    widened(weights).zip(values).map(|(weight, value)| weight * value).sum()
+}
+
+fn own_routing<'r, 'a>(route: &'r Route<'a, Host>) -> Result<&'r RoutingTensors<'a, Host>> {
+    match route {
+        Route::From(routing) => Ok(routing),
+        Route::Kept => Err(Error::RouteNotKept {
+            kept: "nothing: the reference has none".to_owned(),
+            needed: "routing tensors".to_owned(),
+        }),
+    }
+}

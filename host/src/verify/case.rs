@@ -1,0 +1,232 @@
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// One call, described: shapes, modes, who goes where, and the seed of everything else.
+///
+/// Its JSON form may leave out whatever is as in [`Case::default`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Case {
+    /// Type of activations and weights.
+    pub dtype: DType,
+    /// T.
+    pub tokens: usize,
+    /// k.
+    pub top_k: usize,
+    /// E.
+    pub experts: usize,
+    /// Length of `expert_map`; `None`: there is no map, and E experts are all there are.
+    pub global_experts: Option<usize>,
+    /// L.
+    pub slots: usize,
+    /// R.
+    pub max_rank: usize,
+    /// S.
+    pub slices: usize,
+    /// K.
+    pub in_dim: usize,
+    /// N.
+    pub out_dim: usize,
+    /// What a row of `x` belongs to.
+    pub x_rows: XRows,
+    /// Whether `a` has a matrix an expert.
+    pub a_experts: ExpertWeights,
+    /// Whether `b` has a matrix an expert.
+    pub b_experts: ExpertWeights,
+    /// `topk_ids`.
+    pub routing: Experts,
+    /// `token_lora`.
+    pub loras: Loras,
+    /// `adapter_enabled`.
+    pub enabled: Flags,
+    /// `ranks`.
+    pub ranks: Ranks,
+    /// Whether deltas are multiplied by `topk_weights`.
+    pub routed_weight: bool,
+    /// Whether deltas are added to `out`, or overwrite it.
+    pub accumulate: bool,
+    /// First column of `out` that is written.
+    pub offset: usize,
+    /// Row stride of `x` less K.
+    pub x_padding: usize,
+    /// Row stride of `out` less offset + S·N.
+    pub out_padding: usize,
+    /// One call, or the two halves.
+    pub form: Form,
+    /// Whether every tensor starts one element off a 16-byte boundary.
+    pub misaligned: bool,
+    /// Seed of all values.
+    pub seed: u64,
+}
+
+/// How tokens choose experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Experts {
+    /// All experts alike.
+    Uniform,
+    /// Few experts have most of the tokens.
+    Zipf,
+    /// Every choice of every token is the same expert.
+    One,
+    /// About half of the ids, and of the values of `expert_map`, are no expert: negative, just past
+    /// the end, and the extremes of i32.
+    OutOfRange,
+}
+
+/// How tokens come by adapter slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Loras {
+    /// Runs of tokens share a slot, as the sequences of a batch do.
+    Sequences,
+    /// Each token has any slot, or none.
+    Random,
+    /// All tokens have the last slot.
+    One,
+    /// No token has a slot.
+    None,
+    /// About half of the slots are none: negative, just past the end, and the extremes of i32.
+    OutOfRange,
+}
+
+/// The form of `adapter_enabled`. Where there is a tensor, about a quarter of the slots is off, and
+/// those that are on say so with any value but zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Flags {
+    /// No tensor.
+    All,
+    /// One byte a slot.
+    U8,
+    /// One 32-bit integer a slot.
+    I32,
+}
+
+/// The ranks of the slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ranks {
+    /// No tensor: R for all.
+    Max,
+    /// Any rank from 1 to R.
+    Mixed,
+    /// Negative, zero, over R and the extremes of i32. On the host, where a rank over R is an error,
+    /// R stands in for it.
+    OutOfRange,
+}
+
+/// Which calls compute the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// One whole call.
+    Forward,
+    /// Shrink, then expand.
+    Split,
+}
+
+impl Default for Case {
+    /// A small call of the plainest kind.
+    fn default() -> Self {
+        Case {
+            dtype: DType::Bf16,
+            tokens: 16,
+            top_k: 2,
+            experts: 4,
+            global_experts: None,
+            slots: 2,
+            max_rank: 16,
+            slices: 1,
+            in_dim: 64,
+            out_dim: 64,
+            x_rows: XRows::Token,
+            a_experts: ExpertWeights::PerExpert,
+            b_experts: ExpertWeights::PerExpert,
+            routing: Experts::Uniform,
+            loras: Loras::Sequences,
+            enabled: Flags::All,
+            ranks: Ranks::Max,
+            routed_weight: false,
+            accumulate: true,
+            offset: 0,
+            x_padding: 0,
+            out_padding: 0,
+            form: Form::Forward,
+            misaligned: false,
+            seed: 1,
+        }
+    }
+}
+
+impl Case {
+    /// The projection of this call.
+    ///
+    /// # Errors
+    /// As [`Projection::new`].
+    pub fn projection(&self) -> Result<Projection> {
+        Projection::new(ProjectionSizes {
+            dtype: self.dtype,
+            top_k: self.top_k,
+            experts: self.experts,
+            slots: self.slots,
+            max_rank: self.max_rank,
+            slices: self.slices,
+            in_dim: self.in_dim,
+            out_dim: self.out_dim,
+            x_rows: self.x_rows,
+            a_experts: self.a_experts,
+            b_experts: self.b_experts,
+        })
+    }
+
+    /// Elements from one row of `x` to the next.
+    pub fn x_stride(&self) -> usize {
+        self.in_dim + self.x_padding
+    }
+
+    /// Columns of a row of `out` up to the last one written: offset + S·N.
+    pub fn out_width(&self) -> usize {
+        self.offset + self.slices * self.out_dim
+    }
+
+    /// Elements from one row of `out` to the next.
+    pub fn out_stride(&self) -> usize {
+        self.out_width() + self.out_padding
+    }
+
+    /// The command that checks this case again.
+    pub fn command(&self) -> String {
+        let json = serde_json::to_string(self).expect("a case is plain data");
+        format!("moe-lora verify --case '{json}'")
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Case { dtype, tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = self;
+        write!(f, "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank} S={slices} K={in_dim} N={out_dim}")?;
+        if let Some(global_experts) = self.global_experts {
+            write!(f, " of {global_experts} experts")?;
+        }
+        write!(f, ", {:?}", self.form)?;
+        let modes = [
+            (self.accumulate, "accumulate"),
+            (!self.accumulate, "overwrite"),
+            (self.x_rows == XRows::Pair, "x a pair"),
+            (self.routed_weight, "weighted"),
+            (self.a_experts == ExpertWeights::Shared, "a shared"),
+            (self.b_experts == ExpertWeights::Shared, "b shared"),
+            (self.offset + self.x_padding + self.out_padding > 0, "strided"),
+            (self.misaligned, "misaligned"),
+        ];
+        for (_, mode) in modes.iter().filter(|(on, _)| *on) {
+            write!(f, ", {mode}")?;
+        }
+        write!(f, "; experts {:?}, loras {:?}", self.routing, self.loras)?;
+        write!(f, ", flags {:?}, ranks {:?}", self.enabled, self.ranks)
+    }
+}

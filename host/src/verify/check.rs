@@ -1,0 +1,462 @@
+use super::case::{Case, Form};
+use super::data::{CaseData, FlagTensor, Operands, Tensor};
+use crate::backend::{Backend, Buffer};
+use crate::call::{Enabled, RoutingTensors};
+use crate::dtype::{DType, Element};
+use crate::error::Error;
+use crate::projection::Projection;
+use crate::reference::{self, Expected};
+use crate::tensor::{View, ViewMut};
+use bytemuck::Pod;
+use half::{bf16, f16};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
+use thiserror::Error as ThisError;
+
+/// One element may be off by this many times the tolerance, of the deviation that a delta has by
+/// construction plus its own size: far above what rounding `h` and `out` can do, far below the effect
+/// of one wrong operand.
+const ELEMENT_SLACK: f64 = 10.0;
+
+/// The tolerance bounds a mean over many roundings. Fewer roundings of `h`, or of `out`, than this
+/// are only checked one by one, as a single rounding to bf16 may be off by 4e-3.
+const MEASURED_ROUNDINGS: usize = 1024;
+
+/// What a back end made of a case that it passed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// ‖out − ref‖ / ‖ref‖, Frobenius, over the deltas of all active pairs; 0 when there are none.
+    pub error: f64,
+    /// Active pairs.
+    pub active: usize,
+    /// P.
+    pub pairs: usize,
+    /// Hash of the bytes of `out`: equal where results are bitwise equal.
+    pub digest: u64,
+}
+
+/// A case that a back end did not pass.
+#[derive(Clone, Debug, ThisError)]
+#[error("{backend}: {fault}\n  case: {case}\n  again: {}", case.command())]
+pub struct Failure {
+    /// The back end and what was forced on it, as [`Backend::variant`] says.
+    pub backend: String,
+    /// The case.
+    pub case: Case,
+    /// What was wrong.
+    #[source]
+    pub fault: Fault,
+}
+
+/// What was wrong.
+#[derive(Clone, Debug, ThisError)]
+pub enum Fault {
+    /// The back end, or the check of the case, returned an error.
+    #[error("refused: {0}")]
+    Refused(#[from] Error),
+    /// The result as a whole is too far from the reference.
+    #[error("{tensor} is off by {error:.2e} of its norm, tolerance {tolerance:.0e}")]
+    Inaccurate {
+        /// `h` or `out`.
+        tensor: &'static str,
+        /// ‖got − expected‖ / ‖expected‖.
+        error: f64,
+        /// What is allowed.
+        tolerance: f64,
+    },
+    /// One element is wrong, or was never written (then it is NaN).
+    #[error("{tensor} at {place} is {got}, expected {expected}")]
+    WrongElement {
+        /// `h` or `out`.
+        tensor: &'static str,
+        /// Where.
+        place: String,
+        /// The back end's value.
+        got: f32,
+        /// The reference's value.
+        expected: f64,
+    },
+    /// Memory was changed that the call must leave alone.
+    #[error("{tensor} at {place} became {got}, expected {expected} as before")]
+    Touched {
+        /// Name of the tensor.
+        tensor: &'static str,
+        /// Where.
+        place: String,
+        /// Bytes found.
+        got: String,
+        /// Bytes expected.
+        expected: String,
+    },
+    /// The same call gave two results.
+    #[error("{tensor} came out differently at {place} when {run}")]
+    NotRepeatable {
+        /// `h` or `out`.
+        tensor: &'static str,
+        /// Where.
+        place: String,
+        /// What was run again.
+        run: &'static str,
+    },
+}
+
+
+/// Checks `case` on `backend`.
+///
+/// # Errors
+/// The first [`Fault`] found, with the case and the command that runs it again.
+pub fn check<B: Backend>(backend: &B, case: &Case) -> Result<Outcome, Box<Failure>> {
+    check_each([backend], case).map(|outcomes| outcomes[0])
+}
+
+/// Checks `case` on several back ends, say on all variants of one, and computes what is expected only once.
+///
+/// # Errors
+/// As [`check`], for the first back end that does not pass.
+pub fn check_each<'b, B: Backend + 'b>(
+    backends: impl IntoIterator<Item = &'b B>,
+    case: &Case,
+) -> Result<Vec<Outcome>, Box<Failure>> {
+    match case.dtype {
+        DType::Bf16 => check_typed::<B, bf16>(backends, case),
+        DType::F16 => check_typed::<B, f16>(backends, case),
+    }
+}
+
+fn check_typed<'b, B: Backend + 'b, T: Element>(
+    backends: impl IntoIterator<Item = &'b B>,
+    case: &Case,
+) -> Result<Vec<Outcome>, Box<Failure>> {
+    let failure = |backend: &str, fault| Box::new(Failure { backend: backend.to_owned(), case: case.clone(), fault });
+    let data = CaseData::<T>::new::<B::Space>(case).map_err(|error| failure("case", error.into()))?;
+    let trial = Trial::new(case, &data).map_err(|error| failure("reference", error.into()))?;
+    let outcome = |backend: &'b B| trial.run(backend).map_err(|fault| failure(&backend.variant(), fault));
+    backends.into_iter().map(outcome).collect()
+}
+
+/// A case with its tensors and what must come of them.
+struct Trial<'d, T> {
+    case: &'d Case,
+    projection: Projection,
+    data: &'d CaseData<T>,
+    /// What is added to `out`.
+    delta: Expected,
+    /// What `h` becomes, in the split form.
+    h: Option<Expected>,
+}
+
+/// What one run left: images, guards and all.
+#[derive(PartialEq)]
+struct Outputs<T> {
+    h: Vec<T>,
+    out: Vec<T>,
+}
+
+impl<'d, T: Element> Trial<'d, T> {
+    fn new(case: &'d Case, data: &'d CaseData<T>) -> crate::Result<Self> {
+        let projection = case.projection()?;
+        let operands = data.operands();
+        // The reference only reads: these stand in for what the call would write.
+        let (mut h, mut out) = (data.h.elements().to_vec(), data.out.elements().to_vec());
+        let delta = reference::forward(&projection, &operands.forward(case, false, out.as_mut_slice().into()))?;
+        let h = match case.form {
+            Form::Forward => None,
+            Form::Split => {
+                Some(reference::shrink(&projection, &operands.shrink(case, false, h.as_mut_slice().into()))?)
+            }
+        };
+        Ok(Trial { case, projection, data, delta, h })
+    }
+
+    fn run<B: Backend>(&self, backend: &B) -> Result<Outcome, Fault> {
+        let inputs = Uploaded::new(backend, self.data)?;
+        let mut workspace = backend.workspace(&[self.projection], self.case.tokens)?;
+        let first = self.call(backend, &mut workspace, &inputs, false)?;
+        self.check_h(&first.h)?;
+        let error = self.check_out(&first.out)?;
+        for (kept, run) in [(false, "run again"), (true, "run again on the kept route")] {
+            let again = self.call(backend, &mut workspace, &inputs, kept)?;
+            check_same(&self.data.h, &first.h, &again.h, run)?;
+            check_same(&self.data.out, &first.out, &again.out, run)?;
+        }
+        inputs.check_unchanged(backend)?;
+
+        let mut hasher = DefaultHasher::new();
+        bytemuck::cast_slice::<T, u8>(&first.out).hash(&mut hasher);
+        let active = self.delta.targets.iter().flatten().count();
+        Ok(Outcome { error, active, pairs: self.delta.targets.len(), digest: hasher.finish() })
+    }
+
+    /// Runs the case's calls on fresh outputs.
+    fn call<B: Backend>(
+        &self,
+        backend: &B,
+        workspace: &mut B::Workspace,
+        inputs: &Uploaded<'_, B, T>,
+        kept: bool,
+    ) -> Result<Outputs<T>, Fault> {
+        let operands = inputs.operands();
+        let mut h = Placed::new(backend, &self.data.h)?;
+        let mut out = Placed::new(backend, &self.data.out)?;
+        match self.case.form {
+            Form::Forward => {
+                let call = operands.forward(self.case, kept, out.view_mut());
+                backend.forward(workspace, &self.projection, call)?;
+            }
+            Form::Split => {
+                let call = operands.shrink(self.case, kept, h.view_mut());
+                backend.shrink(workspace, &self.projection, call)?;
+                let call = operands.expand(self.case, kept, h.view(), out.view_mut());
+                backend.expand(workspace, &self.projection, call)?;
+            }
+        }
+        Ok(Outputs { h: backend.download(&h.buffer)?, out: backend.download(&out.buffer)? })
+    }
+
+    /// Holds `h` against the reference, or against what it was when the form has none.
+    fn check_h(&self, image: &[T]) -> Result<(), Fault> {
+        let tensor = &self.data.h;
+        let Some(expected) = &self.h else { return check_unchanged(tensor, image, 0..image.len()) };
+        check_guards(tensor, image)?;
+        let mut meter = Meter::new(tensor, self.case.dtype.tolerance());
+        for (i, &h) in expected.values.iter().enumerate() {
+            let (row, q) = (i / self.case.max_rank, i % self.case.max_rank);
+            let target = expected.targets[row % expected.targets.len()];
+            // Inactive rows, and columns above the rank, are exactly zero.
+            let deviation = if target.is_some_and(|target| q < target.rank) { 1.0 } else { 0.0 };
+            let index = tensor.range().start + i;
+            meter.add(index, image[index], 0.0, h, deviation)?;
+        }
+        self.relative_error(&meter).map(drop)
+    }
+
+    /// Holds `out` against the reference, and against what it was where the call must leave it alone.
+    fn check_out(&self, image: &[T]) -> Result<f64, Fault> {
+        let (case, tensor) = (self.case, &self.data.out);
+        check_guards(tensor, image)?;
+        let weights = self.data.topk_weights.as_ref().map(Tensor::elements);
+        let mut meter = Meter::new(tensor, case.dtype.tolerance());
+        let (stride, width) = (case.out_stride(), self.projection.out_width());
+        for (pair, target) in self.delta.targets.iter().enumerate() {
+            let row = tensor.range().start + pair * stride;
+            let written = row + case.offset..row + case.out_width();
+            check_unchanged(tensor, image, row..written.start)?;
+            check_unchanged(tensor, image, written.end..(row + stride).min(tensor.range().end))?;
+            if target.is_none() && case.accumulate {
+                check_unchanged(tensor, image, written)?;
+                continue;
+            }
+            let deviation = match target {
+                Some(target) if target.rank > 0 => weights.map_or(1.0, |weights| f64::from(weights[pair])),
+                // Nothing is added: not even a rounding may show.
+                _ => 0.0,
+            };
+            for (index, &delta) in written.zip(&self.delta.values[pair * width..][..width]) {
+                let old = if case.accumulate { f64::from(tensor.image()[index].to_f32()) } else { 0.0 };
+                meter.add(index, image[index], old, delta, deviation)?;
+            }
+        }
+        self.relative_error(&meter)
+    }
+
+    /// What the meter shows; refused when it is over the tolerance and enough roundings went into it.
+    fn relative_error(&self, meter: &Meter<'_, T>) -> Result<f64, Fault> {
+        let error = meter.relative_error();
+        // Choices of one token may share their row of `x` and their weights: they count once.
+        let ranks = self.delta.targets.chunks(self.case.top_k).map(|choices| {
+            choices.iter().flatten().map(|target| target.rank.min(self.case.out_dim)).max().unwrap_or(0)
+        });
+        let roundings = self.case.slices * ranks.sum::<usize>();
+        if roundings >= MEASURED_ROUNDINGS && error > meter.tolerance {
+            return Err(Fault::Inaccurate { tensor: meter.tensor.name(), error, tolerance: meter.tolerance });
+        }
+        Ok(error)
+    }
+}
+
+/// Compares a result with the reference, element by element and as a whole.
+struct Meter<'t, T> {
+    tensor: &'t Tensor<T>,
+    tolerance: f64,
+    /// Σ (got − expected)².
+    error: f64,
+    /// Σ delta².
+    norm: f64,
+}
+
+impl<'t, T: Element> Meter<'t, T> {
+    fn new(tensor: &'t Tensor<T>, tolerance: f64) -> Self {
+        Meter { tensor, tolerance, error: 0.0, norm: 0.0 }
+    }
+
+    /// Takes in the image's element `index`, expected to be `old + delta` where deltas have the
+    /// standard deviation `deviation`; 0 for one that must be exact.
+    fn add(&mut self, index: usize, got: T, old: f64, delta: f64, deviation: f64) -> Result<(), Fault> {
+        let (got, expected) = (got.to_f32(), old + delta);
+        let error = f64::from(got) - expected;
+        // Written so that NaN is never within.
+        let within = error.abs() <= ELEMENT_SLACK * self.tolerance * (deviation + delta.abs());
+        if !within {
+            let place = self.tensor.place(index);
+            return Err(Fault::WrongElement { tensor: self.tensor.name(), place, got, expected });
+        }
+        self.error += error * error;
+        self.norm += delta * delta;
+        Ok(())
+    }
+
+    fn relative_error(&self) -> f64 {
+        if self.norm == 0.0 { 0.0 } else { (self.error / self.norm).sqrt() }
+    }
+}
+
+fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
+    check_unchanged(tensor, image, 0..tensor.range().start)?;
+    check_unchanged(tensor, image, tensor.range().end..image.len())
+}
+
+/// `image` must hold what the tensor was made with at `range`, byte for byte.
+fn check_unchanged<T: Pod>(tensor: &Tensor<T>, image: &[T], range: Range<usize>) -> Result<(), Fault> {
+    match first_difference(&tensor.image()[range.clone()], &image[range.clone()]) {
+        None => Ok(()),
+        Some(i) => Err(Fault::Touched {
+            tensor: tensor.name(),
+            place: tensor.place(range.start + i),
+            got: hex(&image[range.start + i]),
+            expected: hex(&tensor.image()[range.start + i]),
+        }),
+    }
+}
+
+fn check_same<T: Pod>(tensor: &Tensor<T>, first: &[T], again: &[T], run: &'static str) -> Result<(), Fault> {
+    match first_difference(first, again) {
+        None => Ok(()),
+        Some(index) => {
+            Err(Fault::NotRepeatable { tensor: tensor.name(), place: tensor.place(index), run })
+        }
+    }
+}
+
+/// Index of the first element that differs in any byte.
+fn first_difference<T: Pod>(one: &[T], other: &[T]) -> Option<usize> {
+    let (one, other): (&[u8], &[u8]) = (bytemuck::cast_slice(one), bytemuck::cast_slice(other));
+    if one == other {
+        return None;
+    }
+    one.iter().zip(other).position(|(one, other)| one != other).map(|byte| byte / size_of::<T>())
+}
+
+fn hex<T: Pod>(element: &T) -> String {
+    let digits = bytemuck::bytes_of(element).iter().rev().map(|byte| format!("{byte:02x}"));
+    format!("0x{}", digits.collect::<String>())
+}
+
+/// A tensor on a back end, between its guards.
+struct Placed<'d, B: Backend, T: Pod> {
+    tensor: &'d Tensor<T>,
+    buffer: B::Buffer<T>,
+}
+
+impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
+    fn new(backend: &B, tensor: &'d Tensor<T>) -> crate::Result<Self> {
+        Ok(Placed { tensor, buffer: backend.upload(tensor.image())? })
+    }
+
+    fn optional(backend: &B, tensor: &'d Option<Tensor<T>>) -> crate::Result<Option<Self>> {
+        tensor.as_ref().map(|tensor| Placed::new(backend, tensor)).transpose()
+    }
+
+    fn view(&self) -> View<'_, B::Space, T> {
+        self.buffer.view().slice(self.tensor.range())
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_, B::Space, T> {
+        self.buffer.view_mut().slice(self.tensor.range())
+    }
+
+    fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
+        let image = backend.download(&self.buffer)?;
+        check_unchanged(self.tensor, &image, 0..image.len())
+    }
+}
+
+/// `adapter_enabled` on a back end.
+enum PlacedFlags<'d, B: Backend> {
+    All,
+    U8(Placed<'d, B, u8>),
+    I32(Placed<'d, B, i32>),
+}
+
+/// The inputs of a case on a back end.
+struct Uploaded<'d, B: Backend, T: Pod> {
+    topk_ids: Placed<'d, B, i32>,
+    token_lora: Placed<'d, B, i32>,
+    enabled: PlacedFlags<'d, B>,
+    ranks: Option<Placed<'d, B, i32>>,
+    expert_map: Option<Placed<'d, B, i32>>,
+    x: Placed<'d, B, T>,
+    a: Vec<Placed<'d, B, T>>,
+    b: Vec<Placed<'d, B, T>>,
+    topk_weights: Option<Placed<'d, B, f32>>,
+}
+
+impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
+    fn new(backend: &B, data: &'d CaseData<T>) -> crate::Result<Self> {
+        let slices = |tensors: &'d [Tensor<T>]| -> crate::Result<Vec<_>> {
+            tensors.iter().map(|tensor| Placed::new(backend, tensor)).collect()
+        };
+        Ok(Uploaded {
+            topk_ids: Placed::new(backend, &data.topk_ids)?,
+            token_lora: Placed::new(backend, &data.token_lora)?,
+            enabled: match &data.enabled {
+                FlagTensor::All => PlacedFlags::All,
+                FlagTensor::U8(flags) => PlacedFlags::U8(Placed::new(backend, flags)?),
+                FlagTensor::I32(flags) => PlacedFlags::I32(Placed::new(backend, flags)?),
+            },
+            ranks: Placed::optional(backend, &data.ranks)?,
+            expert_map: Placed::optional(backend, &data.expert_map)?,
+            x: Placed::new(backend, &data.x)?,
+            a: slices(&data.a)?,
+            b: slices(&data.b)?,
+            topk_weights: Placed::optional(backend, &data.topk_weights)?,
+        })
+    }
+
+    fn operands(&self) -> Operands<'_, B::Space, T> {
+        Operands {
+            routing: RoutingTensors {
+                topk_ids: self.topk_ids.view(),
+                token_lora: self.token_lora.view(),
+                adapter_enabled: match &self.enabled {
+                    PlacedFlags::All => Enabled::All,
+                    PlacedFlags::U8(flags) => Enabled::U8(flags.view()),
+                    PlacedFlags::I32(flags) => Enabled::I32(flags.view()),
+                },
+                ranks: self.ranks.as_ref().map(Placed::view),
+                expert_map: self.expert_map.as_ref().map(Placed::view),
+            },
+            x: self.x.view(),
+            a: self.a.iter().map(Placed::view).collect(),
+            b: self.b.iter().map(Placed::view).collect(),
+            topk_weights: self.topk_weights.as_ref().map(Placed::view),
+        }
+    }
+
+    fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
+        let ids = [&self.topk_ids, &self.token_lora];
+        ids.into_iter()
+            .chain(&self.ranks)
+            .chain(&self.expert_map)
+            .try_for_each(|tensor| tensor.check_unchanged(backend))?;
+        match &self.enabled {
+            PlacedFlags::All => {}
+            PlacedFlags::U8(flags) => flags.check_unchanged(backend)?,
+            PlacedFlags::I32(flags) => flags.check_unchanged(backend)?,
+        }
+        if let Some(weights) = &self.topk_weights {
+            weights.check_unchanged(backend)?;
+        }
+        let values = [&self.x].into_iter().chain(&self.a).chain(&self.b);
+        values.into_iter().try_for_each(|tensor| tensor.check_unchanged(backend))
+    }
+}
