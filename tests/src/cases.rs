@@ -1,0 +1,110 @@
+//! Any call that the contract allows.
+
+use moe_lora::verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
+use moe_lora::{Backend, DType, ExpertWeights, XRows};
+use proptest::prelude::*;
+use proptest::sample::select;
+use proptest::test_runner::{Config, TestError, TestRunner};
+
+/// Widths around vectors of 8 elements and tiles of 16 to 128.
+fn width() -> impl Strategy<Value = usize> {
+    select(vec![1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 96, 128, 136, 200, 256])
+}
+
+/// Elements that something is off the start or the end of a row by.
+fn padding() -> impl Strategy<Value = usize> {
+    prop_oneof![3 => Just(0), 1 => select(vec![8, 16, 64]), 2 => 1..=17usize]
+}
+
+/// T, k, E, the length of `expert_map`, L.
+fn routes() -> impl Strategy<Value = (usize, usize, usize, Option<usize>, usize)> {
+    let tokens = prop_oneof![6 => 1..=20usize, 2 => 0..=70usize, 1 => 100..=300usize];
+    let top_k = prop_oneof![8 => 1..=8usize, 1 => 9..=64usize];
+    (tokens, top_k, 1..=9usize, proptest::option::of(1..=20usize), 1..=4usize)
+}
+
+/// R, S, K, N.
+fn matrices() -> impl Strategy<Value = (usize, usize, usize, usize)> {
+    let rank = prop_oneof![
+        9 => select(vec![1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 32, 33, 48, 64]),
+        1 => select(vec![65, 96, 128, 200, 256, 512]),
+    ];
+    let in_dim = prop_oneof![9 => width(), 1 => select(vec![512, 1000, 1024, 2048])];
+    let out_dim = prop_oneof![9 => width(), 1 => select(vec![512, 1000, 1024])];
+    (rank, 1..=4usize, in_dim, out_dim)
+}
+
+/// Who goes where.
+fn patterns() -> impl Strategy<Value = (Experts, Loras, Flags, Ranks)> {
+    (
+        select(vec![Experts::Uniform, Experts::Zipf, Experts::One, Experts::OutOfRange]),
+        select(vec![Loras::Sequences, Loras::Random, Loras::One, Loras::None, Loras::OutOfRange]),
+        select(vec![Flags::All, Flags::U8, Flags::I32]),
+        select(vec![Ranks::Max, Ranks::Mixed, Ranks::OutOfRange]),
+    )
+}
+
+/// Any call, small enough to be checked in milliseconds. Shrinks to few tokens, narrow matrices and
+/// plain modes.
+pub fn cases() -> impl Strategy<Value = Case> {
+    let experts = || select(vec![ExpertWeights::PerExpert, ExpertWeights::Shared]);
+    let types = (select(vec![DType::Bf16, DType::F16]), select(vec![XRows::Token, XRows::Pair]));
+    let flags = (any::<bool>(), any::<bool>(), proptest::bool::weighted(0.2));
+    let form = select(vec![Form::Forward, Form::Split]);
+    let paddings = (padding(), padding(), padding());
+    let seed = any::<u64>().no_shrink();
+    let rest = (types, experts(), experts(), flags, form, paddings, seed);
+    (routes(), matrices(), patterns(), rest).prop_map(|(route, matrix, pattern, rest)| {
+        let (tokens, top_k, experts, global_experts, slots) = route;
+        let (max_rank, slices, in_dim, out_dim) = matrix;
+        let (routing, loras, enabled, ranks) = pattern;
+        let ((dtype, x_rows), a_experts, b_experts, flags, form, paddings, seed) = rest;
+        let (routed_weight, accumulate, misaligned) = flags;
+        let (offset, x_padding, out_padding) = paddings;
+        Case {
+            dtype,
+            tokens,
+            top_k,
+            experts,
+            global_experts,
+            slots,
+            max_rank,
+            slices,
+            in_dim,
+            out_dim,
+            x_rows,
+            a_experts,
+            b_experts,
+            routing,
+            loras,
+            enabled,
+            ranks,
+            routed_weight,
+            accumulate,
+            offset,
+            x_padding,
+            out_padding,
+            form,
+            misaligned,
+            seed,
+        }
+    })
+}
+
+/// Checks many cases on `backend`, and shrinks the first that does not pass.
+///
+/// # Errors
+/// What was wrong with the smallest such case, and the command that runs it again.
+pub fn check_cases<B: Backend>(backend: &B) -> Result<(), String> {
+    // A failing case prints its command: there is nothing to persist.
+    let config = Config { failure_persistence: None, ..Config::default() };
+    let passes = |case| match check(backend, &case) {
+        Ok(_) => Ok(()),
+        Err(failure) => Err(TestCaseError::fail(failure.to_string())),
+    };
+    match TestRunner::new(config).run(&cases(), passes) {
+        Ok(()) => Ok(()),
+        Err(TestError::Abort(reason)) => Err(reason.to_string()),
+        Err(TestError::Fail(failure, _)) => Err(failure.to_string()),
+    }
+}

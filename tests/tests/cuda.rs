@@ -1,0 +1,93 @@
+//! The GPU back end keeps the operator's contract: as the planner chooses, and with both index widths on
+//! every tile.
+
+use libtest_mimic::Arguments;
+use moe_lora_tests::skip::skipped;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    #[cfg(feature = "cuda")]
+    let tests = gpu::tests(&arguments);
+    #[cfg(not(feature = "cuda"))]
+    let tests = vec![skipped(&arguments, "cuda", "built without the feature `cuda`")];
+    libtest_mimic::run(&arguments, tests).exit();
+}
+
+#[cfg(feature = "cuda")]
+#[path = "cuda/graphs.rs"]
+mod graphs;
+#[cfg(feature = "cuda")]
+#[path = "cuda/wide.rs"]
+mod wide;
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::{graphs, skipped, wide};
+    use libtest_mimic::{Arguments, Failed, Trial};
+    use moe_lora::cuda::{Gpu, IndexWidth, Options, Queue, TileKind};
+    use moe_lora::verify::{Case, check_each, full_grid, quick_grid, vllm_grid};
+    use moe_lora_tests::cases::check_cases;
+    use moe_lora_tests::refusals::check_refusals;
+
+    type Test = Box<dyn FnOnce(&Gpu) -> Result<(), Failed> + Send>;
+
+    /// Every test, on device 0; all of them skipped where there is none.
+    pub fn tests(arguments: &Arguments) -> Vec<Trial> {
+        match Gpu::new(0) {
+            Ok(gpu) => {
+                // Tests run until the process ends.
+                let gpu: &'static Gpu = Box::leak(Box::new(gpu));
+                let trial = |(name, test): (String, Test)| Trial::test(name, move || test(gpu));
+                list().into_iter().map(trial).collect()
+            }
+            Err(why) => {
+                list().iter().map(|(name, _)| skipped(arguments, name, &why.to_string())).collect()
+            }
+        }
+    }
+
+    fn list() -> Vec<(String, Test)> {
+        let mut tests = Vec::new();
+        let mut test = |name: &str, test: fn(&Gpu) -> Result<(), Failed>| {
+            let test: Test = Box::new(test);
+            tests.push((name.to_owned(), test));
+        };
+        test("whatever_is_wrong_is_refused_and_nothing_is_written", |gpu| {
+            check_refusals(&gpu.queue(Options::default())?, false);
+            Ok(())
+        });
+        test("every_mode_passes_on_a_small_call", |gpu| all_pass(gpu, &quick_grid()));
+        test("every_mode_passes_on_calls_of_many_shapes", |gpu| all_pass(gpu, &full_grid()));
+        test("vllms_own_grid_passes", |gpu| all_pass(gpu, &vllm_grid()));
+        test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
+        test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
+        test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);
+        for (name, options) in ways() {
+            let name = format!("every_call_agrees_with_the_reference_and_touches_nothing_else::{name}");
+            let test: Test = Box::new(move |gpu| Ok(check_cases(&gpu.queue(options)?)?));
+            tests.push((name, test));
+        }
+        tests
+    }
+
+    /// Every way to make the back end work.
+    fn ways() -> Vec<(String, Options)> {
+        let mut ways = vec![("planned".to_owned(), Options::default())];
+        for index in [IndexWidth::I32, IndexWidth::I64] {
+            for tile in TileKind::ALL {
+                let name = format!("{index:?}_{tile:?}").to_lowercase();
+                ways.push((name, Options { index: Some(index), tile: Some(tile) }));
+            }
+        }
+        ways
+    }
+
+    fn all_pass(gpu: &Gpu, cases: &[Case]) -> Result<(), Failed> {
+        let queues: Vec<Queue<'_>> =
+            ways().into_iter().map(|(_, options)| gpu.queue(options)).collect::<Result<_, _>>()?;
+        for case in cases {
+            check_each(&queues, case)?;
+        }
+        Ok(())
+    }
+}
