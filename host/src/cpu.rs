@@ -12,6 +12,7 @@ use crate::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
 use crate::tensor::{Host, View, ViewMut};
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
+use std::fmt;
 use std::marker::PhantomData;
 
 /// Pairs of a tile: enough that widening the weights is a small part of the work, few enough that a
@@ -89,6 +90,16 @@ struct Tile {
     count: usize,
 }
 
+impl Tile {
+    /// Number of the segment's matrix among those of one slice of `a` or `b`.
+    fn matrix(&self, experts: usize, weights: ExpertWeights) -> usize {
+        match weights {
+            ExpertWeights::PerExpert => self.slot * experts + self.expert,
+            ExpertWeights::Shared => self.slot,
+        }
+    }
+}
+
 /// The active pairs of a call, segment by segment.
 #[derive(Debug, Default)]
 struct Segments {
@@ -120,8 +131,8 @@ impl RouteSizes {
     }
 }
 
-impl std::fmt::Display for RouteSizes {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for RouteSizes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let RouteSizes { tokens, top_k, experts, slots, max_rank } = self;
         write!(f, "a route of T={tokens} k={top_k} E={experts} L={slots} R={max_rank}")
     }
@@ -129,7 +140,12 @@ impl std::fmt::Display for RouteSizes {
 
 impl Workspace {
     /// The segments of a call of at least one token, whose tensors have been checked.
-    fn segments(&mut self, projection: &Projection, tokens: usize, route: &Route<'_, Host>) -> Result<&Segments> {
+    fn segments(
+        &mut self,
+        projection: &Projection,
+        tokens: usize,
+        route: &Route<'_, Host>,
+    ) -> Result<&Segments> {
         let pairs = projection.pairs(tokens)?;
         if pairs > self.max_pairs {
             return Err(Error::WorkspaceTooSmall { what: "pairs", limit: self.max_pairs, got: pairs });
@@ -216,12 +232,13 @@ impl Segments {
 #[derive(Debug, Default)]
 struct LaneRows {
     lanes: Vec<[f32; LANES]>,
+    rows: usize,
     width: usize,
 }
 
 impl LaneRows {
     fn clear(&mut self, rows: usize, width: usize) {
-        self.width = width;
+        (self.rows, self.width) = (rows, width);
         self.lanes.clear();
         self.lanes.resize(rows * width.div_ceil(LANES), [0.0; LANES]);
     }
@@ -244,14 +261,13 @@ struct Scratch {
     x: LaneRows,
     /// Rows of `h`, one a pair.
     h: LaneRows,
-    /// Weight rows in use.
+    /// The weight rows at hand.
     weights: LaneRows,
 }
 
-/// `emit(i, r, inputs[i] · weights[r])` for every input row and each of `rows` weight rows.
+/// `emit(i, r, inputs[i] · weights[r])` for every input row and every weight row; `widened` is scratch.
 fn multiply<T: Element>(
     inputs: &LaneRows,
-    pairs: usize,
     weights: Matrix<'_, T>,
     widened: &mut LaneRows,
     mut emit: impl FnMut(usize, usize, f32),
@@ -263,10 +279,10 @@ fn multiply<T: Element>(
             T::widen(&weights.row(first + row)[..inputs.width], widened.row_mut(row));
         }
         let block: [_; BLOCK_ROWS] = std::array::from_fn(|row| widened.row(row));
-        for pair in 0..pairs {
-            let sums = dot(block, inputs.row(pair));
+        for i in 0..inputs.rows {
+            let sums = dot(block, inputs.row(i));
             for (row, &sum) in sums[..count].iter().enumerate() {
-                emit(pair, first + row, sum);
+                emit(i, first + row, sum);
             }
         }
     }
@@ -298,31 +314,20 @@ impl<'a, T: Element> Matrix<'a, T> {
         &self.data[row * self.stride..][..self.stride]
     }
 
-    /// The first `rows` rows of the segment's matrix in `weights`, `[L, E or 1, stacked, stride]`.
-    fn of_segment(
-        tile: &Tile,
-        (experts, shared): (usize, ExpertWeights),
-        weights: View<'a, Host, T>,
-        (rows, stacked): (usize, usize),
-        stride: usize,
-    ) -> Self {
-        let matrix = match shared {
-            ExpertWeights::PerExpert => tile.slot * experts + tile.expert,
-            ExpertWeights::Shared => tile.slot,
-        };
-        Matrix { data: &weights.as_slice()[matrix * stacked * stride..][..rows * stride], rows, stride }
-    }
-
-    /// `[rank, K]`: the rows of `a` in use.
+    /// `[rank, K]`: the rows of the segment's `a` that are in use.
     fn a(tile: &Tile, projection: &Projection, a: View<'a, Host, T>) -> Self {
         let s = projection.sizes();
-        Self::of_segment(tile, (s.experts, s.a_experts), a, (tile.rank, s.max_rank), s.in_dim)
+        let first = tile.matrix(s.experts, s.a_experts) * s.max_rank * s.in_dim;
+        let data = &a.as_slice()[first..][..tile.rank * s.in_dim];
+        Matrix { data, rows: tile.rank, stride: s.in_dim }
     }
 
-    /// `[N, R]`: `b`, of whose rows the first `rank` columns are in use.
+    /// `[N, R]`: the segment's `b`, of whose rows the first `rank` columns are in use.
     fn b(tile: &Tile, projection: &Projection, b: View<'a, Host, T>) -> Self {
         let s = projection.sizes();
-        Self::of_segment(tile, (s.experts, s.b_experts), b, (s.out_dim, s.out_dim), s.max_rank)
+        let first = tile.matrix(s.experts, s.b_experts) * s.out_dim * s.max_rank;
+        let data = &b.as_slice()[first..][..s.out_dim * s.max_rank];
+        Matrix { data, rows: s.out_dim, stride: s.max_rank }
     }
 }
 
@@ -419,19 +424,20 @@ impl Backend for Cpu {
         };
         let out_dim = projection.sizes().out_dim;
         let out_rows = (projection.pairs(call.tokens)?, layout.out_stride);
-        let inactive = segments.for_each_tile(call.out.data.into_slice(), out_rows, |scratch, tile, pairs, out| {
-            let Scratch { x: x_rows, h, weights } = scratch;
-            x.load(pairs, x_rows);
-            for (s, (&a, &b)) in call.a.iter().zip(call.b).enumerate() {
-                h.clear(pairs.len(), tile.rank);
-                multiply(x_rows, pairs.len(), Matrix::a(tile, projection, a), weights, |i, q, sum| {
-                    h.row_mut(i)[q] = sum;
-                });
-                multiply(h, pairs.len(), Matrix::b(tile, projection, b), weights, |i, n, d| {
-                    epilogue.write(pairs[i], out[i], s * out_dim + n, d);
-                });
-            }
-        });
+        let inactive =
+            segments.for_each_tile(call.out.data.into_slice(), out_rows, |scratch, tile, pairs, out| {
+                let Scratch { x: x_rows, h, weights } = scratch;
+                x.load(pairs, x_rows);
+                for (s, (&a, &b)) in call.a.iter().zip(call.b).enumerate() {
+                    h.clear(pairs.len(), tile.rank);
+                    multiply(x_rows, Matrix::a(tile, projection, a), weights, |i, q, sum| {
+                        h.row_mut(i)[q] = sum;
+                    });
+                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
+                        epilogue.write(pairs[i], out[i], s * out_dim + n, d);
+                    });
+                }
+            });
         epilogue.write_inactive(inactive, projection.out_width());
         Ok(())
     }
@@ -455,7 +461,7 @@ impl Backend for Cpu {
                 x.load(pairs, &mut scratch.x);
                 h.iter_mut().for_each(|row| row[tile.rank..].fill(T::zeroed()));
                 let a = Matrix::a(tile, projection, a);
-                multiply(&scratch.x, pairs.len(), a, &mut scratch.weights, |i, q, sum| {
+                multiply(&scratch.x, a, &mut scratch.weights, |i, q, sum| {
                     h[i][q] = T::from_f32(sum);
                 });
             });
@@ -492,7 +498,7 @@ impl Backend for Cpu {
                     for (i, pair) in pairs.iter().enumerate() {
                         T::widen(&hidden[(s * rows + pair) * max_rank..][..tile.rank], h.row_mut(i));
                     }
-                    multiply(h, pairs.len(), Matrix::b(tile, projection, b), weights, |i, n, d| {
+                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
                         epilogue.write(pairs[i], out[i], s * out_dim + n, d);
                     });
                 }

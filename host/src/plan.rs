@@ -3,11 +3,10 @@
 
 mod heuristics;
 
-use crate::call::{Layout, Route};
+use crate::call::Layout;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
-use crate::tensor::Space;
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{ENTRIES, ElementType, Entry, Kernel, Variant, expand, route, shrink};
 pub use moe_lora_kernels::{IndexWidth, TileKind};
@@ -34,6 +33,18 @@ pub struct Options {
     pub index: Option<IndexWidth>,
     /// Tile. A tile for sizes in multiples of 8 is honoured only where they are.
     pub tile: Option<TileKind>,
+}
+
+/// Where a call's route comes from, as far as a plan must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RouteSource {
+    /// This call makes it.
+    Made,
+    /// An earlier call made it, in tiles of this many pairs.
+    Kept {
+        /// Pairs a tile.
+        tile_rows: u32,
+    },
 }
 
 /// Which part of the operator a call is.
@@ -89,8 +100,10 @@ pub struct ExpandPlan {
 pub struct Plan {
     /// Width of element offsets.
     pub index: IndexWidth,
-    /// Tile of `shrink`, `expand` and `route` alike.
+    /// Tile of `shrink` and `expand`.
     pub tile: TileKind,
+    /// Pairs a tile of the route: the tile's, or more when the route is kept from an earlier call.
+    pub tile_rows: u32,
     /// Largest element offset over all tensors of the call.
     pub largest_offset: u64,
     /// The routing launch; `None` when the route is kept from an earlier call.
@@ -129,7 +142,7 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
-    Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16))
+    Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16.rows()))
 }
 
 /// Buckets of `route`, the one for inactive pairs included.
@@ -137,8 +150,8 @@ fn buckets(projection: &Projection) -> u64 {
     (projection.sizes().slots * projection.sizes().experts) as u64 + 1
 }
 
-fn tiles(projection: &Projection, pairs: usize, shape: TileShape) -> u64 {
-    route::max_tiles(pairs as u64, buckets(projection), u64::from(shape.rows()))
+fn tiles(projection: &Projection, pairs: usize, tile_rows: u32) -> u64 {
+    route::max_tiles(pairs as u64, buckets(projection), u64::from(tile_rows))
 }
 
 impl Plan {
@@ -146,11 +159,11 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::SizeTooLarge`] when a launch would need more blocks than a grid has.
-    pub fn new<S: Space>(
+    pub fn new(
         projection: &Projection,
         layout: &Layout,
         stage: Stage,
-        route: &Route<'_, S>,
+        route: RouteSource,
         limits: &DeviceLimits,
         options: &Options,
     ) -> Result<Option<Self>> {
@@ -167,7 +180,11 @@ impl Plan {
             let shape = tile.shape();
             let room = column_room(projection, shape);
             let bytes = shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
-            bytes <= limits.shared_bytes
+            let in_route = match route {
+                RouteSource::Made => true,
+                RouteSource::Kept { tile_rows } => shape.rows() <= tile_rows,
+            };
+            in_route && bytes <= limits.shared_bytes
         };
         let tile = match options.tile {
             _ if !fast => TileKind::Any,
@@ -175,7 +192,13 @@ impl Plan {
             _ => heuristics::tile(pairs, buckets(projection), fits),
         };
         let shape = tile.shape();
-        let tiles = tiles(projection, pairs, shape);
+        let tile_rows = match route {
+            RouteSource::Made => shape.rows(),
+            RouteSource::Kept { tile_rows } => tile_rows,
+        };
+        // Every tile of a kept route is taken in as many parts as a full one needs.
+        let tile_parts = tile_rows.div_ceil(shape.rows());
+        let tiles = tiles(projection, pairs, tile_rows) * u64::from(tile_parts);
 
         // How the launches divide their work.
         let columns = sizes.slices * sizes.max_rank;
@@ -233,10 +256,11 @@ impl Plan {
         Ok(Some(Plan {
             index,
             tile,
+            tile_rows,
             largest_offset,
             route: match route {
-                Route::From(_) => Some(launch(Kernel::Route, 1, route::shared_bytes(route_window))?),
-                Route::Kept => None,
+                RouteSource::Made => Some(launch(Kernel::Route, 1, route::shared_bytes(route_window))?),
+                RouteSource::Kept { .. } => None,
             },
             route_window,
             shrink: match stage {
@@ -266,6 +290,11 @@ impl Plan {
                 }),
             },
         }))
+    }
+
+    /// Parts that a tile of the route is taken in.
+    pub fn tile_parts(&self) -> u32 {
+        self.tile_rows.div_ceil(self.tile.shape().rows())
     }
 
     /// Parts that `h` is summed from.

@@ -43,7 +43,11 @@ pub struct Expected {
 /// The weights of each of the P pairs; `None` where a pair is inactive. Any id may have any value.
 ///
 /// The tensors must be as long as [`Forward::check`] demands.
-pub fn targets(projection: &Projection, tokens: usize, routing: &RoutingTensors<'_, Host>) -> Vec<Option<Target>> {
+pub fn targets(
+    projection: &Projection,
+    tokens: usize,
+    routing: &RoutingTensors<'_, Host>,
+) -> Vec<Option<Target>> {
     let sizes = projection.sizes();
     if tokens == 0 {
         return Vec::new();
@@ -84,7 +88,8 @@ pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>)
     let targets = targets(projection, call.tokens, own_routing(&call.route)?);
     let x = X { projection, data: call.x.data, stride: layout.x_stride };
     let weights = call.topk_weights;
-    let values = delta(projection, &targets, call.b, weights, |s, pair, target| x.shrink(call.a[s], pair, target));
+    let values =
+        delta(projection, &targets, call.b, weights, |s, pair, target| x.shrink(call.a[s], pair, target));
     Ok(Expected { targets, values })
 }
 
@@ -139,7 +144,8 @@ fn delta<T: Element>(
             let h = hidden(s, pair, target);
             let first_row = target.matrix(sizes.experts, sizes.b_experts) * sizes.out_dim;
             for (n, delta) in delta.iter_mut().enumerate() {
-                *delta = weight * dot(&b[s].as_slice()[(first_row + n) * sizes.max_rank..][..target.rank], &h);
+                *delta =
+                    weight * dot(&b[s].as_slice()[(first_row + n) * sizes.max_rank..][..target.rank], &h);
             }
         }
     });

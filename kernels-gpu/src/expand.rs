@@ -182,12 +182,13 @@ mod kernel {
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
 
-        // Which columns of which tile.
-        let parts = p.slices * p.blocks_per_slice;
-        let tile_number = quotient(thread::block(), parts);
-        let part = thread::block() - tile_number * parts;
-        let slice = quotient(part, p.blocks_per_slice);
-        let first = (part - slice * p.blocks_per_slice) * p.columns_per_block;
+        // Which columns of which part of which tile.
+        let shares = p.slices * p.blocks_per_slice;
+        let part_number = quotient(thread::block(), shares);
+        let share = thread::block() - part_number * shares;
+        let slice = quotient(share, p.blocks_per_slice);
+        let first = (share - slice * p.blocks_per_slice) * p.columns_per_block;
+        let tile_number = quotient(part_number, p.tile_parts);
         let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
 
         grid::let_next_start();
@@ -202,6 +203,10 @@ mod kernel {
         }
         // SAFETY: `route` wrote as many tiles as it counted.
         let tile = unsafe { p.tiles.at(tile_number).load_tile() };
+        let tile = tile.part(part_number - tile_number * p.tile_parts, rows);
+        if tile.rows == 0 {
+            return;
+        }
 
         // b, [L, E or 1, N, R], from this tile's matrix on.
         let expert = if p.b_experts == 1 { 0 } else { tile.expert };

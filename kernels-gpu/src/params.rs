@@ -65,6 +65,16 @@ pub struct Tile {
     pub reserved: [u32; 3],
 }
 
+impl Tile {
+    /// Part `part` of the tile, `rows` pairs at most; no pairs when the tile ends before it. A route may be
+    /// used by kernels of smaller tiles than it was cut into.
+    #[inline(always)]
+    pub fn part(self, part: u32, rows: u32) -> Self {
+        let skipped = part * rows;
+        Tile { first: self.first + skipped, rows: self.rows.saturating_sub(skipped).min(rows), ..self }
+    }
+}
+
 /// How `adapter_enabled` is stored.
 pub mod enabled {
     /// No tensor: every slot is on.
@@ -171,6 +181,10 @@ pub struct ShrinkParams {
     pub steps_per_split: u32,
     /// 1: write `h` whole, zeros for inactive pairs and above the rank. 0: what `expand` will read.
     pub write_all: u32,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 /// Parameters of `expand`.
@@ -217,6 +231,10 @@ pub struct ExpandParams {
     /// 1: the route is older than the launch before this one, so tiles may be read, and `b` requested,
     /// before that launch has ended.
     pub route_is_old: u32,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 #[cfg(test)]

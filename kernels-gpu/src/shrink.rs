@@ -161,12 +161,13 @@ mod kernel {
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
 
-        // Which part of which tile.
-        let parts = p.column_blocks * p.splits;
-        let tile_number = quotient(thread::block(), parts);
-        let part = thread::block() - tile_number * parts;
-        let column_block = quotient(part, p.splits);
-        let split = part - column_block * p.splits;
+        // Which columns and steps of which part of which tile.
+        let shares = p.column_blocks * p.splits;
+        let part_number = quotient(thread::block(), shares);
+        let share = thread::block() - part_number * shares;
+        let column_block = quotient(share, p.splits);
+        let split = share - column_block * p.splits;
+        let tile_number = quotient(part_number, p.tile_parts);
 
         grid::wait_for_previous();
         grid::let_next_start();
@@ -177,6 +178,10 @@ mod kernel {
         }
         // SAFETY: `route` wrote as many tiles as it counted.
         let tile = unsafe { p.tiles.at(tile_number).load_tile() };
+        let tile = tile.part(part_number - tile_number * p.tile_parts, rows);
+        if tile.rows == 0 {
+            return;
+        }
 
         // The slot's own rank decides how many columns there are. Fast stores are eight columns wide.
         let ranks = match (p.write_all != 0, FAST) {

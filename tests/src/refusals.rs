@@ -174,7 +174,6 @@ impl Call {
             }
         }
     }
-
 }
 
 /// Ranks of which one is over R.

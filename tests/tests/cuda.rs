@@ -58,7 +58,8 @@ mod gpu {
         });
         test("every_mode_passes_on_a_small_call", |gpu| all_pass(gpu, &quick_grid()));
         test("every_mode_passes_on_calls_of_many_shapes", |gpu| all_pass(gpu, &full_grid()));
-        test("vllms_own_grid_passes", |gpu| all_pass(gpu, &vllm_grid()));
+        // As planned: its adapters are large, and each way would upload them again.
+        test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));
         test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
         test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
         test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);
@@ -83,8 +84,12 @@ mod gpu {
     }
 
     fn all_pass(gpu: &Gpu, cases: &[Case]) -> Result<(), Failed> {
+        pass(gpu, ways().into_iter().map(|(_, options)| options).collect(), cases)
+    }
+
+    fn pass(gpu: &Gpu, ways: Vec<Options>, cases: &[Case]) -> Result<(), Failed> {
         let queues: Vec<Queue<'_>> =
-            ways().into_iter().map(|(_, options)| gpu.queue(options)).collect::<Result<_, _>>()?;
+            ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<_, _>>()?;
         for case in cases {
             check_each(&queues, case)?;
         }

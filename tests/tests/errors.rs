@@ -29,11 +29,11 @@ fn the_cpu_refuses_whatever_is_wrong_and_writes_nothing() {
 fn sizes_are_at_least_one_and_at_most_the_limit_that_the_error_names() {
     type Size = (&'static str, usize, fn(&mut ProjectionSizes) -> &mut usize);
     let sizes: [Size; 7] = [
-        ("top_k", 64, |sizes| &mut sizes.top_k),
+        ("top_k", Projection::MAX_TOP_K, |sizes| &mut sizes.top_k),
         ("experts", MOST, |sizes| &mut sizes.experts),
         ("slots", MOST, |sizes| &mut sizes.slots),
-        ("max_rank", 512, |sizes| &mut sizes.max_rank),
-        ("slices", 4, |sizes| &mut sizes.slices),
+        ("max_rank", Projection::MAX_RANK, |sizes| &mut sizes.max_rank),
+        ("slices", Projection::MAX_SLICES, |sizes| &mut sizes.slices),
         ("in_dim", MOST, |sizes| &mut sizes.in_dim),
         ("out_dim", MOST, |sizes| &mut sizes.out_dim),
     ];

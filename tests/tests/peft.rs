@@ -394,12 +394,12 @@ fn gpu() -> &'static moe_lora::Result<Gpu> {
     GPU.get_or_init(|| Gpu::new(0))
 }
 
-/// A test on the GPU: ignored, and listed as skipped, where there is none.
+/// A test on the GPU, skipped where there is none.
 #[cfg(feature = "cuda")]
 fn on_gpu(arguments: &Arguments, name: &str, promise: Promise, model: &'static str, dtype: DType) -> Trial {
     match gpu() {
-        Err(why) => skipped(arguments, name, &why.to_string()),
         Ok(gpu) => Trial::test(name, move || promise.keep(&gpu.queue(Options::default())?, model, dtype)),
+        Err(why) => skipped(arguments, name, &why.to_string()),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask test` and `cargo xtask demo`
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
@@ -34,25 +35,37 @@ pub fn run(args: &Args) -> Result<()> {
 
     let mut test = cargo();
     test.args(["test", "--release"]).env(SKIP_LOG_VAR, &skip_log);
-    if args.cargo_test.is_empty() {
-        test.arg("--workspace");
+    let all = args.cargo_test.is_empty();
+    if all {
+        test.args(["--workspace", "--no-fail-fast"]);
     }
-    run_command(test.args(&args.cargo_test))?;
-    if args.cargo_test.is_empty() {
-        path_dependency()?;
-    }
-
+    let tested = run_command(test.args(&args.cargo_test));
     let skipped = std::fs::read_to_string(&skip_log)?;
-    if skipped.is_empty() {
-        println!("\nNothing was skipped.");
-    } else {
-        println!("\nSkipped, {} in all:", skipped.lines().count());
-        for line in skipped.lines() {
-            println!("  {line}");
-        }
+    print_skipped(&skipped);
+    tested?;
+    if all {
+        path_dependency()?;
     }
     ensure!(!args.require_gpu || skipped.is_empty(), "tests were skipped, and --require-gpu forbids that");
     Ok(())
+}
+
+/// Lists skipped tests by what they were skipped for; a line of the log is `test: reason`.
+fn print_skipped(log: &str) {
+    let mut reasons = BTreeMap::<&str, Vec<&str>>::new();
+    for line in log.lines() {
+        let (test, reason) = line.split_once(": ").unwrap_or((line, "no reason given"));
+        reasons.entry(reason).or_default().push(test);
+    }
+    if reasons.is_empty() {
+        println!("\nNo test was skipped.");
+    }
+    for (reason, tests) in reasons {
+        println!("\n{} tests were skipped: {reason}", tests.len());
+        for test in tests {
+            println!("  {test}");
+        }
+    }
 }
 
 /// Builds and runs a crate that is no part of this workspace and names moe-lora by path, as the

@@ -8,7 +8,7 @@ use crate::cuda::workspace::{Parts, Workspace};
 use crate::cuda::{failed, status};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::plan::{Launch, Options, Plan, Stage};
+use crate::plan::{Launch, Options, Plan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
 use crate::tensor::{Device, View, ViewMut};
 use bytemuck::Pod;
@@ -122,7 +122,13 @@ impl<'a> Queue<'a> {
     ///
     /// # Errors
     /// As for [`Plan::new`].
-    pub fn plan(&self, projection: &Projection, layout: &Layout, stage: Stage, route: &Route<'_, Device>) -> Result<Option<Plan>> {
+    pub fn plan(
+        &self,
+        projection: &Projection,
+        layout: &Layout,
+        stage: Stage,
+        route: RouteSource,
+    ) -> Result<Option<Plan>> {
         Plan::new(projection, layout, stage, route, &self.gpu.limits(), &self.options)
     }
 
@@ -135,8 +141,12 @@ impl<'a> Queue<'a> {
         stage: Stage,
         route: &Route<'_, Device>,
     ) -> Result<Option<(Plan, Parts)>> {
-        let Some(plan) = self.plan(projection, layout, stage, route)? else { return Ok(None) };
-        let parts = workspace.prepare(projection, &plan, layout.tokens, route)?;
+        if layout.tokens == 0 {
+            return Ok(None);
+        }
+        let source = workspace.route_source(projection, layout.tokens, route)?;
+        let Some(plan) = self.plan(projection, layout, stage, source)? else { return Ok(None) };
+        let parts = workspace.prepare(projection, layout.tokens, &plan)?;
         Ok(Some((plan, parts)))
     }
 
@@ -175,7 +185,7 @@ impl<'a> Queue<'a> {
                 experts: sizes.experts as u32,
                 global_experts: routing.expert_map.map_or(sizes.experts, |map| map.len()) as u32,
                 max_rank: sizes.max_rank as u32,
-                tile_rows: plan.tile.shape().rows(),
+                tile_rows: plan.tile_rows,
                 enabled_kind,
                 window: plan.route_window,
             },
@@ -220,6 +230,8 @@ impl<'a> Queue<'a> {
                 splits: shrink.splits,
                 steps_per_split: shrink.steps_per_split,
                 write_all: matches!(h, H::Caller(_)).into(),
+                tile_parts: plan.tile_parts(),
+                reserved: 0,
             },
         )
     }
@@ -257,6 +269,8 @@ impl<'a> Queue<'a> {
                 splits: plan.splits(),
                 accumulate: call.accumulate.into(),
                 route_is_old: plan.shrink.is_some().into(),
+                tile_parts: plan.tile_parts(),
+                reserved: 0,
             },
         )
     }

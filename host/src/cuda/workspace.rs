@@ -3,8 +3,8 @@
 use crate::call::Route;
 use crate::cuda::failed;
 use crate::error::{Error, Result};
-use crate::plan::{self, Plan};
-use crate::projection::Projection;
+use crate::plan::{self, Plan, RouteSource};
+use crate::projection::{Projection, ProjectionSizes};
 use crate::tensor::Space;
 use cust::memory::DeviceBuffer;
 use moe_lora_kernels::memory::Global;
@@ -14,7 +14,7 @@ use std::fmt;
 /// Alignment of each part.
 const ALIGNMENT: usize = 256;
 
-/// What a kept route was made for: a call with another of these cannot use it.
+/// What a route was made for: a call with another of these cannot use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RouteKey {
     tokens: usize,
@@ -22,13 +22,19 @@ struct RouteKey {
     slots: usize,
     experts: usize,
     max_rank: usize,
-    tile_rows: u32,
+}
+
+impl RouteKey {
+    fn new(projection: &Projection, tokens: usize) -> Self {
+        let &ProjectionSizes { top_k, slots, experts, max_rank, .. } = projection.sizes();
+        RouteKey { tokens, top_k, slots, experts, max_rank }
+    }
 }
 
 impl fmt::Display for RouteKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RouteKey { tokens, top_k, slots, experts, max_rank, tile_rows } = self;
-        write!(f, "a route of T={tokens} k={top_k} L={slots} E={experts} R={max_rank} in tiles of {tile_rows}")
+        let RouteKey { tokens, top_k, slots, experts, max_rank } = self;
+        write!(f, "a route of T={tokens} k={top_k} L={slots} E={experts} R={max_rank}")
     }
 }
 
@@ -36,7 +42,8 @@ impl fmt::Display for RouteKey {
 pub struct Workspace {
     memory: DeviceBuffer<u8>,
     room: Room,
-    kept: Option<RouteKey>,
+    /// The last call's route, and the pairs of its tiles.
+    kept: Option<(RouteKey, u32)>,
 }
 
 /// What a workspace has room for, or a call needs.
@@ -110,16 +117,26 @@ impl Workspace {
         self.room.bytes()
     }
 
-    /// Checks that a planned call fits, and that a kept route is there when it wants one; from here on the
-    /// workspace keeps the call's route.
-    pub(super) fn prepare<S: Space>(
-        &mut self,
+    /// Where a call's route comes from: itself, or what this workspace keeps.
+    pub(super) fn route_source<S: Space>(
+        &self,
         projection: &Projection,
-        plan: &Plan,
         tokens: usize,
         route: &Route<'_, S>,
-    ) -> Result<Parts> {
-        let s = projection.sizes();
+    ) -> Result<RouteSource> {
+        let needed = RouteKey::new(projection, tokens);
+        match (route, self.kept) {
+            (Route::From(_), _) => Ok(RouteSource::Made),
+            (Route::Kept, Some((kept, tile_rows))) if kept == needed => Ok(RouteSource::Kept { tile_rows }),
+            (Route::Kept, kept) => Err(Error::RouteNotKept {
+                kept: kept.map_or_else(|| "no route".to_owned(), |(kept, _)| kept.to_string()),
+                needed: needed.to_string(),
+            }),
+        }
+    }
+
+    /// Checks that a planned call fits. From here on the workspace keeps the call's route.
+    pub(super) fn prepare(&mut self, projection: &Projection, tokens: usize, plan: &Plan) -> Result<Parts> {
         let Room { pairs, tiles, scratch_bytes } = Room::of(projection, tokens)?;
         for (what, limit, got) in [
             ("pairs", self.room.pairs, pairs),
@@ -130,22 +147,7 @@ impl Workspace {
                 return Err(Error::WorkspaceTooSmall { what, limit, got });
             }
         }
-        let needed = RouteKey {
-            tokens,
-            top_k: s.top_k,
-            slots: s.slots,
-            experts: s.experts,
-            max_rank: s.max_rank,
-            tile_rows: plan.tile.shape().rows(),
-        };
-        match route {
-            Route::From(_) => self.kept = Some(needed),
-            Route::Kept if self.kept == Some(needed) => {}
-            Route::Kept => {
-                let kept = self.kept.map_or_else(|| "no route".to_owned(), |kept| kept.to_string());
-                return Err(Error::RouteNotKept { kept, needed: needed.to_string() });
-            }
-        }
+        self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
         Ok(self.room.parts(self.memory.as_device_ptr().as_raw()).0)
     }
 }

@@ -208,7 +208,10 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Case { dtype, tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = self;
-        write!(f, "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank} S={slices} K={in_dim} N={out_dim}")?;
+        write!(
+            f,
+            "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank} S={slices} K={in_dim} N={out_dim}"
+        )?;
         if let Some(global_experts) = self.global_experts {
             write!(f, " of {global_experts} experts")?;
         }

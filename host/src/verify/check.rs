@@ -100,7 +100,6 @@ pub enum Fault {
     },
 }
 
-
 /// Checks `case` on `backend`.
 ///
 /// # Errors
@@ -127,7 +126,8 @@ fn check_typed<'b, B: Backend + 'b, T: Element>(
     backends: impl IntoIterator<Item = &'b B>,
     case: &Case,
 ) -> Result<Vec<Outcome>, Box<Failure>> {
-    let failure = |backend: &str, fault| Box::new(Failure { backend: backend.to_owned(), case: case.clone(), fault });
+    let failure =
+        |backend: &str, fault| Box::new(Failure { backend: backend.to_owned(), case: case.clone(), fault });
     let data = CaseData::<T>::new::<B::Space>(case).map_err(|error| failure("case", error.into()))?;
     let trial = Trial::new(case, &data).map_err(|error| failure("reference", error.into()))?;
     let outcome = |backend: &'b B| trial.run(backend).map_err(|fault| failure(&backend.variant(), fault));
@@ -158,7 +158,8 @@ impl<'d, T: Element> Trial<'d, T> {
         let operands = data.operands();
         // The reference only reads: these stand in for what the call would write.
         let (mut h, mut out) = (data.h.elements().to_vec(), data.out.elements().to_vec());
-        let delta = reference::forward(&projection, &operands.forward(case, false, out.as_mut_slice().into()))?;
+        let delta =
+            reference::forward(&projection, &operands.forward(case, false, out.as_mut_slice().into()))?;
         let h = match case.form {
             Form::Forward => None,
             Form::Split => {
@@ -331,9 +332,7 @@ fn check_unchanged<T: Pod>(tensor: &Tensor<T>, image: &[T], range: Range<usize>)
 fn check_same<T: Pod>(tensor: &Tensor<T>, first: &[T], again: &[T], run: &'static str) -> Result<(), Fault> {
     match first_difference(first, again) {
         None => Ok(()),
-        Some(index) => {
-            Err(Fault::NotRepeatable { tensor: tensor.name(), place: tensor.place(index), run })
-        }
+        Some(index) => Err(Fault::NotRepeatable { tensor: tensor.name(), place: tensor.place(index), run }),
     }
 }
 

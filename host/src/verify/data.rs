@@ -2,7 +2,7 @@ use super::case::{Case, Experts, Flags, Loras, Ranks};
 use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::projection::ExpertWeights;
+use crate::projection::{ExpertWeights, XRows};
 use crate::reference::{self, Target};
 use crate::tensor::{Host, Rows, RowsMut, Space, View, ViewMut};
 use bytemuck::Pod;
@@ -27,6 +27,9 @@ const POISON: [u8; 8] = [0xE5, 0x7F, 0xE5, 0x7F, 0xE5, 0x7F, 0xE5, 0x7F];
 /// old values add only 3% to it, and the tolerance means what it means when overwriting.
 const OLD_OUT: f32 = 0.25;
 
+/// The guards and padding of `out` when accumulating: adding to a NaN would not show.
+const UNADDED: f32 = 1.0 / 1024.0;
+
 /// Tokens of a batch belong to this many sequences, as in vLLM's tests.
 const SEQUENCES: usize = 10;
 
@@ -50,12 +53,16 @@ pub struct Tensor<T> {
 }
 
 impl<T: Pod> Tensor<T> {
-    /// `rows` rows of `width` poisoned elements, `stride` apart; nothing follows the last one.
-    fn poisoned(name: &'static str, [rows, stride, width]: [usize; 3], misaligned: bool) -> Self {
+    /// `rows` rows of `width` elements, `stride` apart, all `fill`; nothing follows the last one.
+    fn filled(name: &'static str, [rows, stride, width]: [usize; 3], fill: T, misaligned: bool) -> Self {
         let len = rows.checked_sub(1).map_or(0, |before| before * stride + width);
         let guard = GUARD_BYTES / size_of::<T>();
         let first = guard + usize::from(misaligned);
-        Tensor { name, image: vec![poison(); first + len + guard], elements: first..first + len, stride }
+        Tensor { name, image: vec![fill; first + len + guard], elements: first..first + len, stride }
+    }
+
+    fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
+        Self::filled(name, rows, poison(), misaligned)
     }
 
     /// One row of elements.
@@ -120,7 +127,7 @@ pub(super) enum FlagTensor {
 /// `x` is normal(0, 1); `a` and `b` are scaled by 1/√K and 1/√rank, so deltas have about unit
 /// variance (times the router weight, when there is one). Whatever a call has no business to read is
 /// NaN: rows of `a` and columns of `b` above a slot's rank, the weights of segments without a pair,
-/// the padding of rows, the guards.
+/// activations and router weights of inactive pairs, the padding of rows, the guards. So is `out` when it is overwritten.
 #[derive(Clone, Debug)]
 pub struct CaseData<T> {
     /// `[T, k]`.
@@ -158,6 +165,7 @@ impl<T: Element> CaseData<T> {
         let topk_weights: Option<Vec<f32>> = case
             .routed_weight
             .then(|| (0..pairs).map(|_| rng.random_range(0.25..1.0) / case.top_k as f32).collect());
+        let out_fill = if case.accumulate { T::from_f32(UNADDED) } else { poison() };
         let mut data = CaseData {
             topk_ids: Tensor::new("topk_ids", &expert_ids(case, rng), odd),
             token_lora: Tensor::new("token_lora", &lora_slots(case, rng), odd),
@@ -169,7 +177,7 @@ impl<T: Element> CaseData<T> {
             b: Vec::new(),
             topk_weights: topk_weights.as_ref().map(|weights| Tensor::new("topk_weights", weights, odd)),
             h: Tensor::poisoned("h", [case.slices * pairs, case.max_rank, case.max_rank], odd),
-            out: Tensor::poisoned("out", [pairs, case.out_stride(), case.out_width()], odd),
+            out: Tensor::filled("out", [pairs, case.out_stride(), case.out_width()], out_fill, odd),
         };
 
         let seed = rng.next_u64();
@@ -188,7 +196,23 @@ impl<T: Element> CaseData<T> {
             data.a.push(weights_a(case, &targets, &normals, rng.next_u64()));
             data.b.push(weights_b(case, &targets, &normals, rng.next_u64()));
         }
+        data.poison_inactive(case, &targets);
         Ok(data)
+    }
+
+    /// Makes NaN of the router weights of inactive pairs, and of rows of `x` that no active pair has.
+    fn poison_inactive(&mut self, case: &Case, targets: &[Option<Target>]) {
+        if let Some(weights) = &mut self.topk_weights {
+            let pairs = weights.elements_mut().iter_mut().zip(targets);
+            pairs.filter(|(_, target)| target.is_none()).for_each(|(weight, _)| *weight = poison());
+        }
+        let pairs_a_row = match case.x_rows {
+            XRows::Token => case.top_k,
+            XRows::Pair => 1,
+        };
+        let rows = self.x.elements_mut().chunks_mut(case.x_stride()).zip(targets.chunks(pairs_a_row));
+        rows.filter(|(_, targets)| targets.iter().all(Option::is_none))
+            .for_each(|(row, _)| row.fill(poison()));
     }
 
     fn routing(&self) -> RoutingTensors<'_, Host> {
@@ -394,7 +418,8 @@ fn weights_a<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Norm
     let ranks = ranks_in_use(case, targets, case.a_experts);
     let matrix = case.max_rank * case.in_dim;
     let scale = 1.0 / (case.in_dim as f32).sqrt();
-    let mut a = Tensor::poisoned("a", [ranks.len() * case.max_rank, case.in_dim, case.in_dim], case.misaligned);
+    let mut a =
+        Tensor::poisoned("a", [ranks.len() * case.max_rank, case.in_dim, case.in_dim], case.misaligned);
     a.elements_mut().par_chunks_mut(matrix).zip(ranks).enumerate().for_each(|(i, (matrix, rank))| {
         normals.fill(&mut matrix[..rank.unwrap_or(0) * case.in_dim], scale, seed ^ i as u64);
     });
@@ -405,7 +430,8 @@ fn weights_a<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Norm
 fn weights_b<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Normals, seed: u64) -> Tensor<T> {
     let ranks = ranks_in_use(case, targets, case.b_experts);
     let matrix = case.out_dim * case.max_rank;
-    let mut b = Tensor::poisoned("b", [ranks.len() * case.out_dim, case.max_rank, case.max_rank], case.misaligned);
+    let mut b =
+        Tensor::poisoned("b", [ranks.len() * case.out_dim, case.max_rank, case.max_rank], case.misaligned);
     b.elements_mut().par_chunks_mut(matrix).zip(ranks).enumerate().for_each(|(i, (matrix, rank))| {
         let rank = rank.unwrap_or(0);
         let scale = 1.0 / (rank.max(1) as f32).sqrt();

@@ -5,7 +5,7 @@ use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
 #[cfg(feature = "cuda")]
-use moe_lora::plan::Stage;
+use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::verify::{Case, Failure, Outcome, check_each};
 use moe_lora::{Backend, Element, Forward, Projection, Result};
 use std::fmt;
@@ -98,6 +98,14 @@ impl Machine {
         Some("this program was built without the feature `cuda`".into())
     }
 
+    /// The kernels in this program: who compiled them, for what.
+    pub fn kernels() -> Vec<String> {
+        #[cfg(feature = "cuda")]
+        return EMBEDDED.iter().map(|m| format!("{}, {} KiB of PTX", m.made_by, m.ptx.len() >> 10)).collect();
+        #[cfg(not(feature = "cuda"))]
+        Vec::new()
+    }
+
     /// The back end to use: for [`Choice::Auto`] the fastest.
     pub fn one(&self, choice: Choice) -> anyhow::Result<Place<'_>> {
         let mut places = self.each(choice)?;
@@ -156,7 +164,7 @@ impl Machine {
 }
 
 impl fmt::Display for Machine {
-    /// What `moe-lora info` prints.
+    /// A line for each back end.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         writeln!(f, "cpu      {threads} threads")?;
@@ -168,16 +176,6 @@ impl fmt::Display for Machine {
                 writeln!(f, "         runs the {} kernels", module.arch)?;
             }
             Err(reason) => writeln!(f, "cuda     {reason}")?,
-        }
-        #[cfg(feature = "cuda")]
-        for module in EMBEDDED {
-            writeln!(
-                f,
-                "kernels  {:<8} {}, {} KiB of PTX",
-                module.arch,
-                module.made_by,
-                module.ptx.len() >> 10
-            )?;
         }
         #[cfg(not(feature = "cuda"))]
         writeln!(f, "cuda     {}", self.missing().unwrap_or_default())?;
@@ -245,7 +243,7 @@ impl Timed for Queue<'_> {
         projection: &Projection,
         call: &Forward<'_, Self::Space, T>,
     ) -> Result<String> {
-        let plan = self.plan(projection, &call.check(projection)?, Stage::Forward, &call.route)?;
+        let plan = self.plan(projection, &call.check(projection)?, Stage::Forward, RouteSource::Made)?;
         Ok(plan.map_or("nothing".into(), |plan| format!("{:?} {:?}", plan.index, plan.tile).to_lowercase()))
     }
 

@@ -1,6 +1,5 @@
-//! `moe-lora bench`: times of the operator on a GPU.
-
-use clap::Args;
+use crate::DTypeArg;
+use anyhow::Context;
 use half::{bf16, f16};
 use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue};
 use moe_lora::{
@@ -11,34 +10,30 @@ use rand::rngs::StdRng;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
-use std::error::Error;
 
-/// Times the operator on the GPU at the shapes of well-known models.
-///
-/// A time is the median over replays of a CUDA graph that calls the operator on one set of weights after
-/// another, together larger than the L2 cache, as the layers of a model would. `route` is the time that
-/// routing adds; the other launches are timed on a kept route. Every case's output is checked, at randomly
-/// drawn pairs, against float64 before it is timed.
-///
-/// The floor is the time in which the bytes that must move (each touched weight once, x once, out read and
-/// written) pass at 3.0 TB/s, or the operations at 790 TFLOP/s, whichever is longer.
-///
-/// Examples:
-///   moe-lora bench
-///   moe-lora bench --tokens 1,80,1024 --op w13
-#[derive(Args)]
-#[command(verbatim_doc_comment)]
-pub struct BenchArgs {
-    /// Only cases of these numbers of tokens.
+#[derive(clap::Args)]
+#[command(after_help = "\
+time   of shrink and expand: the median over replays of a CUDA graph that calls the operator on one set of
+       weights after another, together larger than the L2 cache, as the layers of a model would
+route  what routing adds to that
+floor  the bytes that must move (each touched weight once, x once, out read and written) at 3.0 TB/s, or the
+       operations at 790 TFLOP/s, whichever takes longer: an H100's
+error  distance from float64 at randomly drawn pairs; a wrong result is not timed
+
+Examples:
+  moe-lora bench
+  moe-lora bench --tokens 1,80,1024 --op w13")]
+pub struct Args {
+    /// Only cases of these numbers of tokens
     #[arg(long, value_delimiter = ',')]
     tokens: Vec<usize>,
-    /// Only cases of this projection: w13 or w2.
+    /// Only cases of this projection: w13 or w2
     #[arg(long)]
     op: Option<String>,
-    /// Element type: bf16 or f16.
+    /// Type of activations and weights
     #[arg(long, default_value = "bf16")]
-    dtype: String,
-    /// Device number.
+    dtype: DTypeArg,
+    /// Device number
     #[arg(long, default_value_t = 0)]
     device: u32,
 }
@@ -210,7 +205,7 @@ fn floor<T: Element>(projection: &Projection, inputs: &Inputs<T>) -> f64 {
     ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
 }
 
-fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> Result<Times, Box<dyn Error>> {
+fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<Times> {
     let projection = case.projection(T::DTYPE)?;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(case, &projection, &mut StdRng::seed_from_u64(seed));
@@ -289,7 +284,7 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> Result<Times, 
     // Each of the two sums was rounded to the element type.
     let tolerance = 2.0 * T::DTYPE.tolerance();
     if error.is_nan() || error > tolerance {
-        return Err(format!("wrong result: error {error:.1e}, at most {tolerance:.1e} is allowed").into());
+        anyhow::bail!("wrong result: error {error:.1e}, at most {tolerance:.1e} is allowed");
     }
 
     let mut measured = Vec::new();
@@ -301,8 +296,7 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> Result<Times, 
     Ok(Times { kernels, route: routed - kernels, floor: floor(&projection, &inputs), error })
 }
 
-/// Runs the subcommand.
-pub fn run(args: &BenchArgs) -> Result<(), Box<dyn Error>> {
+pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
     println!("{}", gpu.info());
     let queue = gpu.queue(Options::default())?;
@@ -313,15 +307,14 @@ pub fn run(args: &BenchArgs) -> Result<(), Box<dyn Error>> {
             && args.op.as_deref().is_none_or(|op| op == case.op)
     };
     for (seed, case) in cases().into_iter().enumerate().filter(|(_, case)| wanted(case)) {
-        let timed = match args.dtype.as_str() {
-            "bf16" => time::<bf16>(&queue, &case, seed as u64),
-            "f16" => time::<f16>(&queue, &case, seed as u64),
-            other => return Err(format!("--dtype {other}: expected bf16 or f16").into()),
+        let timed = match args.dtype {
+            DTypeArg::Bf16 => time::<bf16>(&queue, &case, seed as u64),
+            DTypeArg::F16 => time::<f16>(&queue, &case, seed as u64),
         };
         let Case { model, op, tokens, rank, loras } = case;
         let name = model.name;
         let Times { kernels, route, floor, error } =
-            timed.map_err(|error| format!("{name} {op} T={tokens} R={rank}: {error}"))?;
+            timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
         let ratio = kernels / floor;
         println!(
             "| {name} | {op} | {tokens} | {rank} | {loras} | {floor:.1} | {kernels:.1} | {ratio:.2} | {route:.1} | {error:.1e} |"

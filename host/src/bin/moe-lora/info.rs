@@ -5,6 +5,9 @@ pub fn info() -> anyhow::Result<()> {
     let machine = Machine::find();
     println!("moe-lora {}", env!("CARGO_PKG_VERSION"));
     print!("{machine}");
+    for kernels in Machine::kernels() {
+        println!("kernels  {kernels}");
+    }
     println!("\n{}", advice(&machine));
     Ok(())
 }

@@ -1,6 +1,8 @@
 //! `moe-lora`: what this machine can run, whether it runs right, how fast, and on files of your own.
 
 mod backends;
+#[cfg(feature = "cuda")]
+mod bench;
 mod demo;
 mod info;
 mod run;
@@ -33,6 +35,9 @@ enum Command {
     Info,
     /// Run the layer shapes of Qwen3-30B-A3B on every back end: check the results, time the calls
     Demo(demo::Args),
+    /// Time the operator on a GPU at the shapes of well-known models
+    #[cfg(feature = "cuda")]
+    Bench(bench::Args),
     /// Apply one layer of PEFT adapters to tensors in a file
     Run(run::Args),
     /// Check back ends against the float64 reference, over a grid of shapes and modes
@@ -59,6 +64,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Info => info::info(),
         Command::Demo(args) => demo::demo(&args),
+        #[cfg(feature = "cuda")]
+        Command::Bench(args) => bench::bench(&args),
         Command::Run(args) => run::run(&args),
         Command::Verify(args) => verify::verify(&args),
     };
