@@ -245,7 +245,11 @@ fn check_b<S: Space, T: Element>(projection: &Projection, b: &[View<'_, S, T>]) 
     check_slices("b", b, projection, [s.slots, projection.b_experts(), s.out_dim, s.max_rank])
 }
 
-fn check_x<S: Space, T: Element>(projection: &Projection, x: &Rows<'_, S, T>, tokens: usize) -> Result<usize> {
+fn check_x<S: Space, T: Element>(
+    projection: &Projection,
+    x: &Rows<'_, S, T>,
+    tokens: usize,
+) -> Result<usize> {
     let extent = (x.data.address(), align_of::<T>(), x.data.len());
     check_rows("x", extent, x.stride, projection.x_rows(tokens)?, projection.sizes().in_dim)
 }

@@ -1,7 +1,7 @@
 //! The CPU back end: the same operator on host memory, on all threads of the current rayon pool.
 //!
 //! Pairs are grouped by segment (slot, expert) and segments are cut into tiles of at most
-//! [`TILE_PAIRS`] pairs, so a weight row is widened to f32 once for a whole tile. Each pair is in one
+//! `TILE_PAIRS` pairs, so a weight row is widened to f32 once for a whole tile. Each pair is in one
 //! tile and each sum has one order, so results do not depend on the number of threads.
 
 use crate::backend::{Backend, Buffer};

@@ -45,7 +45,7 @@ mod sealed {
     impl Sealed for half::f16 {}
 }
 
-/// A 16-bit float that the kernels exist for: [`bf16`] or [`f16`].
+/// A 16-bit float that the kernels exist for: [`bf16`] or [`struct@f16`].
 pub trait Element: sealed::Sealed + Pod + Send + Sync + PartialEq + fmt::Debug {
     /// The run-time name of this type.
     const DTYPE: DType;

@@ -3,7 +3,7 @@
 use crate::dtype::DType;
 use thiserror::Error;
 
-/// Result with this crate's [`Error`].
+/// Result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why a call was refused. Whatever the variant, nothing was launched and nothing was written.

@@ -134,6 +134,7 @@ fn entry(kernel: Kernel) -> &'static Entry {
 }
 
 /// Bytes of scratch memory that any call of up to `tokens` tokens needs for `h` and its parts.
+#[cfg(feature = "cuda")]
 pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<usize> {
     let h = projection.h_elements(tokens)?;
     let partial = (h as u64).saturating_mul(u64::from(heuristics::MAX_SPLITS)).min(MAX_PARTIAL);
@@ -141,6 +142,7 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 }
 
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
+#[cfg(feature = "cuda")]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
     Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16.rows()))
 }
@@ -174,12 +176,14 @@ impl Plan {
         let pairs = projection.pairs(layout.tokens)?;
         let h = projection.h_elements(layout.tokens)? as u64;
 
-        let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank, layout.x_stride, layout.out_stride, layout.offset];
+        let multiples =
+            [sizes.in_dim, sizes.out_dim, sizes.max_rank, layout.x_stride, layout.out_stride, layout.offset];
         let fast = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
         let fits = |tile: &TileKind| {
             let shape = tile.shape();
             let room = column_room(projection, shape);
-            let bytes = shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
+            let bytes =
+                shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
             let in_route = match route {
                 RouteSource::Made => true,
                 RouteSource::Kept { tile_rows } => shape.rows() <= tile_rows,
@@ -215,7 +219,8 @@ impl Plan {
         let steps_per_split = steps.div_ceil(splits);
         let splits = steps.div_ceil(steps_per_split);
         let slices = sizes.slices as u64;
-        let columns_per_block = heuristics::expand_columns(tiles * slices, sizes.out_dim as u32, shape, limits);
+        let columns_per_block =
+            heuristics::expand_columns(tiles * slices, sizes.out_dim as u32, shape, limits);
         let blocks_per_slice = (sizes.out_dim as u32).div_ceil(columns_per_block);
 
         // The largest element offset decides the index width.

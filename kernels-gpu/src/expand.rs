@@ -1,4 +1,4 @@
-//! `expand`: out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q], for the pairs of
+//! `expand`: `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`, for the pairs of
 //! one tile.
 //!
 //! One block takes a tile of pairs and a run of columns of one slice. The tile's h stays in shared memory;
@@ -70,7 +70,8 @@ mod kernel {
                         // SAFETY: `first` + `rows` pairs are in the list, and each is below P.
                         let pair = unsafe { p.pairs.at(tile.first + row).load() };
                         let offset = I::from_u32(pair).times(I::from_u64(p.out_stride));
-                        rows.start[m][half] = p.out.at(offset.plus(I::from_u32(slice).times(I::from_u32(p.out_dim))));
+                        rows.start[m][half] =
+                            p.out.at(offset.plus(I::from_u32(slice).times(I::from_u32(p.out_dim))));
                         // An inactive pair's weight may be anything; its zeros stay zeros.
                         if !p.topk_weights.is_null() && tile.rank > 0 {
                             // SAFETY: as above.
@@ -88,7 +89,12 @@ mod kernel {
     /// # Safety
     /// The tile must be one of `p`'s, and the launch that writes h must have ended.
     #[inline(always)]
-    unsafe fn copy_h<E: Element, I: Index, const FAST: bool>(p: &ExpandParams, tile: &Tile, rows: u32, slice: u32) {
+    unsafe fn copy_h<E: Element, I: Index, const FAST: bool>(
+        p: &ExpandParams,
+        tile: &Tile,
+        rows: u32,
+        slice: u32,
+    ) {
         let chunks = tile.rank.div_ceil(CHUNK);
         // Chunks up to the end of a 16-wide step, so that the product reads nothing unwritten.
         let chunks = chunks.next_multiple_of(2);
@@ -117,7 +123,8 @@ mod kernel {
             if FAST && p.splits > 1 {
                 let mut sum = [0.0f32; 8];
                 if elements > 0 {
-                    let part = I::from_u32(p.slices).times(I::from_u32(p.pair_count)).times(I::from_u32(p.max_rank));
+                    let part =
+                        I::from_u32(p.slices).times(I::from_u32(p.pair_count)).times(I::from_u32(p.max_rank));
                     let mut split = 0;
                     while split < p.splits {
                         let at = p.partial.at(source);
@@ -134,7 +141,12 @@ mod kernel {
                 let [a, b, c, d, e, f, g, h] = sum;
                 // SAFETY: the chunk is inside the panel.
                 unsafe {
-                    panel.chunk(row, chunk % 8).store16([E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)]);
+                    panel.chunk(row, chunk % 8).store16([
+                        E::pack(a, b),
+                        E::pack(c, d),
+                        E::pack(e, f),
+                        E::pack(g, h),
+                    ]);
                 }
             } else {
                 // SAFETY: `elements` ranks are left in the row.
@@ -148,7 +160,13 @@ mod kernel {
     /// # Safety
     /// `at` must be valid for reads and writes of `columns` (1 ..= 8) elements.
     #[inline(always)]
-    unsafe fn store<E: Element, const FAST: bool>(at: Global<u16>, values: [f32; 8], old: [u32; 4], columns: u32, accumulate: bool) {
+    unsafe fn store<E: Element, const FAST: bool>(
+        at: Global<u16>,
+        values: [f32; 8],
+        old: [u32; 4],
+        columns: u32,
+        accumulate: bool,
+    ) {
         if FAST {
             let mut packed = [0u32; 4];
             unroll::<4>(|i| {
@@ -176,7 +194,14 @@ mod kernel {
     /// # Safety
     /// As for the entry points: every tensor of `p` must be as its field says.
     #[inline(always)]
-    pub unsafe fn expand<E: Element, I: Index, const M: usize, const G: usize, const COLUMN_WARPS: u32, const FAST: bool>(
+    pub unsafe fn expand<
+        E: Element,
+        I: Index,
+        const M: usize,
+        const G: usize,
+        const COLUMN_WARPS: u32,
+        const FAST: bool,
+    >(
         p: ExpandParams,
     ) {
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
@@ -298,7 +323,16 @@ mod kernel {
                 unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
                     if (k as u32) * 16 < left {
                         // SAFETY: h and b are filled up to the end of the step that holds the last rank.
-                        unsafe { sum.multiply::<E>(h_panel, warp_row, b_panel(stage), warp_column, groups, k as u32) };
+                        unsafe {
+                            sum.multiply::<E>(
+                                h_panel,
+                                warp_row,
+                                b_panel(stage),
+                                warp_column,
+                                groups,
+                                k as u32,
+                            )
+                        };
                     }
                 });
                 stage = if stage + 1 == STAGES { 0 } else { stage + 1 };
@@ -314,7 +348,13 @@ mod kernel {
                             let columns = (run.end - at).min(8);
                             // SAFETY: `columns` columns from `at` are inside the row.
                             unsafe {
-                                store::<E, FAST>(out.start[m][half].at(at), values, old[m][half][g], columns, accumulate);
+                                store::<E, FAST>(
+                                    out.start[m][half].at(at),
+                                    values,
+                                    old[m][half][g],
+                                    columns,
+                                    accumulate,
+                                );
                             }
                         }
                     });

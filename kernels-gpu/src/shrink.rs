@@ -1,4 +1,4 @@
-//! `shrink`: h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c], for the pairs of one tile.
+//! `shrink`: `h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c]`, for the pairs of one tile.
 //!
 //! One block takes a tile of pairs, a block of columns and a part of K. A *column* is a (slice, rank)
 //! pair: the ranks of all slices side by side, so that x is read once for all of them. Steps of 64
@@ -85,7 +85,13 @@ mod kernel {
         /// # Safety
         /// The tile must be one of `p`'s.
         #[inline(always)]
-        unsafe fn new<I: Index>(p: &ShrinkParams, tile: &Tile, rows: u32, tile_columns: u32, columns: &Columns) -> Self {
+        unsafe fn new<I: Index>(
+            p: &ShrinkParams,
+            tile: &Tile,
+            rows: u32,
+            tile_columns: u32,
+            columns: &Columns,
+        ) -> Self {
             let mut feed = Feed {
                 x: [Global::NULL; 4],
                 a: [Global::NULL; 8],
@@ -134,17 +140,23 @@ mod kernel {
                 if i as u32 * SWEEP < self.rows {
                     let elements = if self.x[i].is_null() { 0 } else { left };
                     // SAFETY: `left` elements are left in the row; an empty copy reads nothing.
-                    unsafe { x_panel.copy_chunk::<FAST, false>(row, self.chunk, self.x[i].at(depth), elements) };
+                    unsafe {
+                        x_panel.copy_chunk::<FAST, false>(row, self.chunk, self.x[i].at(depth), elements)
+                    };
                 }
             });
             unroll::<8>(|i| {
                 let column = i as u32 * SWEEP + self.sweep_row;
                 // Groups of columns past the last one are left out: nobody multiplies them.
-                if (i as u32 * SWEEP) < self.tile_columns && (i as u32 * SWEEP) < self.columns.next_multiple_of(GROUP) {
+                if (i as u32 * SWEEP) < self.tile_columns
+                    && (i as u32 * SWEEP) < self.columns.next_multiple_of(GROUP)
+                {
                     let elements = if self.a[i].is_null() { 0 } else { left };
                     let row = weight_row(column);
                     // SAFETY: as above; a stage has room for every group that has a column.
-                    unsafe { a_panel.copy_chunk::<FAST, true>(row, self.chunk, self.a[i].at(depth), elements) };
+                    unsafe {
+                        a_panel.copy_chunk::<FAST, true>(row, self.chunk, self.a[i].at(depth), elements)
+                    };
                 }
             });
         }
@@ -155,7 +167,14 @@ mod kernel {
     /// # Safety
     /// As for the entry points: every tensor of `p` must be as its field says.
     #[inline(always)]
-    pub unsafe fn shrink<E: Element, I: Index, const M: usize, const G: usize, const COLUMN_WARPS: u32, const FAST: bool>(
+    pub unsafe fn shrink<
+        E: Element,
+        I: Index,
+        const M: usize,
+        const G: usize,
+        const COLUMN_WARPS: u32,
+        const FAST: bool,
+    >(
         p: ShrinkParams,
     ) {
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
@@ -200,7 +219,8 @@ mod kernel {
         let feed = unsafe { Feed::new::<I>(&p, &tile, rows, tile_columns, &columns_here) };
         let stage_bytes = (rows + p.column_room) * TileShape::ROW_BYTES;
         let x_panel = |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes));
-        let a_panel = |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes + rows * TileShape::ROW_BYTES));
+        let a_panel =
+            |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes + rows * TileShape::ROW_BYTES));
 
         let first_step = split * p.steps_per_split;
         let all_steps = if tile.rank == 0 { 0 } else { p.in_dim.div_ceil(TileShape::DEPTH) };
@@ -235,7 +255,16 @@ mod kernel {
                 let stage = step % STAGES;
                 unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
                     // SAFETY: all rows of both panels were filled, at least those whose sums are stored.
-                    unsafe { sum.multiply::<E>(x_panel(stage), warp_row, a_panel(stage), warp_column, groups, k as u32) };
+                    unsafe {
+                        sum.multiply::<E>(
+                            x_panel(stage),
+                            warp_row,
+                            a_panel(stage),
+                            warp_column,
+                            groups,
+                            k as u32,
+                        )
+                    };
                 });
             }
             step += 1;
@@ -255,7 +284,8 @@ mod kernel {
                         // h or part of it, [S, P, R]: where a column of this pair lies.
                         let place = |number: u32| {
                             let Column { slice, rank } = Column::new(first_column + number, ranks);
-                            let row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
+                            let row =
+                                I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
                             row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank))
                         };
                         if FAST && column < columns {
@@ -278,7 +308,9 @@ mod kernel {
                             unroll::<8>(|i| {
                                 if column + (i as u32) < columns {
                                     // SAFETY: the column is one of `columns`.
-                                    unsafe { p.h.at(place(column + i as u32)).store(E::pack(values[i], 0.0) as u16) };
+                                    unsafe {
+                                        p.h.at(place(column + i as u32)).store(E::pack(values[i], 0.0) as u16)
+                                    };
                                 }
                             });
                         }

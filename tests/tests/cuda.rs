@@ -40,9 +40,7 @@ mod gpu {
                 let trial = |(name, test): (String, Test)| Trial::test(name, move || test(gpu));
                 list().into_iter().map(trial).collect()
             }
-            Err(why) => {
-                list().iter().map(|(name, _)| skipped(arguments, name, &why.to_string())).collect()
-            }
+            Err(why) => list().iter().map(|(name, _)| skipped(arguments, name, &why.to_string())).collect(),
         }
     }
 

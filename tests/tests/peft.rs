@@ -77,7 +77,7 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
 
 fn expect_within(what: &str, error: f64, tolerance: f64) -> Outcome {
     // NaN is not within.
-    if error <= tolerance {
+    if approx::abs_diff_eq!(error, 0.0, epsilon = tolerance) {
         Ok(())
     } else {
         Err(format!("{what} is off by {error:.2e}, tolerance {tolerance:.2e}").into())

@@ -22,7 +22,7 @@ pub struct Args {
     /// Fail if any test was skipped: for machines that have a GPU
     #[arg(long)]
     require_gpu: bool,
-    /// Arguments for `cargo test`, for example: -p moe-lora-tests --test decode -- bf16
+    /// Arguments for `cargo test`, for example: -p moe-lora-tests --test cuda -- i64
     #[arg(last = true, value_name = "CARGO TEST ARGUMENTS")]
     cargo_test: Vec<String>,
 }

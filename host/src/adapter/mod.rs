@@ -241,11 +241,18 @@ impl Adapter {
         self.file.path()
     }
 
+    /// The matrices of one layer.
+    fn layer(&self, layer: usize) -> impl Iterator<Item = (&Target, &Lora)> + Clone {
+        self.loras.iter().filter(move |(target, _)| target.layer == layer)
+    }
+
     /// The matrices of one projection of one layer.
-    fn of(&self, layer: usize, projection: LayerProjection) -> impl Iterator<Item = (&Target, &Lora)> {
-        self.loras
-            .iter()
-            .filter(move |(target, _)| target.layer == layer && projection.modules().contains(&target.module))
+    fn of(
+        &self,
+        layer: usize,
+        projection: LayerProjection,
+    ) -> impl Iterator<Item = (&Target, &Lora)> + Clone {
+        self.layer(layer).filter(move |(target, _)| projection.modules().contains(&target.module))
     }
 }
 
@@ -292,13 +299,15 @@ fn loras(file: &TensorFile, config: &Config) -> Result<BTreeMap<Target, Lora>, A
 
 /// The weights of one projection of one layer, one slot an adapter, as a call wants them.
 pub struct Stack<T> {
-    /// Sizes: R is the largest rank of all, L the number of adapters.
+    /// Sizes. L is the number of adapters; R, and E unless it was given, are the layer's: both of its
+    /// projections can share a route.
     pub projection: Projection,
     /// S tensors `[L, E, R, K]`, zero above an adapter's rank and for experts that it leaves alone.
     pub a: Vec<Vec<T>>,
     /// S tensors `[L, E, N, R]`, multiplied by the adapter's scaling; zero likewise.
     pub b: Vec<Vec<T>>,
-    /// `[L]`: the largest rank of each adapter here; 0 for one that leaves this projection alone.
+    /// `[L]`: the largest rank of each adapter in either projection of the layer; 0 for one that leaves
+    /// the layer alone.
     pub ranks: Vec<i32>,
 }
 
@@ -323,13 +332,13 @@ impl<T: Element> Stack<T> {
         experts: Option<usize>,
     ) -> Result<Self, AdapterError> {
         let sizes = Self::sizes(adapters, layer, projection, top_k, experts)?;
-        let projection_sizes = Projection::new(sizes)?;
-        let ProjectionSizes { slots, experts, max_rank, in_dim, out_dim, .. } = sizes;
+        let ProjectionSizes { slots, experts, max_rank, slices, in_dim, out_dim, .. } = sizes;
+        let rank = |adapter: &Adapter| adapter.layer(layer).map(|(_, lora)| lora.rank as i32).max();
         let mut stack = Stack {
-            projection: projection_sizes,
-            a: Self::zeros(sizes.slices, "a", [slots, experts, max_rank, in_dim])?,
-            b: Self::zeros(sizes.slices, "b", [slots, experts, out_dim, max_rank])?,
-            ranks: vec![0; slots],
+            projection: Projection::new(sizes)?,
+            a: Self::zeros(slices, "a", [slots, experts, max_rank, in_dim])?,
+            b: Self::zeros(slices, "b", [slots, experts, out_dim, max_rank])?,
+            ranks: adapters.iter().map(|adapter| rank(adapter).unwrap_or(0)).collect(),
         };
         for (slot, adapter) in adapters.iter().enumerate() {
             for (target, lora) in adapter.of(layer, projection) {
@@ -342,7 +351,6 @@ impl<T: Element> Stack<T> {
                 for (row, values) in rows.zip(b.chunks_exact(lora.rank)) {
                     row[..lora.rank].copy_from_slice(values);
                 }
-                stack.ranks[slot] = stack.ranks[slot].max(lora.rank as i32);
             }
         }
         Ok(stack)
@@ -356,23 +364,27 @@ impl<T: Element> Stack<T> {
         top_k: usize,
         experts: Option<usize>,
     ) -> Result<ProjectionSizes, AdapterError> {
-        let all =
-            || adapters.iter().flat_map(|adapter| adapter.of(layer, projection).map(move |l| (adapter, l)));
-        let Some((_, (_, &Lora { in_dim, out_dim, .. }))) = all().next() else {
+        let mut all = adapters.iter().flat_map(|a| a.of(layer, projection).map(move |(_, lora)| (a, lora)));
+        let Some((_, &Lora { in_dim, out_dim, .. })) = all.clone().next() else {
             let shown = |a: &Adapter| format!("{} (targets {})", a.path().display(), a.config.target_modules);
             let adapters = adapters.iter().map(shown).collect::<Vec<_>>().join(", ");
             return Err(AdapterError::NothingToStack { layer, projection, adapters });
         };
+        all.try_for_each(|(Adapter { file, .. }, Lora { a, b, rank, .. })| {
+            file.expect_shape(a, &[*rank, in_dim], "[r, K] with the K of the layer's others")?;
+            file.expect_shape(b, &[out_dim, *rank], "[N, r] with the N of the layer's others")
+        })?;
+
         let limit = experts.unwrap_or(Self::MAX_EXPERTS);
         let (mut named, mut max_rank) = (0, 0);
-        for (Adapter { file, .. }, (&Target { expert, .. }, lora)) in all() {
-            if expert >= limit {
-                let (path, tensor) = (file.path().into(), lora.a.clone());
-                return Err(AdapterError::ExpertOutOfRange { path, tensor, expert, experts: limit });
+        for adapter in adapters {
+            for (&Target { expert, .. }, lora) in adapter.layer(layer) {
+                if expert >= limit {
+                    let (path, tensor) = (adapter.path().into(), lora.a.clone());
+                    return Err(AdapterError::ExpertOutOfRange { path, tensor, expert, experts: limit });
+                }
+                (named, max_rank) = (named.max(expert + 1), max_rank.max(lora.rank));
             }
-            file.expect_shape(&lora.a, &[lora.rank, in_dim], "[r, K] with the K of the layer's others")?;
-            file.expect_shape(&lora.b, &[out_dim, lora.rank], "[N, r] with the N of the layer's others")?;
-            (named, max_rank) = (named.max(expert + 1), max_rank.max(lora.rank));
         }
         Ok(ProjectionSizes {
             dtype: T::DTYPE,

@@ -309,6 +309,20 @@ fn stacking_places_every_matrix_and_leaves_zeros_elsewhere() {
 }
 
 #[test]
+fn both_projections_of_a_layer_can_share_a_route() {
+    let mut first = lora(&format!("{LAYER_0}.4.down_proj"), [3, 5, 2]);
+    first.extend(lora(&format!("{LAYER_0}.1.up_proj"), [1, 4, 3]));
+    let mut config = with("rank_pattern", json!({ "down_proj": 3 }));
+    config["r"] = json!(1);
+    let adapters = [open(&config, &first).unwrap()];
+    let load = |which| Stack::<bf16>::load(&adapters, 0, which, 2, None).unwrap();
+    let (w13, w2) = (load(LayerProjection::W13), load(LayerProjection::W2));
+    assert_eq!((&w13.ranks, &w2.ranks), (&vec![3], &vec![3]));
+    let shared = |stack: &Stack<bf16>| (stack.projection.sizes().experts, stack.projection.sizes().max_rank);
+    assert_eq!((shared(&w13), shared(&w2)), ((5, 3), (5, 3)));
+}
+
+#[test]
 fn patterns_decide_by_the_first_key_that_ends_the_modules_name() {
     let module = |expert: usize| format!("{LAYER_0}.{expert}.down_proj");
     let weights: Vec<Tensor> =

@@ -129,7 +129,7 @@ impl Gpu {
         let device = Device::get_device(ordinal).map_err(no_device)?;
         let info = DeviceInfo::new(device)?;
         if !bind::has_launch_kernel_ex() {
-            let reason = "the driver is older than CUDA 11.8".to_owned();
+            let reason = "the driver is older than CUDA 12.0".to_owned();
             return Err(Error::Driver { call: "cuLaunchKernelEx", reason });
         }
         let capability = info.capability.0 * 10 + info.capability.1;
@@ -147,7 +147,8 @@ impl Gpu {
         let functions = ENTRIES
             .iter()
             .map(|entry| {
-                let function = module.get_function(entry.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
+                let function =
+                    module.get_function(entry.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
                 let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: the function is of a live module. The limit is the device's own.
                 status("cuFuncSetAttribute", unsafe {

@@ -15,9 +15,7 @@ use bytemuck::Pod;
 use cust::stream::Stream;
 use cust::sys::{self, CUstream};
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{
-    Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled,
-};
+use moe_lora_kernels::params::{Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled};
 use std::marker::PhantomData;
 
 /// A stream of a [`Gpu`] that calls run on, one after another. It stays on the thread that made it, where
@@ -133,21 +131,22 @@ impl<'a> Queue<'a> {
     }
 
     /// Plans a checked call and makes its workspace ready; `None` when there is nothing to do.
-    fn prepare(
+    fn prepare<'c>(
         &self,
         workspace: &mut Workspace,
-        projection: &Projection,
-        layout: &Layout,
+        projection: &'c Projection,
+        layout: Layout,
         stage: Stage,
         route: &Route<'_, Device>,
-    ) -> Result<Option<(Plan, Parts)>> {
+    ) -> Result<Option<Prepared<'c>>> {
         if layout.tokens == 0 {
             return Ok(None);
         }
         let source = workspace.route_source(projection, layout.tokens, route)?;
-        let Some(plan) = self.plan(projection, layout, stage, source)? else { return Ok(None) };
+        let Some(plan) = self.plan(projection, &layout, stage, source)? else { return Ok(None) };
         let parts = workspace.prepare(projection, layout.tokens, &plan)?;
-        Ok(Some((plan, parts)))
+        let pair_count = projection.pairs(layout.tokens)? as u32;
+        Ok(Some(Prepared { projection, layout, plan, parts, pair_count }))
     }
 
     fn launch<P: Pod>(&self, plan: &Launch, parameters: &P) -> Result<()> {
@@ -158,7 +157,8 @@ impl<'a> Queue<'a> {
         }
     }
 
-    fn route(&self, projection: &Projection, plan: &Plan, parts: &Parts, tokens: usize, route: &Route<'_, Device>) -> Result<()> {
+    fn route(&self, call: &Prepared<'_>, route: &Route<'_, Device>) -> Result<()> {
+        let Prepared { projection, plan, parts, pair_count, .. } = call;
         let (Some(launch), Route::From(routing)) = (&plan.route, route) else { return Ok(()) };
         let sizes = projection.sizes();
         let (adapter_enabled, enabled_kind) = match &routing.adapter_enabled {
@@ -179,7 +179,7 @@ impl<'a> Queue<'a> {
                 tiles: parts.tiles,
                 counts: parts.counts,
                 buckets: parts.buckets,
-                pair_count: projection.pairs(tokens)? as u32,
+                pair_count: *pair_count,
                 top_k: Divider::new(sizes.top_k as u32),
                 slots: sizes.slots as u32,
                 experts: sizes.experts as u32,
@@ -194,14 +194,12 @@ impl<'a> Queue<'a> {
 
     fn launch_shrink<T: Element>(
         &self,
-        projection: &Projection,
-        plan: &Plan,
-        parts: &Parts,
-        layout: &Layout,
+        call: &Prepared<'_>,
         x: u64,
         a: &[View<'_, Device, T>],
         h: H,
     ) -> Result<()> {
+        let Prepared { projection, layout, plan, parts, pair_count } = call;
         let Some(shrink) = &plan.shrink else { return Ok(()) };
         let sizes = projection.sizes();
         let x_row = match sizes.x_rows {
@@ -220,7 +218,7 @@ impl<'a> Queue<'a> {
                 counts: parts.counts,
                 x_stride: layout.x_stride as u64,
                 x_row: Divider::new(x_row),
-                pair_count: projection.pairs(layout.tokens)? as u32,
+                pair_count: *pair_count,
                 in_dim: sizes.in_dim as u32,
                 max_rank: sizes.max_rank as u32,
                 slices: sizes.slices as u32,
@@ -236,15 +234,8 @@ impl<'a> Queue<'a> {
         )
     }
 
-    fn launch_expand<T: Element>(
-        &self,
-        projection: &Projection,
-        plan: &Plan,
-        parts: &Parts,
-        layout: &Layout,
-        call: &ExpandTail<'_, T>,
-        h: H,
-    ) -> Result<()> {
+    fn launch_expand<T: Element>(&self, call: &Prepared<'_>, tail: &ExpandTail<'_, T>, h: H) -> Result<()> {
+        let Prepared { projection, layout, plan, parts, pair_count } = call;
         let Some(expand) = &plan.expand else { return Ok(()) };
         let sizes = projection.sizes();
         self.launch(
@@ -252,14 +243,14 @@ impl<'a> Queue<'a> {
             &ExpandParams {
                 h: Global::new(h.address(parts)),
                 partial: Global::new(parts.scratch),
-                b: addresses(call.b),
-                out: Global::<u16>::new(call.out).at(layout.offset as u64),
-                topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
+                b: addresses(tail.b),
+                out: Global::<u16>::new(tail.out).at(layout.offset as u64),
+                topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
                 pairs: parts.pairs,
                 tiles: parts.tiles,
                 counts: parts.counts,
                 out_stride: layout.out_stride as u64,
-                pair_count: projection.pairs(layout.tokens)? as u32,
+                pair_count: *pair_count,
                 out_dim: sizes.out_dim as u32,
                 max_rank: sizes.max_rank as u32,
                 slices: sizes.slices as u32,
@@ -267,13 +258,23 @@ impl<'a> Queue<'a> {
                 blocks_per_slice: expand.blocks_per_slice,
                 columns_per_block: expand.columns_per_block,
                 splits: plan.splits(),
-                accumulate: call.accumulate.into(),
+                accumulate: tail.accumulate.into(),
                 route_is_old: plan.shrink.is_some().into(),
                 tile_parts: plan.tile_parts(),
                 reserved: 0,
             },
         )
     }
+}
+
+/// A call that was checked and planned, and whose workspace is ready.
+struct Prepared<'c> {
+    projection: &'c Projection,
+    layout: Layout,
+    plan: Plan,
+    parts: Parts,
+    /// P.
+    pair_count: u32,
 }
 
 /// Which h a launch uses.
@@ -348,37 +349,52 @@ impl Backend for Queue<'_> {
         Workspace::new(projections, max_tokens)
     }
 
-    fn forward<T: Element>(&self, workspace: &mut Workspace, projection: &Projection, call: Forward<'_, Device, T>) -> Result<()> {
+    fn forward<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Forward<'_, Device, T>,
+    ) -> Result<()> {
         let layout = call.check(projection)?;
-        let Some((plan, parts)) = self.prepare(workspace, projection, &layout, Stage::Forward, &call.route)? else {
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Forward, &call.route)? else {
             return Ok(());
         };
         let Forward { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        self.route(projection, &plan, &parts, layout.tokens, &call.route)?;
-        self.launch_shrink(projection, &plan, &parts, &layout, call.x.data.address(), call.a, H::Scratch)?;
-        self.launch_expand(projection, &plan, &parts, &layout, &tail, H::Scratch)
+        self.route(&prepared, &call.route)?;
+        self.launch_shrink(&prepared, call.x.data.address(), call.a, H::Scratch)?;
+        self.launch_expand(&prepared, &tail, H::Scratch)
     }
 
-    fn shrink<T: Element>(&self, workspace: &mut Workspace, projection: &Projection, call: Shrink<'_, Device, T>) -> Result<()> {
+    fn shrink<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Shrink<'_, Device, T>,
+    ) -> Result<()> {
         let layout = call.check(projection)?;
-        let Some((plan, parts)) = self.prepare(workspace, projection, &layout, Stage::Shrink, &call.route)? else {
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Shrink, &call.route)? else {
             return Ok(());
         };
-        self.route(projection, &plan, &parts, layout.tokens, &call.route)?;
+        self.route(&prepared, &call.route)?;
         let h = H::Caller(call.h.address());
-        self.launch_shrink(projection, &plan, &parts, &layout, call.x.data.address(), call.a, h)
+        self.launch_shrink(&prepared, call.x.data.address(), call.a, h)
     }
 
-    fn expand<T: Element>(&self, workspace: &mut Workspace, projection: &Projection, call: Expand<'_, Device, T>) -> Result<()> {
+    fn expand<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Expand<'_, Device, T>,
+    ) -> Result<()> {
         let layout = call.check(projection)?;
-        let Some((plan, parts)) = self.prepare(workspace, projection, &layout, Stage::Expand, &call.route)? else {
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Expand, &call.route)? else {
             return Ok(());
         };
         let Expand { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        self.route(projection, &plan, &parts, layout.tokens, &call.route)?;
-        self.launch_expand(projection, &plan, &parts, &layout, &tail, H::Caller(call.h.address()))
+        self.route(&prepared, &call.route)?;
+        self.launch_expand(&prepared, &tail, H::Caller(call.h.address()))
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -153,7 +153,7 @@ impl<T: Element> CaseData<T> {
     /// Generates the tensors of `case` for a back end whose ranks lie in space `S`.
     ///
     /// # Errors
-    /// As [`Projection::new`] and [`Projection::pairs`], when there is no such call.
+    /// As [`crate::Projection::new`] and [`crate::Projection::pairs`], when there is no such call.
     pub fn new<S: Space>(case: &Case) -> Result<Self> {
         let projection = case.projection()?;
         let pairs = projection.pairs(case.tokens)?;

@@ -105,7 +105,8 @@ impl Global<Tile> {
     #[inline(always)]
     pub unsafe fn load_tile(self) -> Tile {
         // SAFETY: as the caller promises.
-        let ([slot, expert, first, rows], [rank, ..]) = unsafe { (self.load16(), Global::<u8>::new(self.address() + 16).load16()) };
+        let ([slot, expert, first, rows], [rank, ..]) =
+            unsafe { (self.load16(), Global::<u8>::new(self.address() + 16).load16()) };
         Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
     }
 

@@ -39,7 +39,9 @@ impl Shared {
     pub unsafe fn load(self) -> u32 {
         let value: u32;
         // SAFETY: as the caller promises.
-        unsafe { asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly)) };
+        unsafe {
+            asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly))
+        };
         value
     }
 

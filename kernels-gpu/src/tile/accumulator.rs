@@ -55,8 +55,14 @@ impl<const M: usize, const G: usize> Accumulator<M, G> {
         let tiles = &self.0[fragment][group];
         let [low, high] = [2 * half, 2 * half + 1];
         [
-            tiles[0][low], tiles[0][high], tiles[1][low], tiles[1][high],
-            tiles[2][low], tiles[2][high], tiles[3][low], tiles[3][high],
+            tiles[0][low],
+            tiles[0][high],
+            tiles[1][low],
+            tiles[1][high],
+            tiles[2][low],
+            tiles[2][high],
+            tiles[3][low],
+            tiles[3][high],
         ]
     }
 }

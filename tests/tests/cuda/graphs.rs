@@ -42,7 +42,8 @@ impl Uploaded {
         Ok(Uploaded {
             topk_ids: queue.upload(data.topk_ids.elements())?,
             token_lora: queue.upload(data.token_lora.elements())?,
-            topk_weights: queue.upload(data.topk_weights.as_ref().expect("the case is weighted").elements())?,
+            topk_weights: queue
+                .upload(data.topk_weights.as_ref().expect("the case is weighted").elements())?,
             x: queue.upload(data.x.elements())?,
             a: weights(&data.a)?,
             b: weights(&data.b)?,
@@ -67,7 +68,12 @@ impl Uploaded {
 }
 
 /// What an unrecorded call makes of a case.
-fn called(queue: &Queue<'_>, case: &Case, projection: &Projection, inputs: &Uploaded) -> moe_lora::Result<Vec<bf16>> {
+fn called(
+    queue: &Queue<'_>,
+    case: &Case,
+    projection: &Projection,
+    inputs: &Uploaded,
+) -> moe_lora::Result<Vec<bf16>> {
     let mut out = poisoned(queue, case)?;
     let mut workspace = queue.workspace(&[*projection], case.tokens)?;
     queue.forward(&mut workspace, projection, inputs.operands().forward(case, false, out.view_mut()))?;
@@ -92,7 +98,11 @@ pub fn captured_calls_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed>
     // SAFETY: inputs, workspace and out outlive the graph.
     let graph = unsafe {
         queue.capture(|queue| {
-            queue.forward(&mut workspace, &projection, inputs.operands().forward(&first, false, out.view_mut()))
+            queue.forward(
+                &mut workspace,
+                &projection,
+                inputs.operands().forward(&first, false, out.view_mut()),
+            )
         })?
     };
     let bits = |values: &[bf16]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();

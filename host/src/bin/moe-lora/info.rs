@@ -21,7 +21,7 @@ fn advice(machine: &Machine) -> &'static str {
         }
         (Some(_), true) => {
             "Everything runs on the CPU. The GPU back end needs a device of compute capability 8.0 or later and\n\
-             an NVIDIA driver for CUDA 11.8 or later (libcuda.so.1; no toolkit).\n\
+             an NVIDIA driver for CUDA 12.0 or later (libcuda.so.1; no toolkit).\n\
              Next: moe-lora demo"
         }
     }

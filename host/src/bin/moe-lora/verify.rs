@@ -10,7 +10,7 @@ A GPU is checked in every way it can be made to work: with 32-bit and 64-bit off
 A case that fails prints the command that runs it again.
 
 Examples:
-  moe-lora verify                                 Seconds
+  moe-lora verify                                 A second
   moe-lora verify --grid vllm --backend cuda      The grid of vLLM's own test
   moe-lora verify --case '{\"tokens\": 3, \"max_rank\": 7}'")]
 pub struct Args {
@@ -27,11 +27,11 @@ pub struct Args {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Grid {
-    /// Every mode on a small call: seconds
+    /// Every mode on a small call: a second
     Quick,
-    /// Every mode on many shapes: minutes
+    /// Every mode on many shapes: a minute
     Full,
-    /// All 72 cases of vLLM's own test
+    /// All 72 cases of vLLM's own test: minutes on a CPU
     Vllm,
 }
 

@@ -1,0 +1,121 @@
+//! The reference, which everything else is held against, computes what one can compute by hand.
+
+use half::bf16;
+use moe_lora::cpu::Cpu;
+use moe_lora::reference::{self, Target};
+use moe_lora::{
+    Backend, DType, Enabled, Expand, ExpertWeights, Forward, Projection, ProjectionSizes, Route,
+    RoutingTensors, Rows, Shrink, View, ViewMut, XRows,
+};
+
+fn values(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|&value| bf16::from_f32(value)).collect()
+}
+
+/// Two tokens with a row of two each, two choices; two slots of two experts, rank 2 of which slot 0 uses 1;
+/// two slices of two columns. Token 0 has slot 1, token 1 has slot 0. The second choice of token 1 is none.
+#[test]
+fn a_call_of_two_tokens_by_hand() {
+    let sizes = ProjectionSizes {
+        dtype: DType::Bf16,
+        top_k: 2,
+        experts: 2,
+        slots: 2,
+        max_rank: 2,
+        slices: 2,
+        in_dim: 2,
+        out_dim: 2,
+        x_rows: XRows::Token,
+        a_experts: ExpertWeights::PerExpert,
+        b_experts: ExpertWeights::Shared,
+    };
+    let projection = Projection::new(sizes).expect("a projection");
+    let x = values(&[1.0, 2.0, 3.0, -1.0]);
+    // [slot, expert, rank, K]: a matrix a line; the second row of slot 0 is above its rank.
+    #[rustfmt::skip]
+    let a0 = values(&[
+        1.0, 1.0,   f32::NAN, f32::NAN,
+        2.0, 0.0,   f32::NAN, f32::NAN,
+        1.0, 0.0,   0.0, 1.0,
+        3.0, 4.0,   -1.0, 1.0,
+    ]);
+    let a1: Vec<_> = a0.iter().map(|&value| value * bf16::from_f32(2.0)).collect();
+    // [slot, 1, N, rank].
+    #[rustfmt::skip]
+    let b0 = values(&[
+        5.0, f32::NAN,   7.0, f32::NAN,
+        1.0, 10.0,       2.0, 0.0,
+    ]);
+    let b1 = b0.clone();
+    let topk_weights = [1.0f32, 0.5, 2.0, 1.0];
+    let (topk_ids, token_lora, ranks) = ([0, 1, 1, -1], [1, 0], [1, 2]);
+
+    let routing = RoutingTensors {
+        topk_ids: topk_ids[..].into(),
+        token_lora: token_lora[..].into(),
+        adapter_enabled: Enabled::All,
+        ranks: Some(ranks[..].into()),
+        expert_map: None,
+    };
+    let target = |slot, expert, rank| Some(Target { slot, expert, rank });
+    let targets = [target(1, 0, 2), target(1, 1, 2), target(0, 1, 1), None];
+    // [slice, pair, rank]: of slice 0 (1, 2), (3 + 8, -1 + 2), (6), and none; slice 1 has twice that.
+    let expected_h = [1.0, 2.0, 11.0, 1.0, 6.0, 0.0, 0.0, 0.0, 2.0, 4.0, 22.0, 2.0, 12.0, 0.0, 0.0, 0.0];
+    // [pair, slice · column]: (1 + 20, 2), (11 + 10, 22) / 2, (30, 42) · 2, and none.
+    #[rustfmt::skip]
+    let expected = [
+        21.0, 2.0,   42.0, 4.0,
+        10.5, 11.0,  21.0, 22.0,
+        60.0, 84.0,  120.0, 168.0,
+        0.0, 0.0,    0.0, 0.0,
+    ];
+
+    let (a, b) = ([a0[..].into(), a1[..].into()], [b0[..].into(), b1[..].into()]);
+    let mut h = values(&[f32::NAN; 16]);
+    let mut out = values(&[f32::NAN; 16]);
+    let mut split_out = out.clone();
+    let mut workspace = Cpu.workspace(&[projection], 2).expect("room");
+    let (tokens, route, x) = (2, Route::From(routing), Rows::from(View::from(&x[..])));
+    let (topk_weights, offset, accumulate) = (Some(topk_weights[..].into()), 0, false);
+
+    let call = Forward {
+        tokens,
+        route,
+        x,
+        a: &a,
+        b: &b,
+        topk_weights,
+        out: ViewMut::from(&mut out[..]).into(),
+        offset,
+        accumulate,
+    };
+    let forward = reference::forward(&projection, &call).expect("a legal call");
+    Cpu.forward(&mut workspace, &projection, call).expect("a legal call");
+
+    let call = Shrink { tokens, route, x, a: &a, h: (&mut h[..]).into() };
+    let shrink = reference::shrink(&projection, &call).expect("a legal call");
+    Cpu.shrink(&mut workspace, &projection, call).expect("a legal call");
+
+    let call = Expand {
+        tokens,
+        route,
+        h: h[..].into(),
+        b: &b,
+        topk_weights,
+        out: ViewMut::from(&mut split_out[..]).into(),
+        offset,
+        accumulate,
+    };
+    let expand = reference::expand(&projection, &call).expect("a legal call");
+    Cpu.expand(&mut workspace, &projection, call).expect("a legal call");
+
+    assert_eq!(forward.targets, targets);
+    assert_eq!(forward.values, expected);
+    assert_eq!(shrink.values, expected_h);
+    assert_eq!(expand.values, expected);
+    // All of these are exact in bf16.
+    let widened = |values: &[bf16]| values.iter().map(|value| value.to_f64()).collect::<Vec<_>>();
+    assert_eq!(widened(&h), expected_h);
+    assert_eq!(widened(&out), expected);
+    assert_eq!(widened(&split_out), expected);
+}
