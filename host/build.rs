@@ -88,7 +88,7 @@ mod cuda {
             let ptx = fs::read_to_string(&path)
                 .map_err(|error| format!("{PTX_DIR_VAR}: cannot read {}: {error}", path.display()))?;
             // PTX of another version of the kernels would fail at run time, or worse.
-            lint::lint(&ptx, moe_lora_codegen::ENTRIES)
+            lint::lint(&ptx, &moe_lora_codegen::entries(arch))
                 .map_err(|faults| format!("{PTX_DIR_VAR}: {} is refused:\n{faults}", path.display()))?;
             Ok((arch, ptx))
         };

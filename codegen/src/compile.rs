@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use moe_lora_kernels::{ENTRIES, Entry};
+use crate::entries;
+use moe_lora_kernels::Entry;
 
 use crate::lint::{LintError, lint};
 use crate::stamp::stamp;
@@ -126,7 +127,7 @@ impl Compiler {
     /// [`CompileError::Kernels`] when rustc finds fault with the source, [`CompileError::Refused`]
     /// when [`lint`] finds fault with the PTX.
     pub fn compile(&self, arch: Arch) -> Result<Module, CompileError> {
-        self.compile_crate("moe_lora_kernels", &kernel_sources().join("lib.rs"), ENTRIES, arch)
+        self.compile_crate("moe_lora_kernels", &kernel_sources().join("lib.rs"), &entries(arch), arch)
     }
 
     fn compile_crate(

@@ -38,7 +38,11 @@ pub mod toolchain;
 use std::path::Path;
 
 /// The entry points that every module has, with their launch bounds.
-pub use moe_lora_kernels::ENTRIES;
+
+/// The entry points that a module for `arch` must have.
+pub fn entries(arch: Arch) -> Vec<moe_lora_kernels::Entry> {
+    moe_lora_kernels::ENTRIES.iter().filter(|entry| entry.is_on(arch.capability())).copied().collect()
+}
 
 pub use arch::{Arch, UnknownArch};
 pub use compile::{CompileError, Compiler, Module};
@@ -64,5 +68,11 @@ pub fn target_dir_around(path: &Path) -> Option<&Path> {
 /// An entry point as the tests need it: what it computes does not matter here.
 #[cfg(test)]
 pub(crate) const fn test_entry(name: &'static str, threads: u32, min_blocks: u32) -> moe_lora_kernels::Entry {
-    moe_lora_kernels::Entry { name, kernel: moe_lora_kernels::entry::Kernel::Route, threads, min_blocks }
+    moe_lora_kernels::Entry {
+        name,
+        kernel: moe_lora_kernels::entry::Kernel::Route,
+        threads,
+        min_blocks,
+        cluster: 1,
+    }
 }

@@ -1,8 +1,8 @@
 //! Launch bounds: what the language has no attribute for, written onto the PTX.
 //!
 //! Without `.maxntid` ptxas does not know how large a block is, and without `.minnctapersm` not how
-//! many of them should share a multiprocessor; the two together bound the registers of a thread. Both
-//! follow an entry point's parameter list:
+//! many of them should share a multiprocessor; the two together bound the registers of a thread.
+//! `.reqnctapercluster` makes clusters of blocks. All follow an entry point's parameter list:
 //!
 //! ```text
 //! .visible .entry shrink(
@@ -37,8 +37,11 @@ pub fn stamp(ptx: &str, entries: &[Entry]) -> String {
         if line.trim_end().ends_with(')')
             && let Some(entry) = open.take()
         {
-            stamped
-                .push_str(&format!(".maxntid {}, 1, 1\n.minnctapersm {}\n", entry.threads, entry.min_blocks));
+            let &Entry { threads, min_blocks, cluster, .. } = entry;
+            stamped.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm {min_blocks}\n"));
+            if cluster > 1 {
+                stamped.push_str(&format!(".reqnctapercluster {cluster}, 1, 1\n"));
+            }
         }
     }
     stamped

@@ -19,11 +19,13 @@ pub struct DeviceLimits {
     pub multiprocessors: u32,
     /// Most shared memory that a block may be given, in bytes.
     pub shared_bytes: u32,
+    /// Whether its kernels may use clusters of blocks.
+    pub clusters: bool,
 }
 
 impl DeviceLimits {
     /// An H100, for plans that are made where no device is.
-    pub const H100: Self = DeviceLimits { multiprocessors: 132, shared_bytes: 232_448 };
+    pub const H100: Self = DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, clusters: true };
 }
 
 /// Choices that a caller may take out of the planner's hands; `None` leaves them there.
@@ -264,7 +266,12 @@ impl Plan {
             tile_rows,
             largest_offset,
             route: match route {
-                RouteSource::Made => Some(launch(Kernel::Route, 1, route::shared_bytes(route_window))?),
+                RouteSource::Made => {
+                    let clustered = limits.clusters && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
+                    let kernel = if clustered { Kernel::RouteCluster } else { Kernel::Route };
+                    let blocks = u64::from(entry(kernel).cluster);
+                    Some(launch(kernel, blocks, route::shared_bytes(route_window))?)
+                }
                 RouteSource::Kept { .. } => None,
             },
             route_window,

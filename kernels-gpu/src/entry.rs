@@ -55,9 +55,11 @@ impl TileKind {
 /// What an entry point computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
-    /// [`crate::route`]. Its offsets are below 2³¹ whatever the call, and it reads no activations: it has
-    /// one form.
+    /// [`crate::route`] in one block. Its offsets are below 2³¹ whatever the call, and it reads no
+    /// activations: it has no variants.
     Route,
+    /// [`crate::route`] in a cluster.
+    RouteCluster,
     /// [`crate::shrink`].
     Shrink(Variant),
     /// [`crate::expand`].
@@ -86,13 +88,32 @@ pub struct Entry {
     pub threads: u32,
     /// Blocks that must fit on one multiprocessor at a time (`.minnctapersm`); bounds the registers.
     pub min_blocks: u32,
+    /// Blocks of a cluster (`.reqnctapercluster`); 1: no clusters.
+    pub cluster: u32,
+}
+
+/// Least compute capability, times ten, that has clusters.
+pub const CLUSTERS_SINCE: u32 = 90;
+
+impl Entry {
+    /// True when a module for this compute capability (times ten) has the entry point.
+    pub const fn is_on(&self, capability: u32) -> bool {
+        self.cluster == 1 || capability >= CLUSTERS_SINCE
+    }
 }
 
 macro_rules! entries {
     ($($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
-            Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1 },
+            Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1, cluster: 1 },
+            Entry {
+                name: "route_cluster",
+                kernel: Kernel::RouteCluster,
+                threads: route::THREADS,
+                min_blocks: 1,
+                cluster: route::CLUSTER,
+            },
             $($(
                 entries!(@row $kernel $Kernel "bf16" Bf16 "i32" I32 $tile $Tile $min_blocks),
                 entries!(@row $kernel $Kernel "bf16" Bf16 "i64" I64 $tile $Tile $min_blocks),
@@ -114,7 +135,14 @@ macro_rules! entries {
             #[unsafe(no_mangle)]
             unsafe extern "ptx-kernel" fn route(p: crate::params::RouteParams) {
                 // SAFETY: as the entry point's caller promises.
-                unsafe { crate::route::route(p) }
+                unsafe { crate::route::route::<1>(p) }
+            }
+
+            #[cfg(feature = "sm_90")]
+            #[unsafe(no_mangle)]
+            unsafe extern "ptx-kernel" fn route_cluster(p: crate::params::RouteParams) {
+                // SAFETY: as the entry point's caller promises.
+                unsafe { crate::route::route::<{ crate::route::CLUSTER }>(p) }
             }
 
             $($(
@@ -135,6 +163,7 @@ macro_rules! entries {
             }),
             threads: TileShape::THREADS,
             min_blocks: $min_blocks,
+            cluster: 1,
         }
     };
     (@stamp $kernel:ident $Params:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident) => {

@@ -25,7 +25,7 @@ mod gpu {
     use super::{graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
     use moe_lora::cuda::{Gpu, IndexWidth, Options, Queue, TileKind};
-    use moe_lora::verify::{Case, check_each, full_grid, quick_grid, vllm_grid};
+    use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
 
@@ -58,6 +58,7 @@ mod gpu {
         test("every_mode_passes_on_calls_of_many_shapes", |gpu| all_pass(gpu, &full_grid()));
         // As planned: its adapters are large, and each way would upload them again.
         test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));
+        test("any_number_of_buckets_is_routed", |gpu| all_pass(gpu, &many_buckets()));
         test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
         test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
         test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);
@@ -79,6 +80,23 @@ mod gpu {
             }
         }
         ways
+    }
+
+    /// More (slot, expert) buckets than `route` counts at a time, for one block and for a cluster of them.
+    fn many_buckets() -> Vec<Case> {
+        let case = Case {
+            top_k: 4,
+            experts: 128,
+            slots: 300,
+            in_dim: 8,
+            out_dim: 8,
+            max_rank: 8,
+            ..Case::default()
+        };
+        let tokens = [100, 1000].map(|tokens| Case { tokens, loras: Loras::Random, ..case.clone() });
+        let overwriting =
+            tokens.clone().map(|case| Case { accumulate: false, routing: Experts::OutOfRange, ..case });
+        tokens.into_iter().chain(overwriting).collect()
     }
 
     fn all_pass(gpu: &Gpu, cases: &[Case]) -> Result<(), Failed> {

@@ -8,6 +8,7 @@ use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUfunction, CUfunction_attribute, CUstream};
+use moe_lora_kernels::entry::CLUSTERS_SINCE;
 use moe_lora_kernels::{ENTRIES, Entry};
 use std::fmt;
 
@@ -103,7 +104,8 @@ impl fmt::Display for DeviceInfo {
 /// most other libraries in the process, use.
 pub struct Gpu {
     // Dropped in this order: the module before its context.
-    functions: Vec<CUfunction>,
+    /// One an entry of the table; `None` where the module has none.
+    functions: Vec<Option<CUfunction>>,
     _module: Module,
     context: Context,
     embedded: &'static Embedded,
@@ -147,6 +149,9 @@ impl Gpu {
         let functions = ENTRIES
             .iter()
             .map(|entry| {
+                if !entry.is_on(embedded.sm) {
+                    return Ok(None);
+                }
                 let function =
                     module.get_function(entry.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
                 let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -154,7 +159,7 @@ impl Gpu {
                 status("cuFuncSetAttribute", unsafe {
                     sys::cuFuncSetAttribute(function, most, info.shared_bytes as i32)
                 })?;
-                Ok(function)
+                Ok(Some(function))
             })
             .collect::<Result<Vec<_>>>()?;
         Ok(Gpu { functions, _module: module, context, embedded, info })
@@ -172,7 +177,11 @@ impl Gpu {
 
     /// What plans need to know of the device.
     pub fn limits(&self) -> DeviceLimits {
-        DeviceLimits { multiprocessors: self.info.multiprocessors, shared_bytes: self.info.shared_bytes }
+        DeviceLimits {
+            multiprocessors: self.info.multiprocessors,
+            shared_bytes: self.info.shared_bytes,
+            clusters: self.embedded.sm >= CLUSTERS_SINCE,
+        }
     }
 
     /// A queue on a stream of its own.
@@ -216,7 +225,8 @@ impl Gpu {
     /// The loaded function of an entry of the table.
     pub(super) fn function(&self, entry: &'static Entry) -> CUfunction {
         let number = ENTRIES.iter().position(|other| other.kernel == entry.kernel);
-        self.functions[number.expect("plans hold entries of the table")]
+        let function = number.and_then(|number| self.functions[number]);
+        function.expect("plans hold entries that the device has")
     }
 
     /// True when the loaded kernels wait for the launch before them on their own.

@@ -1,0 +1,77 @@
+//! A cluster: up to eight blocks that run at once on neighbouring multiprocessors, and read and write each
+//! other's shared memory (PTX ISA 5.1.7.1 and 9.7.12.4, `.shared::cluster`, `barrier.cluster`, `mapa`). The
+//! build stamps its size onto the entry point. Below sm_90 there are no clusters: no entry point there uses
+//! one.
+
+use super::shared::Shared;
+use core::arch::asm;
+
+/// Number of this block in its cluster.
+#[inline(always)]
+pub fn block() -> u32 {
+    let value: u32;
+    // SAFETY: reads a register that does not change while the block lives.
+    unsafe { asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) value, options(pure, nomem, nostack)) };
+    value
+}
+
+/// All threads of all blocks of the cluster meet; their accesses to shared memory before it are visible to
+/// all of them after it. Every thread of the cluster must come here, and none may end while another may
+/// still use its block's memory.
+#[inline(always)]
+pub fn sync() {
+    // SAFETY: ordering only.
+    unsafe {
+        asm!(
+            "barrier.cluster.arrive.release.aligned;",
+            "barrier.cluster.wait.acquire.aligned;",
+            options(nostack)
+        );
+    }
+}
+
+/// An address in another block's shared memory.
+#[derive(Clone, Copy)]
+pub struct Remote(u32);
+
+impl Shared {
+    /// The same place in block `block` of the cluster.
+    #[inline(always)]
+    pub fn in_block(self, block: u32) -> Remote {
+        let address: u32;
+        // SAFETY: computes an address.
+        unsafe {
+            asm!("mapa.shared::cluster.u32 {}, {}, {};",
+                out(reg32) address, in(reg32) self.address(), in(reg32) block, options(pure, nomem, nostack));
+        }
+        Remote(address)
+    }
+}
+
+impl Remote {
+    /// `ld.shared::cluster.u32`.
+    ///
+    /// # Safety
+    /// Four bytes here must be inside that block's allocation, aligned, and written before.
+    #[inline(always)]
+    pub unsafe fn load(self) -> u32 {
+        let value: u32;
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("ld.shared::cluster.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly));
+        }
+        value
+    }
+
+    /// `st.shared::cluster.u32`.
+    ///
+    /// # Safety
+    /// Four bytes here must be inside that block's allocation, and aligned.
+    #[inline(always)]
+    pub unsafe fn store(self, value: u32) {
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("st.shared::cluster.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack))
+        };
+    }
+}
