@@ -37,17 +37,15 @@ pub mod toolchain;
 
 use std::path::Path;
 
-/// The entry points that every module has, with their launch bounds.
+pub use arch::{Arch, UnknownArch};
+pub use compile::{CompileError, Compiler, Module};
+pub use ptxas::{Ptxas, PtxasError};
+pub use toolchain::{Search, Toolchain, ToolchainError};
 
 /// The entry points that a module for `arch` must have.
 pub fn entries(arch: Arch) -> Vec<moe_lora_kernels::Entry> {
     moe_lora_kernels::ENTRIES.iter().filter(|entry| entry.is_on(arch.capability())).copied().collect()
 }
-
-pub use arch::{Arch, UnknownArch};
-pub use compile::{CompileError, Compiler, Module};
-pub use ptxas::{Ptxas, PtxasError};
-pub use toolchain::{Search, Toolchain, ToolchainError};
 
 /// The folder of the moe-lora workspace that this crate was compiled from.
 pub fn workspace_root() -> &'static Path {

@@ -14,7 +14,6 @@ const TOLERANCE: f32 = 0.02;
 
 fn main() -> anyhow::Result<()> {
     let on_cpu = layer(&Cpu)?;
-    #[cfg(feature = "cuda")]
     match moe_lora::cuda::Gpu::new(0) {
         Ok(gpu) => {
             let on_gpu = layer(&gpu.queue(Default::default())?)?;
