@@ -18,12 +18,13 @@ const BLOCKS_PER_MULTIPROCESSOR: u64 = 4;
 pub(super) const ROUTE_CLUSTER_PAIRS: usize = 4096;
 
 /// The tile: the smallest that holds most segments whole, since every further tile of a segment reads its
-/// weights again. Segments are guessed to be of the size that uniform routing over all slots gives.
+/// weights again. Segments are guessed to be of the size that uniform routing over all slots gives. At 32
+/// pairs a segment, M32 and M64 take the same time in w13, and M32 6 % less in w2; at 63, M64 takes 21 % less.
 pub(super) fn tile(pairs: usize, buckets: u64, fits: impl Fn(&TileKind) -> bool) -> TileKind {
     let segment = pairs as u64 / buckets;
     let wanted = match segment {
         0..=12 => TileKind::M16,
-        13..=24 => TileKind::M32,
+        13..=40 => TileKind::M32,
         _ => TileKind::M64,
     };
     // From the wanted size downwards: a large rank may leave no room for a large tile.

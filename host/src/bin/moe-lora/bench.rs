@@ -1,7 +1,7 @@
 use crate::DTypeArg;
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue};
+use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue, TileKind};
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes,
     Route, RoutingTensors, Rows, View, XRows,
@@ -33,9 +33,17 @@ pub struct Args {
     /// Type of activations and weights
     #[arg(long, default_value = "bf16")]
     dtype: DTypeArg,
+    /// Only this tile, where it can be had: m16, m32, m64 or any
+    #[arg(long, value_parser = tile)]
+    tile: Option<TileKind>,
     /// Device number
     #[arg(long, default_value_t = 0)]
     device: u32,
+}
+
+fn tile(name: &str) -> Result<TileKind, String> {
+    let named = |tile: &TileKind| format!("{tile:?}").eq_ignore_ascii_case(name);
+    TileKind::ALL.into_iter().find(named).ok_or_else(|| "expected m16, m32, m64 or any".to_owned())
 }
 
 /// A model's MoE layer.
@@ -299,7 +307,7 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
     println!("{}", gpu.info());
-    let queue = gpu.queue(Options::default())?;
+    let queue = gpu.queue(Options { index: None, tile: args.tile })?;
     println!("| model | op | T | R | adapters | floor µs | time µs | × floor | route µs | error |");
     println!("|---|---|---|---|---|---|---|---|---|---|");
     let wanted = |case: &Case| {
