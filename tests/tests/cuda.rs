@@ -24,7 +24,7 @@ mod wide;
 mod gpu {
     use super::{graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::cuda::{Gpu, IndexWidth, Options, Queue, TileKind};
+    use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
     use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
@@ -56,6 +56,10 @@ mod gpu {
         });
         test("every_mode_passes_on_a_small_call", |gpu| all_pass(gpu, &quick_grid()));
         test("every_mode_passes_on_calls_of_many_shapes", |gpu| all_pass(gpu, &full_grid()));
+        test("kernels_of_the_oldest_generation_pass_too", |_| {
+            let oldest = EMBEDDED.iter().position(|kernels| kernels.sm == 80).expect("sm_80 is embedded");
+            all_pass(&Gpu::with_kernels(0, &EMBEDDED[oldest..=oldest])?, &full_grid())
+        });
         // As planned: its adapters are large, and each way would upload them again.
         test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));
         test("any_number_of_buckets_is_routed", |gpu| all_pass(gpu, &many_buckets()));

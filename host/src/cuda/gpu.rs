@@ -119,12 +119,22 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens device `ordinal` and loads the kernels. The device's context becomes current on this thread.
+    /// Opens device `ordinal` and loads the newest kernels that it can run. The device's context becomes
+    /// current on this thread.
     ///
     /// # Errors
     /// [`Error::NoDevice`] without a driver or device, [`Error::UnsupportedDevice`] when no embedded module
     /// fits, [`Error::Driver`] when the driver refuses something.
     pub fn new(ordinal: u32) -> Result<Self> {
+        Self::with_kernels(ordinal, EMBEDDED)
+    }
+
+    /// Opens device `ordinal` and loads the newest of `kernels` that it can run: part of [`EMBEDDED`], to run
+    /// an older generation's kernels on a newer device.
+    ///
+    /// # Errors
+    /// As for [`Gpu::new`].
+    pub fn with_kernels(ordinal: u32, kernels: &'static [Embedded]) -> Result<Self> {
         bind::require()?;
         let no_device = |error: cust::error::CudaError| Error::NoDevice { reason: format!("{error:?}") };
         cust::init(cust::CudaFlags::empty()).map_err(no_device)?;
@@ -135,7 +145,7 @@ impl Gpu {
             return Err(Error::Driver { call: "cuLaunchKernelEx", reason });
         }
         let capability = info.capability.0 * 10 + info.capability.1;
-        let embedded = EMBEDDED
+        let embedded = kernels
             .iter()
             .filter(|embedded| embedded.runs_on(capability))
             .max_by_key(|embedded| embedded.sm)
