@@ -1,6 +1,6 @@
 //! What every back end can do: the same calls on memory of its own space.
 
-use crate::call::{Expand, Forward, Shrink};
+use crate::call::{Expand, Forward, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::projection::Projection;
@@ -54,6 +54,19 @@ pub trait Backend {
     /// # Errors
     /// [`crate::Error::SizeTooLarge`] for too many tokens, [`crate::Error::Driver`] when there is no room.
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Self::Workspace>;
+
+    /// Queues the routing of a layer alone: its segments are kept in the workspace, for calls of as many
+    /// tokens with [`Route::Kept`](crate::Route::Kept).
+    ///
+    /// # Errors
+    /// Whatever [`RoutingTensors::check`] finds, before anything is launched.
+    fn route(
+        &self,
+        workspace: &mut Self::Workspace,
+        projection: &Projection,
+        tokens: usize,
+        routing: RoutingTensors<'_, Self::Space>,
+    ) -> Result<()>;
 
     /// Queues a whole call.
     ///

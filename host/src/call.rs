@@ -40,8 +40,8 @@ pub struct RoutingTensors<'a, S: Space> {
 pub enum Route<'a, S: Space> {
     /// Found by this call, and kept in the workspace.
     From(RoutingTensors<'a, S>),
-    /// Those that the last call on this workspace found: the second projection of a layer has the
-    /// routing of the first.
+    /// Those that the last call on this workspace found, or [`Backend::route`](crate::Backend::route): all
+    /// projections of a layer have one routing.
     Kept,
 }
 
@@ -208,21 +208,33 @@ fn all_aligned(addresses: impl IntoIterator<Item = u64>) -> bool {
 }
 
 impl<S: Space> Route<'_, S> {
-    /// Checks the routing tensors of a call of `tokens` tokens.
-    pub(crate) fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
-        let Route::From(routing) = self else { return Ok(()) };
+    fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
+        match self {
+            Route::From(routing) => routing.check(projection, tokens),
+            Route::Kept => Ok(()),
+        }
+    }
+}
+
+impl<S: Space> RoutingTensors<'_, S> {
+    /// Checks everything that can be known without reading device memory.
+    ///
+    /// # Errors
+    /// As for [`Forward::check`].
+    pub fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
+        check_tokens(projection, tokens)?;
         let sizes = projection.sizes();
-        check_view("topk_ids", &routing.topk_ids, &[tokens, sizes.top_k])?;
-        check_view("token_lora", &routing.token_lora, &[tokens])?;
-        match &routing.adapter_enabled {
+        check_view("topk_ids", &self.topk_ids, &[tokens, sizes.top_k])?;
+        check_view("token_lora", &self.token_lora, &[tokens])?;
+        match &self.adapter_enabled {
             Enabled::All => {}
             Enabled::U8(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
             Enabled::I32(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
         }
-        if let Some(ranks) = &routing.ranks {
+        if let Some(ranks) = &self.ranks {
             check_view("ranks", ranks, &[sizes.slots])?;
         }
-        if let Some(map) = &routing.expert_map {
+        if let Some(map) = &self.expert_map {
             if map.is_empty() {
                 return Err(Error::ZeroSize { what: "expert_map" });
             }

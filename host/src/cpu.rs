@@ -405,6 +405,20 @@ impl Backend for Cpu {
         Ok(Workspace { max_pairs, kept: None })
     }
 
+    fn route(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        tokens: usize,
+        routing: RoutingTensors<'_, Host>,
+    ) -> Result<()> {
+        routing.check(projection, tokens)?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        workspace.segments(projection, tokens, &Route::From(routing)).map(drop)
+    }
+
     fn forward<T: Element>(
         &self,
         workspace: &mut Workspace,

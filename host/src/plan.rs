@@ -52,6 +52,8 @@ pub enum RouteSource {
 /// Which part of the operator a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
+    /// Neither: the routing alone.
+    Route,
     /// Shrink and expand.
     Forward,
     /// Shrink alone.
@@ -112,9 +114,9 @@ pub struct Plan {
     pub route: Option<Launch>,
     /// Counters of `route`'s block.
     pub route_window: u32,
-    /// The shrink launch; `None` in [`Stage::Expand`].
+    /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
-    /// The expand launch; `None` in [`Stage::Shrink`].
+    /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
     pub expand: Option<ExpandPlan>,
 }
 
@@ -276,7 +278,7 @@ impl Plan {
             },
             route_window,
             shrink: match stage {
-                Stage::Expand => None,
+                Stage::Route | Stage::Expand => None,
                 Stage::Forward | Stage::Shrink => Some(ShrinkPlan {
                     launch: launch(
                         Kernel::Shrink(variant),
@@ -290,7 +292,7 @@ impl Plan {
                 }),
             },
             expand: match stage {
-                Stage::Shrink => None,
+                Stage::Route | Stage::Shrink => None,
                 Stage::Forward | Stage::Expand => Some(ExpandPlan {
                     launch: launch(
                         Kernel::Expand(variant),

@@ -5,7 +5,8 @@ use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
 use moe_lora::{
-    Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, Shrink, XRows,
+    Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, RoutingTensors,
+    Shrink, XRows,
 };
 use std::cell::Cell;
 
@@ -31,6 +32,7 @@ enum Mistake {
     LeavesHOut,
     DiffersOnTheSecondCall,
     DiffersOnAKeptRoute,
+    RoutesAloneWithoutFlags,
     Refuses,
 }
 use Mistake::*;
@@ -68,7 +70,7 @@ fn every_mistake_is_found() {
     let wrong = |fault: &Fault| matches!(fault, Fault::WrongElement { tensor: "out", .. });
     let touched = |fault: &Fault| matches!(fault, Fault::Touched { tensor: "out", .. });
     let differs = |fault: &Fault| matches!(fault, Fault::NotRepeatable { tensor: "out", .. });
-    let table: [Row; 22] = [
+    let table: [Row; 23] = [
         // A rank, flag or id that is ignored leads to weights that are NaN.
         (IgnoresRanks, case(), wrong),
         (IgnoresFlags, case(), touched),
@@ -91,6 +93,7 @@ fn every_mistake_is_found() {
         (LeavesHOut, split(), |fault| matches!(fault, Fault::WrongElement { tensor: "h", .. })),
         (DiffersOnTheSecondCall, case(), differs),
         (DiffersOnAKeptRoute, case(), differs),
+        (RoutesAloneWithoutFlags, case(), differs),
         (Refuses, case(), |fault| matches!(fault, Fault::Refused(Error::Driver { .. }))),
     ];
     for (mistake, case, is_found) in table {
@@ -144,6 +147,19 @@ impl Backend for Faulty {
 
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace> {
         Cpu.workspace(projections, max_tokens)
+    }
+
+    fn route(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        tokens: usize,
+        mut routing: RoutingTensors<'_, Host>,
+    ) -> Result<()> {
+        if matches!(self.mistake, RoutesAloneWithoutFlags) {
+            routing.adapter_enabled = Enabled::All;
+        }
+        Cpu.route(workspace, projection, tokens, routing)
     }
 
     fn forward<T: Element>(

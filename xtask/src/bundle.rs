@@ -19,7 +19,7 @@ const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
 /// Gather all that a GPU machine without Rust needs in one folder.
 ///
 /// The folder holds the program moe-lora, the examples, every test of moe-lora-tests with its
-/// fixtures, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
+/// fixtures, libmoe_lora.so with its header and its tests, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
 /// architecture, and run ./run-tests.sh there.
 #[derive(clap::Args)]
 pub struct Args {
@@ -48,7 +48,7 @@ pub fn run(args: &Args) -> Result<()> {
     for (folder, build) in [
         (".", &["build", "-p", "moe-lora", "--bins"][..]),
         ("examples", &["build", "-p", "moe-lora", "--examples"]),
-        ("tests", &["test", "-p", "moe-lora-tests", "--no-run"]),
+        ("tests", &["test", "-p", "moe-lora-tests", "-p", "moe-lora-capi", "--no-run"]),
     ] {
         let dir = out.join(folder);
         std::fs::create_dir_all(&dir)?;
@@ -59,6 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
+    copy_capi(&out.join("capi"))?;
 
     let total = print_sizes(&out)?;
     ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
@@ -83,6 +84,19 @@ fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
         }
     }
     Ok(found)
+}
+
+/// The C interface, in the layout that its tests expect: the library, the header, the example.
+fn copy_capi(to: &Path) -> Result<()> {
+    let capi = workspace_root().join("capi");
+    for folder in ["include", "examples"] {
+        copy_tree(&capi.join(folder), &to.join(folder))?;
+    }
+    run_command(cargo().args(["build", "-p", "moe-lora-capi", "--lib", "--release"]))?;
+    let (library, copy) = (target_dir()?.join("release/libmoe_lora.so"), to.join("lib/libmoe_lora.so"));
+    std::fs::create_dir_all(to.join("lib"))?;
+    std::fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;
+    strip(&copy)
 }
 
 /// Drops the symbols of a program, where the tool for it is installed.

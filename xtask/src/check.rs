@@ -4,9 +4,9 @@ use anyhow::Result;
 use moe_lora_codegen::Arch;
 
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{ptx, setup};
+use crate::{header, ptx, setup};
 
-/// Check format, lints, documentation, and every kernel for every architecture.
+/// Check format, lints, documentation, the C header, and every kernel for every architecture.
 ///
 /// Warnings of rustfmt, clippy, rustdoc and ptxas are errors. The kernels are assembled for sm_80,
 /// sm_90a, sm_100 and sm_120, with a ptxas that is downloaded where none is installed; a kernel
@@ -18,11 +18,14 @@ pub struct Args {}
 pub fn run(_: &Args) -> Result<()> {
     setup::compiler()?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
+    header::check()?;
     // In the release profile, as the tests are built: what both need is then compiled once.
     let clippy = ["clippy", "--release", "--all-targets"];
     let deny = ["--", "-D", "warnings"];
     run_command(cargo().args(clippy).arg("--workspace").args(deny))?;
-    run_command(cargo().args(clippy).args(["-p", "moe-lora", "--no-default-features"]).args(deny))?;
+    for package in ["moe-lora", "moe-lora-capi"] {
+        run_command(cargo().args(clippy).args(["-p", package, "--no-default-features"]).args(deny))?;
+    }
     run_command(
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;

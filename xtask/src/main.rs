@@ -3,6 +3,7 @@
 mod bundle;
 mod check;
 mod debian;
+mod header;
 mod ptx;
 mod setup;
 mod shell;
@@ -30,6 +31,7 @@ enum Task {
     Demo(test::DemoArgs),
     Test(test::Args),
     Check(check::Args),
+    Header(header::Args),
     Bundle(bundle::Args),
 }
 
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => test::demo(&args),
         Task::Test(args) => test::run(&args),
         Task::Check(args) => check::run(&args),
+        Task::Header(args) => header::run(&args),
         Task::Bundle(args) => bundle::run(&args),
     };
     match done {

@@ -7,10 +7,10 @@ use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
-use cust::sys::{self, CUfunction, CUfunction_attribute, CUstream};
+use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUstream};
 use moe_lora_kernels::entry::CLUSTERS_SINCE;
 use moe_lora_kernels::{ENTRIES, Entry};
-use std::fmt;
+use std::{fmt, ptr};
 
 /// The kernels as PTX, for one generation of devices.
 #[derive(Clone, Copy, Debug)]
@@ -227,7 +227,10 @@ impl Gpu {
     }
 
     /// Makes the device's context current on this thread.
-    fn make_current(&self) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver refuses.
+    pub fn make_current(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
         status("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.context.as_raw()) })
     }
@@ -242,5 +245,29 @@ impl Gpu {
     /// True when the loaded kernels wait for the launch before them on their own.
     pub(super) fn overlaps_launches(&self) -> bool {
         self.embedded.sm >= 90
+    }
+}
+
+/// The context that was current on this thread, made current again when this is dropped: for a library that
+/// must not leave its caller another context than it found.
+pub struct CallersContext(CUcontext);
+
+impl CallersContext {
+    /// Remembers the current context, or that there is none.
+    pub fn remember() -> Self {
+        let mut context = ptr::null_mut();
+        if bind::require().is_ok() {
+            // SAFETY: writes one handle. It fails where nothing has started the driver: nothing is current then.
+            let _ = unsafe { sys::cuCtxGetCurrent(&mut context) };
+        }
+        CallersContext(context)
+    }
+}
+
+impl Drop for CallersContext {
+    fn drop(&mut self) {
+        // SAFETY: null stands for none; a context that was destroyed meanwhile is refused. A failure here has
+        // nobody to go to.
+        let _ = unsafe { sys::cuCtxSetCurrent(self.0) };
     }
 }

@@ -1,7 +1,7 @@
 //! A stream that calls run on.
 
 use crate::backend::{Backend, Buffer};
-use crate::call::{Enabled, Expand, Forward, Layout, Route, Shrink};
+use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::launch;
 use crate::cuda::workspace::{Parts, Workspace};
@@ -157,7 +157,7 @@ impl<'a> Queue<'a> {
         }
     }
 
-    fn route(&self, call: &Prepared<'_>, route: &Route<'_, Device>) -> Result<()> {
+    fn launch_route(&self, call: &Prepared<'_>, route: &Route<'_, Device>) -> Result<()> {
         let Prepared { projection, plan, parts, pair_count, .. } = call;
         let (Some(launch), Route::From(routing)) = (&plan.route, route) else { return Ok(()) };
         let sizes = projection.sizes();
@@ -349,6 +349,23 @@ impl Backend for Queue<'_> {
         Workspace::new(projections, max_tokens)
     }
 
+    fn route(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        tokens: usize,
+        routing: RoutingTensors<'_, Device>,
+    ) -> Result<()> {
+        routing.check(projection, tokens)?;
+        // The tile of a fast call: any call can use its route, in parts if need be.
+        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true };
+        let route = Route::From(routing);
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Route, &route)? else {
+            return Ok(());
+        };
+        self.launch_route(&prepared, &route)
+    }
+
     fn forward<T: Element>(
         &self,
         workspace: &mut Workspace,
@@ -361,7 +378,7 @@ impl Backend for Queue<'_> {
         };
         let Forward { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        self.route(&prepared, &call.route)?;
+        self.launch_route(&prepared, &call.route)?;
         self.launch_shrink(&prepared, call.x.data.address(), call.a, H::Scratch)?;
         self.launch_expand(&prepared, &tail, H::Scratch)
     }
@@ -376,7 +393,7 @@ impl Backend for Queue<'_> {
         let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Shrink, &call.route)? else {
             return Ok(());
         };
-        self.route(&prepared, &call.route)?;
+        self.launch_route(&prepared, &call.route)?;
         let h = H::Caller(call.h.address());
         self.launch_shrink(&prepared, call.x.data.address(), call.a, h)
     }
@@ -393,7 +410,7 @@ impl Backend for Queue<'_> {
         };
         let Expand { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        self.route(&prepared, &call.route)?;
+        self.launch_route(&prepared, &call.route)?;
         self.launch_expand(&prepared, &tail, H::Caller(call.h.address()))
     }
 

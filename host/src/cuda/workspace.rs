@@ -118,7 +118,10 @@ impl Workspace {
     }
 
     /// Where a call's route comes from: itself, or what this workspace keeps.
-    pub(super) fn route_source<S: Space>(
+    ///
+    /// # Errors
+    /// [`Error::RouteNotKept`] when it keeps none that fits the call.
+    pub fn route_source<S: Space>(
         &self,
         projection: &Projection,
         tokens: usize,

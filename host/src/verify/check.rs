@@ -180,6 +180,11 @@ impl<'d, T: Element> Trial<'d, T> {
             check_same(&self.data.h, &first.h, &again.h, run)?;
             check_same(&self.data.out, &first.out, &again.out, run)?;
         }
+        let mut routed = backend.workspace(&[self.projection], self.case.tokens)?;
+        backend.route(&mut routed, &self.projection, self.case.tokens, inputs.operands().routing)?;
+        let again = self.call(backend, &mut routed, &inputs, true)?;
+        check_same(&self.data.h, &first.h, &again.h, "run on a route made alone")?;
+        check_same(&self.data.out, &first.out, &again.out, "run on a route made alone")?;
         inputs.check_unchanged(backend)?;
 
         let mut hasher = DefaultHasher::new();

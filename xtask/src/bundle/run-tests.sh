@@ -3,6 +3,7 @@
 # Exits 1 if any failed. What was skipped, and why, is listed at the end.
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
 export MOE_LORA_FIXTURES="$here/fixtures"
+export MOE_LORA_CAPI="$here/capi"
 export MOE_LORA_SKIP_LOG="${TMPDIR:-/tmp}/moe-lora-skipped.$$"
 : > "$MOE_LORA_SKIP_LOG" || exit 1
 

@@ -1,0 +1,597 @@
+/*
+ * moe-lora: the fused MoE-LoRA operator, from C.
+ *
+ *     out[p] (+)= topk_weights[p] * b[l, e] * (a[l, e] * x[row(p)])
+ *
+ * T tokens, k experts a token, P = T*k (token, choice) pairs, L adapter slots, E experts, rank R, S slices, rows
+ * of x of K and slices of the output of N elements. Tensors are row-major with the innermost dimension
+ * contiguous; every shape, stride, offset and count is in elements.
+ *
+ * A program makes a context, then a workspace for its largest batch, and calls moe_lora_forward() once per
+ * projection and batch. Every struct begins with its size, `= {.size = sizeof(...)}`, and its other fields are
+ * zero where nothing is said: a struct may grow, and zero means what was before. Every function returns a
+ * moe_lora_status, and moe_lora_last_error() says more.
+ *
+ * What cannot be checked is the caller's to see to: pointers that are not NULL point at what they say; handles were
+ * not destroyed; memory is the context's kind, and nothing else writes it, or reads what is written, during a
+ * call; a stream is one of the device's primary context.
+ *
+ * A context may be used by several threads at a time; a workspace by one call at a time, on one stream at a time.
+ *
+ * Written by `cargo xtask header`: change capi/src instead.
+ */
+
+#ifndef MOE_LORA_H
+#define MOE_LORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * Length of the arrays of per-slice tensors: no projection has more slices.
+ */
+#define MOE_LORA_MAX_SLICES 4
+
+/**
+ * Bit of `flags`: add to `out`. Without it `out` is overwritten, with zeros where a pair is inactive.
+ */
+#define MOE_LORA_ACCUMULATE 1
+
+/**
+ * What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
+ * INTERNAL and DRIVER. moe_lora_last_error() names the argument, what was expected and what came.
+ * A value keeps its meaning in all versions; later versions may add values.
+ */
+enum moe_lora_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * Done; on a GPU: queued.
+     */
+    MOE_LORA_STATUS_OK = 0,
+    /**
+     * A size that must be at least one is zero.
+     */
+    MOE_LORA_STATUS_ZERO_SIZE = 1,
+    /**
+     * A size is over what the operator supports.
+     */
+    MOE_LORA_STATUS_SIZE_TOO_LARGE = 2,
+    /**
+     * The sizes of a tensor multiply to more elements than can be addressed.
+     */
+    MOE_LORA_STATUS_SIZE_OVERFLOW = 3,
+    /**
+     * `a` or `b` has another number of tensors than the projection has slices.
+     */
+    MOE_LORA_STATUS_SLICE_COUNT = 4,
+    /**
+     * A buffer holds fewer elements than its shape says.
+     */
+    MOE_LORA_STATUS_TOO_SHORT = 5,
+    /**
+     * Rows overlap: the stride between them is less than their width.
+     */
+    MOE_LORA_STATUS_ROW_STRIDE = 6,
+    /**
+     * The data of a tensor is NULL although the tensor has elements.
+     */
+    MOE_LORA_STATUS_NULL_POINTER = 7,
+    /**
+     * The data of a tensor is not aligned to its elements.
+     */
+    MOE_LORA_STATUS_MISALIGNED = 8,
+    /**
+     * `dtype` is none of moe_lora_dtype.
+     */
+    MOE_LORA_STATUS_UNSUPPORTED_DTYPE = 9,
+    /**
+     * A slot's rank is over `max_rank` (CPU back end; a GPU clamps it).
+     */
+    MOE_LORA_STATUS_RANK_TOO_LARGE = 10,
+    /**
+     * The call is larger than the workspace was made for.
+     */
+    MOE_LORA_STATUS_WORKSPACE_TOO_SMALL = 11,
+    /**
+     * `routing` is NULL, and the workspace keeps no route that fits the call.
+     */
+    MOE_LORA_STATUS_ROUTE_NOT_KEPT = 12,
+    /**
+     * There is no CUDA driver or no such device, or the library was built without the GPU back end.
+     */
+    MOE_LORA_STATUS_NO_DEVICE = 13,
+    /**
+     * The device is older than the kernels support.
+     */
+    MOE_LORA_STATUS_UNSUPPORTED_DEVICE = 14,
+    /**
+     * A driver function failed. Part of a call may have been queued.
+     */
+    MOE_LORA_STATUS_DRIVER = 15,
+    /**
+     * An argument that must not be NULL is.
+     */
+    MOE_LORA_STATUS_NULL_ARGUMENT = 16,
+    /**
+     * The `size` of a struct is less than this library needs, or the struct is of a later version and uses
+     * what this library does not know.
+     */
+    MOE_LORA_STATUS_STRUCT_SIZE = 17,
+    /**
+     * A field has a value that it does not allow.
+     */
+    MOE_LORA_STATUS_INVALID_VALUE = 18,
+    /**
+     * A bug in the library. The call may have written part of its output.
+     */
+    MOE_LORA_STATUS_INTERNAL = 19,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum moe_lora_status moe_lora_status;
+#else
+typedef int32_t moe_lora_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.
+ */
+enum moe_lora_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * bfloat16.
+     */
+    MOE_LORA_DTYPE_BF16 = 1,
+    /**
+     * IEEE half precision.
+     */
+    MOE_LORA_DTYPE_F16 = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum moe_lora_dtype moe_lora_dtype;
+#else
+typedef int32_t moe_lora_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What a row of `x` belongs to.
+ */
+enum moe_lora_x_rows
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * One row a token, [T, K]: gate and up projections.
+     */
+    MOE_LORA_X_ROWS_TOKEN = 1,
+    /**
+     * One row a (token, choice) pair, [P, K]: the down projection.
+     */
+    MOE_LORA_X_ROWS_PAIR = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum moe_lora_x_rows moe_lora_x_rows;
+#else
+typedef int32_t moe_lora_x_rows;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Whether the experts of a slot have a matrix each or share one.
+ */
+enum moe_lora_expert_weights
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * One matrix an expert: [L, E, ...].
+     */
+    MOE_LORA_EXPERT_WEIGHTS_PER_EXPERT = 1,
+    /**
+     * One matrix for all experts of a slot: [L, 1, ...].
+     */
+    MOE_LORA_EXPERT_WEIGHTS_SHARED = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum moe_lora_expert_weights moe_lora_expert_weights;
+#else
+typedef int32_t moe_lora_expert_weights;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * Where calls run: the CPU, or a CUDA device. May be used by several threads at a time.
+ */
+typedef struct moe_lora_context moe_lora_context;
+
+/**
+ * Scratch memory and the last route of calls on one context. May be used by one call at a time, on one
+ * stream at a time.
+ */
+typedef struct moe_lora_workspace moe_lora_workspace;
+
+/**
+ * The sizes of one LoRA'd projection of a mixture-of-experts layer. All are counts of elements.
+ */
+typedef struct {
+    /**
+     * sizeof(moe_lora_projection).
+     */
+    size_t size;
+    /**
+     * A moe_lora_dtype: type of activations and weights.
+     */
+    int32_t dtype;
+    /**
+     * A moe_lora_x_rows: what a row of `x` belongs to.
+     */
+    int32_t x_rows;
+    /**
+     * A moe_lora_expert_weights: whether `a` has a matrix an expert.
+     */
+    int32_t a_experts;
+    /**
+     * A moe_lora_expert_weights: whether `b` has a matrix an expert.
+     */
+    int32_t b_experts;
+    /**
+     * k: experts chosen per token, 1 to 64.
+     */
+    size_t top_k;
+    /**
+     * E: experts whose adapters this device holds, at least 1.
+     */
+    size_t experts;
+    /**
+     * L: adapter slots resident on the device, at least 1. L times E must be below 2^31.
+     */
+    size_t slots;
+    /**
+     * R: rank that the stacked weights are allocated for, 1 to 1024.
+     */
+    size_t max_rank;
+    /**
+     * S: slices of the projection, 1 to MOE_LORA_MAX_SLICES; 2 for gate and up, 1 for down.
+     */
+    size_t slices;
+    /**
+     * K: width of a row of `x`, at least 1.
+     */
+    size_t in_dim;
+    /**
+     * N: width of one slice of the output, at least 1.
+     */
+    size_t out_dim;
+} moe_lora_projection;
+
+/**
+ * Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0} stands
+ * for a tensor that is left out, where that is allowed.
+ */
+typedef struct {
+    /**
+     * The first element, aligned to its type. On a GPU, 16-byte alignment is faster.
+     */
+    const void *data;
+    /**
+     * Elements, not bytes, that may be read from there.
+     */
+    size_t elements;
+} moe_lora_tensor;
+
+/**
+ * Who goes where: the tensors that routing reads. All ids are untrusted: a pair with one that is out of
+ * range is inactive.
+ */
+typedef struct {
+    /**
+     * sizeof(moe_lora_routing).
+     */
+    size_t size;
+    /**
+     * [T, k] int32_t: global expert ids.
+     */
+    moe_lora_tensor topk_ids;
+    /**
+     * [T] int32_t: adapter slot of each token, -1 for none.
+     */
+    moe_lora_tensor token_lora;
+    /**
+     * [L] uint8_t or int32_t: 0 switches a slot off for this layer. May be left out: all slots are on.
+     */
+    moe_lora_tensor adapter_enabled;
+    /**
+     * Bytes of one element of `adapter_enabled`: 1 for uint8_t, 4 for int32_t; 0 when it is left out.
+     */
+    size_t adapter_enabled_bytes;
+    /**
+     * [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. A GPU clamps ranks, as it finds
+     * them only when it runs.
+     */
+    moe_lora_tensor ranks;
+    /**
+     * [global experts] int32_t: local id of a global expert, -1 when another device holds it. May be left
+     * out: global ids are local.
+     */
+    moe_lora_tensor expert_map;
+} moe_lora_routing;
+
+/**
+ * Memory that a call writes; see moe_lora_tensor.
+ */
+typedef struct {
+    /**
+     * The first element, aligned to its type. On a GPU, 16-byte alignment is faster.
+     */
+    void *data;
+    /**
+     * Elements, not bytes, that may be written from there.
+     */
+    size_t elements;
+} moe_lora_tensor_mut;
+
+/**
+ * A whole call: `out` (+)= topk_weights * b * (a * x), for every active pair.
+ */
+typedef struct {
+    /**
+     * sizeof(moe_lora_forward_call).
+     */
+    size_t size;
+    /**
+     * T; 0 is legal and does nothing.
+     */
+    size_t tokens;
+    /**
+     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     */
+    const moe_lora_routing *routing;
+    /**
+     * [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+     */
+    moe_lora_tensor x;
+    /**
+     * Elements from one row of `x` to the next, at least K; 0: K.
+     */
+    size_t x_stride;
+    /**
+     * The first S: [L, E or 1, R, K] dtype, a slice each. The others: {NULL, 0}.
+     */
+    moe_lora_tensor a[MOE_LORA_MAX_SLICES];
+    /**
+     * The first S: [L, E or 1, N, R] dtype, a slice each. The others: {NULL, 0}.
+     */
+    moe_lora_tensor b[MOE_LORA_MAX_SLICES];
+    /**
+     * [T, k] float: multiplies what is added for each pair. May be left out: 1.
+     */
+    moe_lora_tensor topk_weights;
+    /**
+     * [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+     */
+    moe_lora_tensor_mut out;
+    /**
+     * Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+     */
+    size_t out_stride;
+    /**
+     * First column of `out` that the call writes.
+     */
+    size_t offset;
+    /**
+     * MOE_LORA_ACCUMULATE or 0.
+     */
+    uint64_t flags;
+} moe_lora_forward_call;
+
+/**
+ * The first half of a call: `h` = a * x, zero for inactive pairs and above a slot's rank.
+ */
+typedef struct {
+    /**
+     * sizeof(moe_lora_shrink_call).
+     */
+    size_t size;
+    /**
+     * T; 0 is legal and does nothing.
+     */
+    size_t tokens;
+    /**
+     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     */
+    const moe_lora_routing *routing;
+    /**
+     * [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+     */
+    moe_lora_tensor x;
+    /**
+     * Elements from one row of `x` to the next, at least K; 0: K.
+     */
+    size_t x_stride;
+    /**
+     * The first S: [L, E or 1, R, K] dtype, a slice each. The others: {NULL, 0}.
+     */
+    moe_lora_tensor a[MOE_LORA_MAX_SLICES];
+    /**
+     * [S, P, R] dtype, written whole. May overlap nothing that the call reads.
+     */
+    moe_lora_tensor_mut h;
+} moe_lora_shrink_call;
+
+/**
+ * The second half of a call: `out` (+)= topk_weights * b * h.
+ */
+typedef struct {
+    /**
+     * sizeof(moe_lora_expand_call).
+     */
+    size_t size;
+    /**
+     * T; 0 is legal and does nothing.
+     */
+    size_t tokens;
+    /**
+     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     */
+    const moe_lora_routing *routing;
+    /**
+     * [S, P, R] dtype, as moe_lora_shrink() leaves it.
+     */
+    moe_lora_tensor h;
+    /**
+     * The first S: [L, E or 1, N, R] dtype, a slice each. The others: {NULL, 0}.
+     */
+    moe_lora_tensor b[MOE_LORA_MAX_SLICES];
+    /**
+     * [T, k] float: multiplies what is added for each pair. May be left out: 1.
+     */
+    moe_lora_tensor topk_weights;
+    /**
+     * [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+     */
+    moe_lora_tensor_mut out;
+    /**
+     * Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+     */
+    size_t out_stride;
+    /**
+     * First column of `out` that the call writes.
+     */
+    size_t offset;
+    /**
+     * MOE_LORA_ACCUMULATE or 0.
+     */
+    uint64_t flags;
+} moe_lora_expand_call;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * The version of this library, for example "0.1.0".
+ */
+const char *moe_lora_version(void);
+
+/**
+ * What was wrong with the last call of this thread that returned another status than OK: the argument, what
+ * was expected, what came. UTF-8, never NULL; valid until the next such call of this thread.
+ */
+const char *moe_lora_last_error(void);
+
+/**
+ * Makes a context for calls on the CPU: on host memory, on all cores, done when they return.
+ *
+ * `context`: where the handle is written, on success alone.
+ */
+moe_lora_status moe_lora_context_create_cpu(moe_lora_context **context);
+
+/**
+ * Makes a context for calls on CUDA device `ordinal`, in its primary context, which CUDA's runtime and so
+ * PyTorch use too. Loads the kernels; the thread's current CUDA context stays what it was.
+ *
+ * `context`: where the handle is written, on success alone.
+ */
+moe_lora_status moe_lora_context_create_cuda(uint32_t ordinal, moe_lora_context **context);
+
+/**
+ * Lets go of a context; NULL is allowed. Workspaces made on it stay usable.
+ */
+moe_lora_status moe_lora_context_destroy(moe_lora_context *context);
+
+/**
+ * Makes the scratch memory for calls of up to `max_tokens` tokens on any of `projection_count` projections:
+ * once, as calls allocate nothing on a device.
+ *
+ * `projections`: pointers to the projections, read here and not kept.
+ * `workspace`: where the handle is written, on success alone.
+ */
+moe_lora_status moe_lora_workspace_create(const moe_lora_context *context,
+                                          const moe_lora_projection *const *projections,
+                                          size_t projection_count,
+                                          size_t max_tokens,
+                                          moe_lora_workspace **workspace);
+
+/**
+ * Frees a workspace; NULL is allowed. The work that was queued with it must have ended.
+ */
+moe_lora_status moe_lora_workspace_destroy(moe_lora_workspace *workspace);
+
+/**
+ * Finds the route of a layer alone and keeps it in the workspace, for calls of as many tokens whose `routing`
+ * is NULL. Of the projection, `top_k`, `experts`, `slots` and `max_rank` must be those of the calls.
+ *
+ * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
+ * `tokens`: T; 0 is legal and does nothing.
+ */
+moe_lora_status moe_lora_route(moe_lora_workspace *workspace,
+                               void *stream,
+                               const moe_lora_projection *projection,
+                               size_t tokens,
+                               const moe_lora_routing *routing);
+
+/**
+ * A whole call. On a GPU it is queued on `stream`: it allocates nothing, waits for nothing and can be captured
+ * into a graph, and all memory that it names must stay until it has run.
+ *
+ * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
+ */
+moe_lora_status moe_lora_forward(moe_lora_workspace *workspace,
+                                 void *stream,
+                                 const moe_lora_projection *projection,
+                                 const moe_lora_forward_call *call);
+
+/**
+ * The first half of a call, alone: for tensor parallelism, where `h` is reduced or gathered between the two.
+ * Queued as moe_lora_forward() is.
+ *
+ * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
+ */
+moe_lora_status moe_lora_shrink(moe_lora_workspace *workspace,
+                                void *stream,
+                                const moe_lora_projection *projection,
+                                const moe_lora_shrink_call *call);
+
+/**
+ * The second half of a call, alone. Queued as moe_lora_forward() is.
+ *
+ * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
+ */
+moe_lora_status moe_lora_expand(moe_lora_workspace *workspace,
+                                void *stream,
+                                const moe_lora_projection *projection,
+                                const moe_lora_expand_call *call);
+
+/**
+ * Says what moe_lora_forward() would launch, for people: kernels, tiles, grids, width of offsets. Checks the
+ * call and reads no tensor.
+ *
+ * `text`: where the description is written, cut to `capacity` bytes, of which the last is a NUL; may be NULL
+ * when `capacity` is 0.
+ * `length`: where the bytes of the whole description are written, without the NUL; may be NULL.
+ */
+moe_lora_status moe_lora_plan(const moe_lora_workspace *workspace,
+                              const moe_lora_projection *projection,
+                              const moe_lora_forward_call *call,
+                              char *text,
+                              size_t capacity,
+                              size_t *length);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* MOE_LORA_H */

@@ -1,0 +1,239 @@
+//! The types of the C interface: plain data that is checked before it is used. The comments are the header's,
+//! and speak C.
+
+use std::ffi::c_void;
+
+/// Length of the arrays of per-slice tensors: no projection has more slices.
+pub const MOE_LORA_MAX_SLICES: usize = 4;
+
+/// Bit of `flags`: add to `out`. Without it `out` is overwritten, with zeros where a pair is inactive.
+pub const MOE_LORA_ACCUMULATE: u64 = 1;
+
+/// What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
+/// INTERNAL and DRIVER. moe_lora_last_error() names the argument, what was expected and what came.
+/// A value keeps its meaning in all versions; later versions may add values.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Done; on a GPU: queued.
+    Ok = 0,
+    /// A size that must be at least one is zero.
+    ZeroSize = 1,
+    /// A size is over what the operator supports.
+    SizeTooLarge = 2,
+    /// The sizes of a tensor multiply to more elements than can be addressed.
+    SizeOverflow = 3,
+    /// `a` or `b` has another number of tensors than the projection has slices.
+    SliceCount = 4,
+    /// A buffer holds fewer elements than its shape says.
+    TooShort = 5,
+    /// Rows overlap: the stride between them is less than their width.
+    RowStride = 6,
+    /// The data of a tensor is NULL although the tensor has elements.
+    NullPointer = 7,
+    /// The data of a tensor is not aligned to its elements.
+    Misaligned = 8,
+    /// `dtype` is none of moe_lora_dtype.
+    UnsupportedDtype = 9,
+    /// A slot's rank is over `max_rank` (CPU back end; a GPU clamps it).
+    RankTooLarge = 10,
+    /// The call is larger than the workspace was made for.
+    WorkspaceTooSmall = 11,
+    /// `routing` is NULL, and the workspace keeps no route that fits the call.
+    RouteNotKept = 12,
+    /// There is no CUDA driver or no such device, or the library was built without the GPU back end.
+    NoDevice = 13,
+    /// The device is older than the kernels support.
+    UnsupportedDevice = 14,
+    /// A driver function failed. Part of a call may have been queued.
+    Driver = 15,
+    /// An argument that must not be NULL is.
+    NullArgument = 16,
+    /// The `size` of a struct is less than this library needs, or the struct is of a later version and uses
+    /// what this library does not know.
+    StructSize = 17,
+    /// A field has a value that it does not allow.
+    InvalidValue = 18,
+    /// A bug in the library. The call may have written part of its output.
+    Internal = 19,
+}
+
+/// Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug)]
+pub enum Dtype {
+    /// bfloat16.
+    Bf16 = 1,
+    /// IEEE half precision.
+    F16 = 2,
+}
+
+/// What a row of `x` belongs to.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug)]
+pub enum XRows {
+    /// One row a token, [T, K]: gate and up projections.
+    Token = 1,
+    /// One row a (token, choice) pair, [P, K]: the down projection.
+    Pair = 2,
+}
+
+/// Whether the experts of a slot have a matrix each or share one.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug)]
+pub enum ExpertWeights {
+    /// One matrix an expert: [L, E, ...].
+    PerExpert = 1,
+    /// One matrix for all experts of a slot: [L, 1, ...].
+    Shared = 2,
+}
+
+/// Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0} stands
+/// for a tensor that is left out, where that is allowed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor {
+    /// The first element, aligned to its type. On a GPU, 16-byte alignment is faster.
+    pub data: *const c_void,
+    /// Elements, not bytes, that may be read from there.
+    pub elements: usize,
+}
+
+/// Memory that a call writes; see moe_lora_tensor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMut {
+    /// The first element, aligned to its type. On a GPU, 16-byte alignment is faster.
+    pub data: *mut c_void,
+    /// Elements, not bytes, that may be written from there.
+    pub elements: usize,
+}
+
+/// The sizes of one LoRA'd projection of a mixture-of-experts layer. All are counts of elements.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Projection {
+    /// sizeof(moe_lora_projection).
+    pub size: usize,
+    /// A moe_lora_dtype: type of activations and weights.
+    pub dtype: i32,
+    /// A moe_lora_x_rows: what a row of `x` belongs to.
+    pub x_rows: i32,
+    /// A moe_lora_expert_weights: whether `a` has a matrix an expert.
+    pub a_experts: i32,
+    /// A moe_lora_expert_weights: whether `b` has a matrix an expert.
+    pub b_experts: i32,
+    /// k: experts chosen per token, 1 to 64.
+    pub top_k: usize,
+    /// E: experts whose adapters this device holds, at least 1.
+    pub experts: usize,
+    /// L: adapter slots resident on the device, at least 1. L times E must be below 2^31.
+    pub slots: usize,
+    /// R: rank that the stacked weights are allocated for, 1 to 1024.
+    pub max_rank: usize,
+    /// S: slices of the projection, 1 to MOE_LORA_MAX_SLICES; 2 for gate and up, 1 for down.
+    pub slices: usize,
+    /// K: width of a row of `x`, at least 1.
+    pub in_dim: usize,
+    /// N: width of one slice of the output, at least 1.
+    pub out_dim: usize,
+}
+
+/// Who goes where: the tensors that routing reads. All ids are untrusted: a pair with one that is out of
+/// range is inactive.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Routing {
+    /// sizeof(moe_lora_routing).
+    pub size: usize,
+    /// [T, k] int32_t: global expert ids.
+    pub topk_ids: Tensor,
+    /// [T] int32_t: adapter slot of each token, -1 for none.
+    pub token_lora: Tensor,
+    /// [L] uint8_t or int32_t: 0 switches a slot off for this layer. May be left out: all slots are on.
+    pub adapter_enabled: Tensor,
+    /// Bytes of one element of `adapter_enabled`: 1 for uint8_t, 4 for int32_t; 0 when it is left out.
+    pub adapter_enabled_bytes: usize,
+    /// [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. A GPU clamps ranks, as it finds
+    /// them only when it runs.
+    pub ranks: Tensor,
+    /// [global experts] int32_t: local id of a global expert, -1 when another device holds it. May be left
+    /// out: global ids are local.
+    pub expert_map: Tensor,
+}
+
+/// A whole call: `out` (+)= topk_weights * b * (a * x), for every active pair.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Forward {
+    /// sizeof(moe_lora_forward_call).
+    pub size: usize,
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    pub routing: *const Routing,
+    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+    pub x: Tensor,
+    /// Elements from one row of `x` to the next, at least K; 0: K.
+    pub x_stride: usize,
+    /// The first S: [L, E or 1, R, K] dtype, a slice each. The others: {NULL, 0}.
+    pub a: [Tensor; MOE_LORA_MAX_SLICES],
+    /// The first S: [L, E or 1, N, R] dtype, a slice each. The others: {NULL, 0}.
+    pub b: [Tensor; MOE_LORA_MAX_SLICES],
+    /// [T, k] float: multiplies what is added for each pair. May be left out: 1.
+    pub topk_weights: Tensor,
+    /// [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+    pub out: TensorMut,
+    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+    pub out_stride: usize,
+    /// First column of `out` that the call writes.
+    pub offset: usize,
+    /// MOE_LORA_ACCUMULATE or 0.
+    pub flags: u64,
+}
+
+/// The first half of a call: `h` = a * x, zero for inactive pairs and above a slot's rank.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Shrink {
+    /// sizeof(moe_lora_shrink_call).
+    pub size: usize,
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    pub routing: *const Routing,
+    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+    pub x: Tensor,
+    /// Elements from one row of `x` to the next, at least K; 0: K.
+    pub x_stride: usize,
+    /// The first S: [L, E or 1, R, K] dtype, a slice each. The others: {NULL, 0}.
+    pub a: [Tensor; MOE_LORA_MAX_SLICES],
+    /// [S, P, R] dtype, written whole. May overlap nothing that the call reads.
+    pub h: TensorMut,
+}
+
+/// The second half of a call: `out` (+)= topk_weights * b * h.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Expand {
+    /// sizeof(moe_lora_expand_call).
+    pub size: usize,
+    /// T; 0 is legal and does nothing.
+    pub tokens: usize,
+    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    pub routing: *const Routing,
+    /// [S, P, R] dtype, as moe_lora_shrink() leaves it.
+    pub h: Tensor,
+    /// The first S: [L, E or 1, N, R] dtype, a slice each. The others: {NULL, 0}.
+    pub b: [Tensor; MOE_LORA_MAX_SLICES],
+    /// [T, k] float: multiplies what is added for each pair. May be left out: 1.
+    pub topk_weights: Tensor,
+    /// [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+    pub out: TensorMut,
+    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+    pub out_stride: usize,
+    /// First column of `out` that the call writes.
+    pub offset: usize,
+    /// MOE_LORA_ACCUMULATE or 0.
+    pub flags: u64,
+}

@@ -1,0 +1,130 @@
+//! Why a function did not do what it was asked to, and what its caller is told.
+
+use crate::abi::Status;
+use moe_lora::Error;
+use std::any::Any;
+use std::cell::RefCell;
+use std::ffi::{CString, c_char};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// What was wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The library refused the call.
+    #[error(transparent)]
+    Refused(#[from] Error),
+    /// An argument that must not be null is.
+    #[error("{argument} is a null pointer")]
+    NullArgument {
+        /// Name of the argument.
+        argument: &'static str,
+    },
+    /// A struct is smaller than every version of it, or uses what this version does not have.
+    #[error("{what}.size is {got}, expected {expected}")]
+    StructSize {
+        /// Name of the argument.
+        what: &'static str,
+        /// The size of the struct here.
+        expected: usize,
+        /// What its field `size` says.
+        got: usize,
+    },
+    /// A field has a value that it does not allow.
+    #[error("{field} is {got}, expected {expected}")]
+    InvalidValue {
+        /// Name of the field.
+        field: &'static str,
+        /// Values that would do.
+        expected: &'static str,
+        /// The value.
+        got: i128,
+    },
+}
+
+impl Fault {
+    fn status(&self) -> Status {
+        match self {
+            Fault::NullArgument { .. } => Status::NullArgument,
+            Fault::StructSize { .. } => Status::StructSize,
+            Fault::InvalidValue { .. } => Status::InvalidValue,
+            Fault::Refused(error) => match error {
+                Error::ZeroSize { .. } => Status::ZeroSize,
+                Error::SizeTooLarge { .. } => Status::SizeTooLarge,
+                Error::SizeOverflow { .. } => Status::SizeOverflow,
+                Error::SliceCount { .. } => Status::SliceCount,
+                Error::TooShort { .. } => Status::TooShort,
+                Error::RowStride { .. } => Status::RowStride,
+                Error::NullPointer { .. } => Status::NullPointer,
+                Error::Misaligned { .. } => Status::Misaligned,
+                Error::UnsupportedDType { .. } => Status::UnsupportedDtype,
+                Error::RankTooLarge { .. } => Status::RankTooLarge,
+                Error::WorkspaceTooSmall { .. } => Status::WorkspaceTooSmall,
+                Error::RouteNotKept { .. } => Status::RouteNotKept,
+                Error::NoDevice { .. } => Status::NoDevice,
+                Error::UnsupportedDevice { .. } => Status::UnsupportedDevice,
+                Error::Driver { .. } => Status::Driver,
+                // DTypeMismatch cannot come from C, where the projection alone has a type.
+                _ => Status::Internal,
+            },
+        }
+    }
+}
+
+thread_local! {
+    /// What the last function that failed on this thread says.
+    static MESSAGE: RefCell<CString> = RefCell::default();
+}
+
+/// The text that `moe_lora_last_error` returns.
+pub fn message() -> *const c_char {
+    MESSAGE.with_borrow(|message| message.as_ptr())
+}
+
+fn keep(message: String) {
+    let message = CString::new(message.replace('\0', " ")).expect("no byte is zero");
+    MESSAGE.set(message);
+}
+
+/// Does the work of one function; a fault or a panic becomes a status and a message.
+pub fn run(work: impl FnOnce() -> Result<(), Fault>) -> Status {
+    // Nothing that a panic leaves half done is used again, but outputs, and the header says so.
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(())) => Status::Ok,
+        Ok(Err(fault)) => {
+            keep(fault.to_string());
+            fault.status()
+        }
+        Err(panic) => {
+            keep(format!("a bug in moe-lora: {}", reason(&*panic)));
+            Status::Internal
+        }
+    }
+}
+
+fn reason(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it panicked")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    #[test]
+    fn a_panic_becomes_a_status_and_a_message() {
+        let number = 7;
+        assert_eq!(run(|| panic!("pair {number} of 3")), Status::Internal);
+        // SAFETY: the message of this thread, which is not replaced meanwhile.
+        let message = unsafe { CStr::from_ptr(message()) };
+        assert_eq!(message, c"a bug in moe-lora: pair 7 of 3");
+    }
+
+    #[test]
+    fn a_message_is_a_c_string_whatever_it_quotes() {
+        let reason = "nul\0here".to_owned();
+        assert_eq!(run(|| Err(Error::NoDevice { reason }.into())), Status::NoDevice);
+        // SAFETY: as above.
+        assert_eq!(unsafe { CStr::from_ptr(message()) }, c"no CUDA device: nul here");
+    }
+}

@@ -1,0 +1,268 @@
+//! From what a C caller wrote to what the library takes.
+
+use crate::abi::{
+    Dtype, Expand, ExpertWeights, Forward, MOE_LORA_ACCUMULATE, MOE_LORA_MAX_SLICES, Projection, Routing,
+    Shrink, Tensor, TensorMut, XRows,
+};
+use crate::fault::Fault;
+use bytemuck::Pod;
+use moe_lora::{Element, Enabled, Route, RoutingTensors, Rows, RowsMut, Space, View, ViewMut};
+use std::mem::MaybeUninit;
+use std::ptr;
+
+const _: () = assert!(MOE_LORA_MAX_SLICES == moe_lora::Projection::MAX_SLICES);
+
+/// A struct that may grow: later versions add fields at its end, and their zero means what was before them.
+///
+/// # Safety
+/// `repr(C)`, without padding; the first field is `size: usize`; every bit pattern is a value.
+pub unsafe trait Versioned: Copy {}
+
+// SAFETY: integers and pointers, of 8 bytes or in pairs of 4.
+unsafe impl Versioned for Projection {}
+// SAFETY: as above.
+unsafe impl Versioned for Routing {}
+// SAFETY: as above.
+unsafe impl Versioned for Forward {}
+// SAFETY: as above.
+unsafe impl Versioned for Shrink {}
+// SAFETY: as above.
+unsafe impl Versioned for Expand {}
+
+/// A copy of the struct at `pointer`, of this version or of a later one that says nothing new.
+///
+/// # Safety
+/// `pointer` is null or points at a `size`, and at as many bytes as it says.
+pub unsafe fn read<T: Versioned>(pointer: *const T, what: &'static str) -> Result<T, Fault> {
+    if pointer.is_null() {
+        return Err(Fault::NullArgument { argument: what });
+    }
+    let expected = size_of::<T>();
+    // SAFETY: `size` is the first field.
+    let got = unsafe { pointer.cast::<usize>().read_unaligned() };
+    let unknown = |byte| {
+        // SAFETY: within the struct.
+        unsafe { pointer.cast::<u8>().add(byte).read() != 0 }
+    };
+    if got < expected || (expected..got).any(unknown) {
+        return Err(Fault::StructSize { what, expected, got });
+    }
+    let mut known = MaybeUninit::<T>::uninit();
+    // SAFETY: there are as many bytes, and whatever they are is a value.
+    unsafe {
+        ptr::copy_nonoverlapping(pointer.cast::<u8>(), known.as_mut_ptr().cast::<u8>(), expected);
+        Ok(known.assume_init())
+    }
+}
+
+impl Projection {
+    /// The projection, checked.
+    pub fn checked(&self) -> Result<moe_lora::Projection, Fault> {
+        let experts = |field, got: i32| match got {
+            _ if got == ExpertWeights::PerExpert as i32 => Ok(moe_lora::ExpertWeights::PerExpert),
+            _ if got == ExpertWeights::Shared as i32 => Ok(moe_lora::ExpertWeights::Shared),
+            _ => {
+                Err(Fault::InvalidValue { field, expected: "1 (per expert) or 2 (shared)", got: got as i128 })
+            }
+        };
+        let sizes = moe_lora::ProjectionSizes {
+            dtype: match self.dtype {
+                got if got == Dtype::Bf16 as i32 => moe_lora::DType::Bf16,
+                got if got == Dtype::F16 as i32 => moe_lora::DType::F16,
+                got => {
+                    let (tensor, got) = ("projection.dtype".to_owned(), got.to_string());
+                    let expected = "1 (bf16) or 2 (f16)";
+                    return Err(moe_lora::Error::UnsupportedDType { tensor, expected, got }.into());
+                }
+            },
+            x_rows: match self.x_rows {
+                got if got == XRows::Token as i32 => moe_lora::XRows::Token,
+                got if got == XRows::Pair as i32 => moe_lora::XRows::Pair,
+                got => {
+                    let (field, expected) = ("projection.x_rows", "1 (token) or 2 (pair)");
+                    return Err(Fault::InvalidValue { field, expected, got: got as i128 });
+                }
+            },
+            a_experts: experts("projection.a_experts", self.a_experts)?,
+            b_experts: experts("projection.b_experts", self.b_experts)?,
+            top_k: self.top_k,
+            experts: self.experts,
+            slots: self.slots,
+            max_rank: self.max_rank,
+            slices: self.slices,
+            in_dim: self.in_dim,
+            out_dim: self.out_dim,
+        };
+        Ok(moe_lora::Projection::new(sizes)?)
+    }
+}
+
+impl Tensor {
+    fn is_left_out(&self) -> bool {
+        self.data.is_null() && self.elements == 0
+    }
+
+    /// # Safety
+    /// As for [`View::from_raw`].
+    unsafe fn view<'a, S: Space, T: Pod>(&self) -> View<'a, S, T> {
+        // SAFETY: as the caller promises.
+        unsafe { View::from_raw(self.data as u64, self.elements) }
+    }
+
+    /// # Safety
+    /// As for [`View::from_raw`].
+    unsafe fn optional<'a, S: Space, T: Pod>(&self) -> Option<View<'a, S, T>> {
+        // SAFETY: as the caller promises.
+        (!self.is_left_out()).then(|| unsafe { self.view() })
+    }
+}
+
+impl TensorMut {
+    /// # Safety
+    /// As for [`ViewMut::from_raw`].
+    unsafe fn view<'a, S: Space, T: Pod>(&self) -> ViewMut<'a, S, T> {
+        // SAFETY: as the caller promises.
+        unsafe { ViewMut::from_raw(self.data as u64, self.elements) }
+    }
+}
+
+/// The tensors of all slices, and how many of them are there.
+///
+/// # Safety
+/// As for [`View::from_raw`].
+unsafe fn slices<'a, S: Space, T: Pod>(
+    tensors: &[Tensor; MOE_LORA_MAX_SLICES],
+) -> ([View<'a, S, T>; MOE_LORA_MAX_SLICES], usize) {
+    let count = tensors.iter().rposition(|tensor| !tensor.is_left_out()).map_or(0, |last| last + 1);
+    // SAFETY: as the caller promises.
+    (tensors.map(|tensor| unsafe { tensor.view() }), count)
+}
+
+fn stride(elements: usize) -> Option<usize> {
+    (elements != 0).then_some(elements)
+}
+
+fn accumulate(field: &'static str, flags: u64) -> Result<bool, Fault> {
+    match flags {
+        0 => Ok(false),
+        MOE_LORA_ACCUMULATE => Ok(true),
+        got => Err(Fault::InvalidValue { field, expected: "0 or 1 (accumulate)", got: got.into() }),
+    }
+}
+
+impl Routing {
+    /// The routing tensors.
+    ///
+    /// # Safety
+    /// As for [`View::from_raw`], for each tensor.
+    pub unsafe fn tensors<'a, S: Space>(&self) -> Result<RoutingTensors<'a, S>, Fault> {
+        let flags = &self.adapter_enabled;
+        // SAFETY: as the caller promises.
+        unsafe {
+            Ok(RoutingTensors {
+                topk_ids: self.topk_ids.view(),
+                token_lora: self.token_lora.view(),
+                adapter_enabled: match (flags.is_left_out(), self.adapter_enabled_bytes) {
+                    (true, 0) => Enabled::All,
+                    (false, 1) => Enabled::U8(flags.view()),
+                    (false, 4) => Enabled::I32(flags.view()),
+                    (left_out, got) => {
+                        let field = "routing.adapter_enabled_bytes";
+                        let expected = if left_out { "0, as there is no tensor" } else { "1 or 4" };
+                        return Err(Fault::InvalidValue { field, expected, got: got as i128 });
+                    }
+                },
+                ranks: self.ranks.optional(),
+                expert_map: self.expert_map.optional(),
+            })
+        }
+    }
+
+    /// The route of a call: null stands for the one that was kept.
+    ///
+    /// # Safety
+    /// As for [`read`] and [`Routing::tensors`].
+    pub unsafe fn route<'a, S: Space>(routing: *const Routing) -> Result<Route<'a, S>, Fault> {
+        if routing.is_null() {
+            return Ok(Route::Kept);
+        }
+        // SAFETY: as the caller promises.
+        unsafe { Ok(Route::From(read(routing, "routing")?.tensors()?)) }
+    }
+}
+
+impl Forward {
+    /// Hands the call to `work`.
+    ///
+    /// # Safety
+    /// As for [`read`] of `routing`, and as for [`View::from_raw`] and [`ViewMut::from_raw`] of each tensor.
+    pub unsafe fn with<S: Space, T: Element, R>(
+        &self,
+        work: impl FnOnce(moe_lora::Forward<'_, S, T>) -> Result<R, Fault>,
+    ) -> Result<R, Fault> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (a, b) = (slices(&self.a), slices(&self.b));
+            work(moe_lora::Forward {
+                tokens: self.tokens,
+                route: Routing::route(self.routing)?,
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
+                a: &a.0[..a.1],
+                b: &b.0[..b.1],
+                topk_weights: self.topk_weights.optional(),
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                offset: self.offset,
+                accumulate: accumulate("call.flags", self.flags)?,
+            })
+        }
+    }
+}
+
+impl Shrink {
+    /// Hands the call to `work`.
+    ///
+    /// # Safety
+    /// As for [`Forward::with`].
+    pub unsafe fn with<S: Space, T: Element, R>(
+        &self,
+        work: impl FnOnce(moe_lora::Shrink<'_, S, T>) -> Result<R, Fault>,
+    ) -> Result<R, Fault> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let a = slices(&self.a);
+            work(moe_lora::Shrink {
+                tokens: self.tokens,
+                route: Routing::route(self.routing)?,
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
+                a: &a.0[..a.1],
+                h: self.h.view(),
+            })
+        }
+    }
+}
+
+impl Expand {
+    /// Hands the call to `work`.
+    ///
+    /// # Safety
+    /// As for [`Forward::with`].
+    pub unsafe fn with<S: Space, T: Element, R>(
+        &self,
+        work: impl FnOnce(moe_lora::Expand<'_, S, T>) -> Result<R, Fault>,
+    ) -> Result<R, Fault> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let b = slices(&self.b);
+            work(moe_lora::Expand {
+                tokens: self.tokens,
+                route: Routing::route(self.routing)?,
+                h: self.h.view(),
+                b: &b.0[..b.1],
+                topk_weights: self.topk_weights.optional(),
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                offset: self.offset,
+                accumulate: accumulate("call.flags", self.flags)?,
+            })
+        }
+    }
+}
