@@ -28,10 +28,10 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
     if tiles < pairs { tiles } else { pairs }
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::THREADS;
     use crate::arch::shared::Shared;
