@@ -9,7 +9,7 @@ use moe_lora_tests::refusals::check_refusals;
 use rayon::prelude::*;
 
 /// Random calls for each way to make the back end work.
-const CASES: u32 = 24;
+const CASES: u32 = 64;
 
 /// Every way to make the back end work.
 fn ways() -> Vec<Options> {
