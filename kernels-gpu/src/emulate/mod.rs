@@ -14,8 +14,7 @@
 //! | barriers, warp-wide operations | all threads that must come come, to the same line |
 //! | offsets | products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap |
 //!
-//! Not modelled: the memory order within a warp (a warp-wide operation orders nothing here, as in the PTX
-//! manual), overlap of launches (`griddepcontrol` does nothing, and launches follow one another), and
+//! Not modelled: memory order within a warp (a warp-wide operation orders nothing here), overlap of launches (`griddepcontrol` does nothing, and launches follow one another), and
 //! timing.
 
 mod machine;

@@ -36,13 +36,13 @@ pub(super) fn mma(element: ElementType, fragments: &[Fragments; LANES]) -> [[f32
     let (mut a, mut b, mut d) = ([[0.0f32; 16]; 16], [[0.0f32; 8]; 16], [[0.0f32; 8]; 16]);
     for (lane, (d_part, a_part, b_part)) in fragments.iter().enumerate() {
         let (group, place) = (lane / 4, lane % 4);
-        for register in 0..4 {
+        for (register, &pair) in a_part.iter().enumerate() {
             let (row, k) = (group + register % 2 * 8, 2 * place + register / 2 * 8);
-            a[row][k..k + 2].copy_from_slice(&widen(a_part[register]));
+            a[row][k..k + 2].copy_from_slice(&widen(pair));
         }
-        for register in 0..2 {
+        for (register, &pair) in b_part.iter().enumerate() {
             let k = 2 * place + register * 8;
-            [b[k][group], b[k + 1][group]] = widen(b_part[register]);
+            [b[k][group], b[k + 1][group]] = widen(pair);
         }
         for half in 0..2 {
             d[group + 8 * half][2 * place..][..2].copy_from_slice(&d_part[2 * half..][..2]);
