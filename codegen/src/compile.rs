@@ -149,7 +149,12 @@ impl Compiler {
             // One module, and nothing kept that no entry point uses.
             .args(["-Ccodegen-units=1", "-Clto=fat", "--emit=asm", "-o"])
             .arg(&asm)
-            .args(["--check-cfg", "cfg(test)", "--check-cfg", "cfg(feature, values(\"sm_90\"))"]);
+            .args([
+                "--check-cfg",
+                "cfg(test)",
+                "--check-cfg",
+                "cfg(feature, values(\"sm_90\", \"emulate\"))",
+            ]);
         for feature in arch.kernel_features() {
             rustc.arg("--cfg").arg(format!("feature=\"{feature}\""));
         }

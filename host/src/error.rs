@@ -148,6 +148,14 @@ pub enum Error {
         /// The least that is supported.
         needed: &'static str,
     },
+    /// An emulated kernel did what no kernel may. Unlike every other error, this one is found while the
+    /// call runs: what it had written by then stays.
+    #[cfg(feature = "emulate")]
+    #[error("fault of a kernel: {report}")]
+    KernelFault {
+        /// Kernel, block, thread, line, and what was wrong.
+        report: String,
+    },
     /// A driver call failed.
     #[error("{call} failed: {reason}")]
     Driver {

@@ -5,7 +5,7 @@
 //!
 //! Data walks through this crate in one direction: the tensors of a call ([`call`]) are checked,
 //! planned for ([`plan`]), and launched by a [`Backend`]: [`cpu::Cpu`] everywhere, `cuda::Queue` where
-//! a GPU is. [`reference`](mod@reference) is the plain float64 form that all are tested against.
+//! a GPU is, `emulated::Emulated` for the GPU's kernels with every access checked. [`reference`](mod@reference) is the plain float64 form that all are tested against.
 
 pub mod adapter;
 pub mod backend;
@@ -14,7 +14,11 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod dtype;
+#[cfg(feature = "emulate")]
+pub mod emulated;
 pub mod error;
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+mod launch;
 pub mod plan;
 pub mod projection;
 pub mod reference;

@@ -37,6 +37,16 @@ pub struct Options {
     pub tile: Option<TileKind>,
 }
 
+impl Options {
+    /// A back end's name and what was forced on it: `cuda i64 m32`.
+    #[cfg(any(feature = "cuda", feature = "emulate"))]
+    pub(crate) fn name(&self, backend: &str) -> String {
+        let index = self.index.map_or(String::new(), |index| format!(" {index:?}"));
+        let tile = self.tile.map_or(String::new(), |tile| format!(" {tile:?}"));
+        format!("{backend}{index}{tile}").to_lowercase()
+    }
+}
+
 /// Where a call's route comes from, as far as a plan must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouteSource {
@@ -138,7 +148,7 @@ fn entry(kernel: Kernel) -> &'static Entry {
 }
 
 /// Bytes of scratch memory that any call of up to `tokens` tokens needs for `h` and its parts.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<usize> {
     let h = projection.h_elements(tokens)?;
     let partial = (h as u64).saturating_mul(u64::from(heuristics::MAX_SPLITS)).min(MAX_PARTIAL);
@@ -146,7 +156,7 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 }
 
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
     Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16.rows()))
 }

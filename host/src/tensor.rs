@@ -16,9 +16,15 @@ pub enum Host {}
 /// Memory of a CUDA device.
 #[derive(Clone, Copy, Debug)]
 pub enum Device {}
+/// Memory of the emulated machine.
+#[cfg(feature = "emulate")]
+#[derive(Clone, Copy, Debug)]
+pub enum Emulated {}
 
 impl Space for Host {}
 impl Space for Device {}
+#[cfg(feature = "emulate")]
+impl Space for Emulated {}
 
 /// A shared view of `len` elements in space `S`.
 #[derive(Debug)]

@@ -122,6 +122,23 @@ macro_rules! entries {
             )*)*
         ];
 
+        /// The entry point `name`, as the emulated machine calls it: on the bytes of its parameter block.
+        #[cfg(feature = "emulate")]
+        pub(crate) fn emulated(name: &str) -> Option<fn(&[u8])> {
+            use crate::arch::mma::{Bf16, F16};
+
+            $($(
+                entries!(@emulate name $kernel $Params "bf16" Bf16 "i32" u32 $tile $Tile);
+                entries!(@emulate name $kernel $Params "bf16" Bf16 "i64" u64 $tile $Tile);
+                entries!(@emulate name $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
+                entries!(@emulate name $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
+            )*)*
+            (name == "route").then_some(|parameters| {
+                // SAFETY: what a caller must promise, the emulated machine checks.
+                unsafe { crate::route::route::<1>(bytemuck::pod_read_unaligned(parameters)) }
+            })
+        }
+
         /// The entry points themselves.
         ///
         /// # Safety
@@ -129,7 +146,7 @@ macro_rules! entries {
         /// it; ids within the tensors may be anything.
         #[cfg(target_arch = "nvptx64")]
         mod stamped {
-            use super::{TileKind, TileShape};
+            use super::TileKind;
             use crate::arch::mma::{Bf16, F16};
 
             #[unsafe(no_mangle)]
@@ -166,22 +183,31 @@ macro_rules! entries {
             cluster: 1,
         }
     };
+    (@emulate $name:ident $kernel:ident $Params:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident) => {
+        if $name == concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile) {
+            return Some(|parameters| {
+                let parameters: crate::params::$Params = bytemuck::pod_read_unaligned(parameters);
+                // SAFETY: what a caller must promise, the emulated machine checks.
+                unsafe { entries!(@call $kernel $E $I $Tile parameters) }
+            });
+        }
+    };
+    (@call $kernel:ident $E:ident $I:ident $Tile:ident $parameters:ident) => {
+        crate::$kernel::$kernel::<
+            $E,
+            $I,
+            { TileKind::$Tile.shape().row_fragments as usize },
+            { TileKind::$Tile.shape().groups as usize },
+            { TileKind::$Tile.shape().column_warps },
+            { !matches!(TileKind::$Tile, TileKind::Any) },
+        >($parameters)
+    };
     (@stamp $kernel:ident $Params:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident) => {
         const _: () = {
             #[unsafe(export_name = concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile))]
             unsafe extern "ptx-kernel" fn entry(p: crate::params::$Params) {
-                const SHAPE: TileShape = TileKind::$Tile.shape();
                 // SAFETY: as the entry point's caller promises.
-                unsafe {
-                    crate::$kernel::$kernel::<
-                        $E,
-                        $I,
-                        { SHAPE.row_fragments as usize },
-                        { SHAPE.groups as usize },
-                        { SHAPE.column_warps },
-                        { !matches!(TileKind::$Tile, TileKind::Any) },
-                    >(p)
-                }
+                unsafe { entries!(@call $kernel $E $I $Tile p) }
             }
         };
     };

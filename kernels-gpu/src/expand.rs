@@ -27,10 +27,10 @@ pub const fn shared_bytes(shape: TileShape, max_rank: u32) -> u32 {
     (panels(max_rank) * shape.rows() + STAGES * shape.columns()) * TileShape::ROW_BYTES
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::expand;
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::{STAGES, panels};
     use crate::arch::async_copy;

@@ -4,14 +4,19 @@
 //! for the host it is what both sides must agree on: parameter blocks ([`params`]), tile shapes
 //! ([`tile::TileShape`]), shared-memory maps, and the table of entry points ([`ENTRIES`]).
 //!
+//! With the feature `emulate` the kernels themselves are compiled for the host too, where `emulate` runs
+//! them with every access checked.
+//!
 //! Data walks in one direction: entry point ([`mod@entry`]) → kernel → [`tile`] → `arch`. Nothing but
 //! `arch` knows an instruction.
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 #![cfg_attr(target_arch = "nvptx64", allow(clippy::missing_safety_doc))]
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod arch;
+#[cfg(feature = "emulate")]
+pub mod emulate;
 pub mod entry;
 pub mod expand;
 pub mod memory;

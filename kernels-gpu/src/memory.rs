@@ -62,7 +62,7 @@ impl<T> Global<T> {
 /// An element offset within a tensor: `u32` in the i32 kernels, `u64` in the i64 kernels.
 ///
 /// The host launches an i32 kernel only when the largest element offset over all tensors of the call
-/// fits 31 bits, so the products below cannot wrap.
+/// fits 31 bits, so the products below cannot wrap. Emulated, one that does is a fault.
 pub trait Index: Copy {
     /// Narrows or keeps a size or stride that came as 64 bits.
     fn from_u64(value: u64) -> Self;
@@ -88,11 +88,21 @@ macro_rules! index {
                 value as $int
             }
             #[inline(always)]
+            #[track_caller]
             fn plus(self, other: Self) -> Self {
+                #[cfg(feature = "emulate")]
+                if self.checked_add(other).is_none() {
+                    crate::emulate::overflow(format!("{self} + {other}"));
+                }
                 self.wrapping_add(other)
             }
             #[inline(always)]
+            #[track_caller]
             fn times(self, other: Self) -> Self {
+                #[cfg(feature = "emulate")]
+                if self.checked_mul(other).is_none() {
+                    crate::emulate::overflow(format!("{self} * {other}"));
+                }
                 self.wrapping_mul(other)
             }
             #[inline(always)]

@@ -35,13 +35,13 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
     if tiles < pairs { tiles } else { pairs }
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::THREADS;
-    #[cfg(feature = "sm_90")]
+    #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     use crate::arch::cluster;
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread, warp};
@@ -149,7 +149,7 @@ mod kernel {
         /// Number of this block.
         #[inline(always)]
         fn block(self) -> u32 {
-            #[cfg(feature = "sm_90")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 return cluster::block();
             }
@@ -159,7 +159,7 @@ mod kernel {
         /// All threads of all blocks meet.
         #[inline(always)]
         fn sync(self) {
-            #[cfg(feature = "sm_90")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 return cluster::sync();
             }
@@ -172,7 +172,7 @@ mod kernel {
         /// As for [`Shared::load`].
         #[inline(always)]
         unsafe fn load(self, place: Shared, block: u32) -> u32 {
-            #[cfg(feature = "sm_90")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).load() };
@@ -187,7 +187,7 @@ mod kernel {
         /// As for [`Shared::store`].
         #[inline(always)]
         unsafe fn store(self, place: Shared, block: u32, value: u32) {
-            #[cfg(feature = "sm_90")]
+            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).store(value) };

@@ -24,10 +24,10 @@ pub const fn shared_bytes(shape: TileShape, column_room: u32) -> u32 {
     STAGES * (shape.rows() + column_room) * TileShape::ROW_BYTES
 }
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::shrink;
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::STAGES;
     use crate::arch::async_copy;

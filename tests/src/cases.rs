@@ -91,18 +91,42 @@ pub fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
-/// Checks many cases on `backend`, and shrinks the first that does not pass.
+/// Any call that a slow back end can be asked for: as [`cases`], cut to few tokens and narrow matrices.
+pub fn small_cases() -> impl Strategy<Value = Case> {
+    cases().prop_map(|case| Case {
+        tokens: case.tokens % 40,
+        top_k: case.top_k % 8 + 1,
+        max_rank: case.max_rank.min(96),
+        in_dim: case.in_dim.min(264),
+        out_dim: case.out_dim.min(264),
+        ..case
+    })
+}
+
+/// Checks many of [`cases`] on `backend`, and shrinks the first that does not pass.
 ///
 /// # Errors
 /// What was wrong with the smallest such case, and the command that runs it again.
 pub fn check_cases<B: Backend>(backend: &B) -> Result<(), String> {
+    check_some(backend, cases(), Config::default().cases)
+}
+
+/// Checks `count` of `cases` on `backend`, and shrinks the first that does not pass.
+///
+/// # Errors
+/// As for [`check_cases`].
+pub fn check_some<B: Backend>(
+    backend: &B,
+    cases: impl Strategy<Value = Case>,
+    count: u32,
+) -> Result<(), String> {
     // A failing case prints its command: there is nothing to persist.
-    let config = Config { failure_persistence: None, ..Config::default() };
+    let config = Config { failure_persistence: None, cases: count, ..Config::default() };
     let passes = |case| match check(backend, &case) {
         Ok(_) => Ok(()),
         Err(failure) => Err(TestCaseError::fail(failure.to_string())),
     };
-    match TestRunner::new(config).run(&cases(), passes) {
+    match TestRunner::new(config).run(&cases, passes) {
         Ok(()) => Ok(()),
         Err(TestError::Abort(reason)) => Err(reason.to_string()),
         Err(TestError::Fail(failure, _)) => Err(failure.to_string()),

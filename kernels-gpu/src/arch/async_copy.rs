@@ -4,7 +4,10 @@
 //! few groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block.
 
 use super::shared::Shared;
+#[cfg(feature = "emulate")]
+use crate::emulate;
 use crate::memory::Global;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// Starts a copy of 16 bytes, of which the first `bytes` come from `source` and the rest are zeros.
@@ -17,9 +20,11 @@ use core::arch::asm;
 /// `target` must be 16 aligned bytes inside the block's allocation that nobody reads before the group is
 /// waited for; `source` must be 16-byte aligned and valid for a read of `bytes` (0 ..= 16) bytes.
 #[inline(always)]
+#[track_caller]
 pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, bytes: u32) {
     // An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
     // zero-filling form for sm_90a into an instruction that the device calls illegal.
+    #[cfg(target_arch = "nvptx64")]
     macro_rules! copy {
         ($prefetch:literal) => {
             // SAFETY: as the caller promises.
@@ -29,23 +34,37 @@ pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, by
             }
         };
     }
+    #[cfg(target_arch = "nvptx64")]
     if AHEAD {
         copy!("256B");
     } else {
         copy!("128B");
     }
+    #[cfg(feature = "emulate")]
+    emulate::start_copy(target.address(), source.address(), bytes);
 }
 
 /// Closes the copies started since the last call into one group, which may be empty.
 #[inline(always)]
 pub fn commit() {
+    #[cfg(target_arch = "nvptx64")]
     // SAFETY: bookkeeping only.
-    unsafe { asm!("cp.async.commit_group;", options(nostack)) }
+    unsafe {
+        asm!("cp.async.commit_group;", options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::commit_copies();
 }
 
 /// Waits until at most `NEWEST` of this thread's groups are still under way.
 #[inline(always)]
+#[track_caller]
 pub fn wait<const NEWEST: u32>() {
+    #[cfg(target_arch = "nvptx64")]
     // SAFETY: ordering only.
-    unsafe { asm!("cp.async.wait_group {};", const NEWEST, options(nostack)) }
+    unsafe {
+        asm!("cp.async.wait_group {};", const NEWEST, options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::wait_for_copies(NEWEST);
 }

@@ -1,11 +1,20 @@
 //! All threads of a block meet (PTX ISA 9.7.12.1).
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// `bar.sync 0`: waits for all threads of the block; their accesses to shared and global memory before
 /// it are visible to all of them after it. Every thread of the block must come here.
 #[inline(always)]
+#[track_caller]
 pub fn sync() {
+    #[cfg(target_arch = "nvptx64")]
     // SAFETY: ordering only; the compiler keeps memory accesses on their side of it.
-    unsafe { asm!("bar.sync 0;", options(nostack)) }
+    unsafe {
+        asm!("bar.sync 0;", options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::sync_block();
 }

@@ -2,8 +2,11 @@
 //!
 //! All are coherent accesses (never `.nc`): tiles and `h` are written by the launch just before.
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
 use crate::memory::Global;
 use crate::params::Tile;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// A type that one instruction loads and stores.
@@ -24,16 +27,30 @@ macro_rules! scalar {
     ($type:ty, $class:ident, $via:ty, $load:literal, $store:literal) => {
         impl Scalar for $type {
             #[inline(always)]
+            #[track_caller]
             unsafe fn load(address: u64) -> Self {
-                let value: $via;
-                // SAFETY: as the caller promises.
-                unsafe { asm!($load, out($class) value, in(reg64) address, options(nostack, readonly)) };
-                value as $type
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let value: $via;
+                    // SAFETY: as the caller promises.
+                    unsafe { asm!($load, out($class) value, in(reg64) address, options(nostack, readonly)) };
+                    value as $type
+                }
+                #[cfg(feature = "emulate")]
+                {
+                    <$type>::from_le_bytes(emulate::load_global(address))
+                }
             }
             #[inline(always)]
+            #[track_caller]
             unsafe fn store(address: u64, value: Self) {
+                #[cfg(target_arch = "nvptx64")]
                 // SAFETY: as the caller promises.
-                unsafe { asm!($store, in(reg64) address, in($class) value as $via, options(nostack)) };
+                unsafe {
+                    asm!($store, in(reg64) address, in($class) value as $via, options(nostack))
+                };
+                #[cfg(feature = "emulate")]
+                emulate::store_global(address, value.to_le_bytes());
             }
         }
     };
@@ -49,6 +66,7 @@ impl<T: Scalar> Global<T> {
     /// # Safety
     /// The address must be valid for a read of `T`, and aligned to it.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load(self) -> T {
         // SAFETY: as the caller promises.
         unsafe { T::load(self.address()) }
@@ -59,6 +77,7 @@ impl<T: Scalar> Global<T> {
     /// # Safety
     /// The address must be valid for a write of `T`, and aligned to it.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn store(self, value: T) {
         // SAFETY: as the caller promises.
         unsafe { T::store(self.address(), value) }
@@ -71,15 +90,23 @@ impl<T> Global<T> {
     /// # Safety
     /// The address must be valid for a read of 16 bytes, and 16-byte aligned.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load16(self) -> [u32; 4] {
-        let [mut a, mut b, mut c, mut d] = [0u32; 4];
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("ld.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
-                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) self.address(),
-                options(nostack, readonly));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) self.address(),
+                    options(nostack, readonly));
+            }
+            [a, b, c, d]
         }
-        [a, b, c, d]
+        #[cfg(feature = "emulate")]
+        {
+            bytemuck::cast(emulate::load_global::<16>(self.address()))
+        }
     }
 
     /// Stores 16 bytes.
@@ -87,13 +114,18 @@ impl<T> Global<T> {
     /// # Safety
     /// The address must be valid for a write of 16 bytes, and 16-byte aligned.
     #[inline(always)]
-    pub unsafe fn store16(self, [a, b, c, d]: [u32; 4]) {
+    #[track_caller]
+    pub unsafe fn store16(self, values: [u32; 4]) {
+        #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
+            let [a, b, c, d] = values;
             asm!("st.global.v4.u32 [{}], {{{}, {}, {}, {}}};",
                 in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
                 options(nostack));
         }
+        #[cfg(feature = "emulate")]
+        emulate::store_global::<16>(self.address(), bytemuck::cast(values));
     }
 }
 
@@ -103,6 +135,7 @@ impl Global<Tile> {
     /// # Safety
     /// The address must be valid for a read of a [`Tile`], and 16-byte aligned.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load_tile(self) -> Tile {
         // SAFETY: as the caller promises.
         let ([slot, expert, first, rows], [rank, ..]) =
@@ -115,6 +148,7 @@ impl Global<Tile> {
     /// # Safety
     /// The address must be valid for a write of a [`Tile`], and 16-byte aligned.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn store_tile(self, tile: Tile) {
         // SAFETY: as the caller promises.
         unsafe {

@@ -1,15 +1,15 @@
 //! Programmatic dependent launch: a launch may start while the one before it still runs
 //! (PTX ISA 9.7.12.13, `griddepcontrol`). Below sm_90 launches simply follow one another, and both
-//! functions do nothing.
+//! functions do nothing. Emulated launches follow one another too.
 
-#[cfg(feature = "sm_90")]
+#[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
 use core::arch::asm;
 
 /// Waits until the launch before this one has ended and its writes are visible. Nothing that an earlier
 /// launch writes may be read, and nothing that it reads may be written, before this.
 #[inline(always)]
 pub fn wait_for_previous() {
-    #[cfg(feature = "sm_90")]
+    #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     // SAFETY: ordering only.
     unsafe {
         asm!("griddepcontrol.wait;", options(nostack))
@@ -19,7 +19,7 @@ pub fn wait_for_previous() {
 /// Lets the next launch start as soon as every block of this one has said so (or ended).
 #[inline(always)]
 pub fn let_next_start() {
-    #[cfg(feature = "sm_90")]
+    #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     // SAFETY: ordering only.
     unsafe {
         asm!("griddepcontrol.launch_dependents;", options(nostack))

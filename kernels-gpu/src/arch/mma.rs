@@ -9,11 +9,15 @@
 //! | B | k 2c, 2c+1, column g | k 2c+8, 2c+9, column g | | |
 //! | D | row g, columns 2c, 2c+1 | row g+8, columns 2c, 2c+1 | | |
 
+#[cfg(feature = "emulate")]
+use crate::{ElementType, emulate};
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// A 16-bit float type of the tensor cores. Two are packed in a `u32`, the first in the low half.
 pub trait Element: Copy {
     /// `d += a · b` on one warp's fragments. The whole warp must come here.
+    #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
     /// Two f32 rounded to nearest even.
     fn pack(first: f32, second: f32) -> u32;
@@ -28,6 +32,7 @@ pub enum Bf16 {}
 #[derive(Clone, Copy)]
 pub enum F16 {}
 
+#[cfg(target_arch = "nvptx64")]
 macro_rules! mma {
     ($type:literal, $d:ident, $a:ident, $b:ident) => {
         // SAFETY: registers in, registers out.
@@ -43,18 +48,29 @@ macro_rules! mma {
 
 impl Element for Bf16 {
     #[inline(always)]
+    #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+        #[cfg(target_arch = "nvptx64")]
         mma!("bf16", d, a, b);
+        #[cfg(feature = "emulate")]
+        emulate::mma(ElementType::Bf16, d, a, b);
     }
     #[inline(always)]
     fn pack(first: f32, second: f32) -> u32 {
-        let pair: u32;
-        // SAFETY: registers in, register out.
-        unsafe {
-            asm!("cvt.rn.bf16x2.f32 {}, {}, {};",
-                out(reg32) pair, in(reg32) second, in(reg32) first, options(pure, nomem, nostack));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let pair: u32;
+            // SAFETY: registers in, register out.
+            unsafe {
+                asm!("cvt.rn.bf16x2.f32 {}, {}, {};",
+                    out(reg32) pair, in(reg32) second, in(reg32) first, options(pure, nomem, nostack));
+            }
+            pair
         }
-        pair
+        #[cfg(feature = "emulate")]
+        {
+            bytemuck::cast([first, second].map(half::bf16::from_f32))
+        }
     }
     #[inline(always)]
     fn unpack(pair: u32) -> [f32; 2] {
@@ -64,27 +80,45 @@ impl Element for Bf16 {
 
 impl Element for F16 {
     #[inline(always)]
+    #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+        #[cfg(target_arch = "nvptx64")]
         mma!("f16", d, a, b);
+        #[cfg(feature = "emulate")]
+        emulate::mma(ElementType::F16, d, a, b);
     }
     #[inline(always)]
     fn pack(first: f32, second: f32) -> u32 {
-        let pair: u32;
-        // SAFETY: registers in, register out.
-        unsafe {
-            asm!("cvt.rn.f16x2.f32 {}, {}, {};",
-                out(reg32) pair, in(reg32) second, in(reg32) first, options(pure, nomem, nostack));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let pair: u32;
+            // SAFETY: registers in, register out.
+            unsafe {
+                asm!("cvt.rn.f16x2.f32 {}, {}, {};",
+                    out(reg32) pair, in(reg32) second, in(reg32) first, options(pure, nomem, nostack));
+            }
+            pair
         }
-        pair
+        #[cfg(feature = "emulate")]
+        {
+            bytemuck::cast([first, second].map(half::f16::from_f32))
+        }
     }
     #[inline(always)]
     fn unpack(pair: u32) -> [f32; 2] {
-        let (first, second): (f32, f32);
-        // SAFETY: registers in, registers out.
-        unsafe {
-            asm!("cvt.f32.f16 {}, {};", out(reg32) first, in(reg16) pair as u16, options(pure, nomem, nostack));
-            asm!("cvt.f32.f16 {}, {};", out(reg32) second, in(reg16) (pair >> 16) as u16, options(pure, nomem, nostack));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let (first, second): (f32, f32);
+            // SAFETY: registers in, registers out.
+            unsafe {
+                asm!("cvt.f32.f16 {}, {};", out(reg32) first, in(reg16) pair as u16, options(pure, nomem, nostack));
+                asm!("cvt.f32.f16 {}, {};", out(reg32) second, in(reg16) (pair >> 16) as u16, options(pure, nomem, nostack));
+            }
+            [first, second]
         }
-        [first, second]
+        #[cfg(feature = "emulate")]
+        {
+            bytemuck::cast::<u32, [half::f16; 2]>(pair).map(half::f16::to_f32)
+        }
     }
 }

@@ -12,11 +12,14 @@
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |
 //!
+//! Each function has two forms side by side: the instruction, for `nvptx64`, and what the emulated machine
+//! does instead (`crate::emulate`, feature `emulate`). Both are described by one doc comment.
+//!
 //! Section numbers in this folder are those of the PTX ISA manual, version 8.0.
 
 pub mod async_copy;
 pub mod barrier;
-#[cfg(feature = "sm_90")]
+#[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
 pub mod cluster;
 pub mod global;
 pub mod grid;

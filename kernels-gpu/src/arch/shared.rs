@@ -1,8 +1,12 @@
 //! A block's shared memory. All of it is dynamic: the host gives its size at launch, the kernel's map
 //! gives its meaning.
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::{asm, global_asm};
 
+#[cfg(target_arch = "nvptx64")]
 global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
 
 /// A byte address in shared memory.
@@ -13,10 +17,17 @@ impl Shared {
     /// Start of the block's dynamic shared memory, aligned to 1024 bytes.
     #[inline(always)]
     pub fn base() -> Self {
-        let address: u32;
-        // SAFETY: the address of a symbol is a constant.
-        unsafe { asm!("mov.u32 {}, dynamic_shared;", out(reg32) address, options(pure, nomem, nostack)) };
-        Shared(address)
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let address: u32;
+            // SAFETY: the address of a symbol is a constant.
+            unsafe { asm!("mov.u32 {}, dynamic_shared;", out(reg32) address, options(pure, nomem, nostack)) };
+            Shared(address)
+        }
+        #[cfg(feature = "emulate")]
+        {
+            Shared(emulate::SHARED_BASE)
+        }
     }
 
     /// The address `bytes` further on.
@@ -36,13 +47,22 @@ impl Shared {
     /// # Safety
     /// Four bytes here must be inside the block's allocation, aligned, and written before.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load(self) -> u32 {
-        let value: u32;
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly))
-        };
-        value
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let value: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly))
+            };
+            value
+        }
+        #[cfg(feature = "emulate")]
+        {
+            let [value] = emulate::load_shared(self.0);
+            value
+        }
     }
 
     /// `st.shared.u32`.
@@ -50,9 +70,15 @@ impl Shared {
     /// # Safety
     /// Four bytes here must be inside the block's allocation, and aligned.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn store(self, value: u32) {
+        #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
-        unsafe { asm!("st.shared.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack)) };
+        unsafe {
+            asm!("st.shared.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack))
+        };
+        #[cfg(feature = "emulate")]
+        emulate::store_shared(self.0, [value]);
     }
 
     /// `st.shared.v4.u32`.
@@ -60,12 +86,17 @@ impl Shared {
     /// # Safety
     /// Sixteen bytes here must be inside the block's allocation, and aligned.
     #[inline(always)]
-    pub unsafe fn store16(self, [a, b, c, d]: [u32; 4]) {
+    #[track_caller]
+    pub unsafe fn store16(self, values: [u32; 4]) {
+        #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
+            let [a, b, c, d] = values;
             asm!("st.shared.v4.u32 [{}], {{{}, {}, {}, {}}};",
                 in(reg32) self.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, options(nostack));
         }
+        #[cfg(feature = "emulate")]
+        emulate::store_shared(self.0, values);
     }
 
     /// `atom.shared.add.u32`: adds, and returns what was there (PTX ISA 9.7.12.4).
@@ -73,14 +104,22 @@ impl Shared {
     /// # Safety
     /// As for [`Shared::load`].
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn fetch_add(self, value: u32) -> u32 {
-        let before: u32;
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("atom.shared.add.u32 {}, [{}], {};",
-                out(reg32) before, in(reg32) self.0, in(reg32) value, options(nostack));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let before: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("atom.shared.add.u32 {}, [{}], {};",
+                    out(reg32) before, in(reg32) self.0, in(reg32) value, options(nostack));
+            }
+            before
         }
-        before
+        #[cfg(feature = "emulate")]
+        {
+            emulate::add_shared(self.0, value)
+        }
     }
 
     /// `ldmatrix.x4`: four 8×8 matrices of 16-bit elements (PTX ISA 9.7.13.4.15). Thread i gives the
@@ -90,14 +129,22 @@ impl Shared {
     /// # Safety
     /// Sixteen bytes here must be inside the block's allocation, aligned, and written before.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load_matrices(self) -> [u32; 4] {
-        let [mut a, mut b, mut c, mut d] = [0u32; 4];
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",
-                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0,
-                options(nostack, readonly));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0,
+                    options(nostack, readonly));
+            }
+            [a, b, c, d]
         }
-        [a, b, c, d]
+        #[cfg(feature = "emulate")]
+        {
+            emulate::load_matrices(self.0)
+        }
     }
 }

@@ -1,26 +1,36 @@
 //! Which thread, which block (PTX ISA 10, special registers).
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 macro_rules! special {
-    ($(#[$doc:meta])* $name:ident, $register:literal) => {
+    ($(#[$doc:meta])* $name:ident, $register:literal, $emulated:ident) => {
         $(#[$doc])*
         #[inline(always)]
         pub fn $name() -> u32 {
-            let value: u32;
-            // SAFETY: reads a register that does not change while the thread lives.
-            unsafe { asm!(concat!("mov.u32 {}, %", $register, ";"), out(reg32) value, options(pure, nomem, nostack)) };
-            value
+            #[cfg(target_arch = "nvptx64")]
+            {
+                let value: u32;
+                // SAFETY: reads a register that does not change while the thread lives.
+                unsafe { asm!(concat!("mov.u32 {}, %", $register, ";"), out(reg32) value, options(pure, nomem, nostack)) };
+                value
+            }
+            #[cfg(feature = "emulate")]
+            {
+                emulate::$emulated()
+            }
         }
     };
 }
 
 special!(
     /// Number of this thread in its block.
-    index, "tid.x");
+    index, "tid.x", thread);
 special!(
     /// Number of this block in the grid.
-    block, "ctaid.x");
+    block, "ctaid.x", block);
 
 /// Number of this thread in its warp.
 #[inline(always)]
@@ -35,7 +45,13 @@ pub fn warp() -> u32 {
 }
 
 /// Ends the launch with an error.
+#[track_caller]
 pub fn trap() -> ! {
+    #[cfg(target_arch = "nvptx64")]
     // SAFETY: `trap` does not return (PTX ISA 9.7.16).
-    unsafe { asm!("trap;", options(noreturn, nomem, nostack)) }
+    unsafe {
+        asm!("trap;", options(noreturn, nomem, nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::trap()
 }

@@ -1,19 +1,31 @@
 //! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6).
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// All threads take part.
+#[cfg(target_arch = "nvptx64")]
 const ALL: u32 = 0xffff_ffff;
 
 /// `shfl.sync.up`: the value of the thread `distance` below. Threads without one keep theirs. The whole
 /// warp must come here.
 #[inline(always)]
+#[track_caller]
 pub fn shuffle_up(value: u32, distance: u32) -> u32 {
-    let result: u32;
-    // SAFETY: exchanges registers; touches no memory.
-    unsafe {
-        asm!("shfl.sync.up.b32 {}, {}, {}, 0, {};",
-            out(reg32) result, in(reg32) value, in(reg32) distance, in(reg32) ALL, options(nostack));
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("shfl.sync.up.b32 {}, {}, {}, 0, {};",
+                out(reg32) result, in(reg32) value, in(reg32) distance, in(reg32) ALL, options(nostack));
+        }
+        result
     }
-    result
+    #[cfg(feature = "emulate")]
+    {
+        emulate::shuffle_up(value, distance)
+    }
 }

@@ -4,21 +4,21 @@
 //! Both kernels are the same product seen twice: rows gathered by pair, times the rows of a weight
 //! matrix (of `a` or `b`), along an innermost dimension that both have (K or the rank).
 
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod accumulator;
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod panel;
 mod shape;
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod unroll;
 
 pub use shape::{GROUP, TileShape};
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use unroll::unroll;
 
 /// The tensor of slice `slice`. A parameter block that is indexed at run time would be copied to local
 /// memory; a choice among registers is not.
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 #[inline(always)]
 pub fn select_slice<T: Copy>(tensors: [T; crate::params::MAX_SLICES], slice: u32) -> T {
     let low = if slice == 0 { tensors[0] } else { tensors[1] };
@@ -28,7 +28,7 @@ pub fn select_slice<T: Copy>(tensors: [T; crate::params::MAX_SLICES], slice: u32
 
 /// `n / divisor`. The host never sends a divisor of 0; saying so here keeps the check, and the panic that
 /// it would need, out of the kernel.
-#[cfg(target_arch = "nvptx64")]
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 #[inline(always)]
 pub fn quotient(n: u32, divisor: u32) -> u32 {
     n.checked_div(divisor).unwrap_or(0)

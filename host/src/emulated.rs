@@ -1,0 +1,289 @@
+//! The emulated back end: the GPU's kernels on the CPU, planned and launched as on an H100 (but without
+//! clusters), with every access checked ([`moe_lora_kernels::emulate`]).
+//!
+//! Slow, and for tests: what a GPU would compute wrongly once in a while, or not at all, is
+//! [`Error::KernelFault`] here, with the kernel, the thread and the line.
+
+use crate::backend::{Backend, Buffer};
+use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::launch::{Launches, Parameters, Planner, Scratch};
+use crate::plan::{DeviceLimits, Launch, Options};
+use crate::projection::Projection;
+use crate::tensor::{self, View, ViewMut};
+use bytemuck::Pod;
+use moe_lora_kernels::emulate::{self, Memory};
+use moe_lora_kernels::params::{Tile, count};
+use moe_lora_kernels::tile::TileShape;
+use moe_lora_kernels::{memory::Global, route};
+use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
+use std::rc::Rc;
+
+/// What the workspace holds before a kernel writes it: no id, and a NaN as bf16, f16 and f32.
+const POISON: u8 = 0x7f;
+
+/// An emulated device. Every call is done when it returns.
+pub struct Emulated {
+    memory: Rc<RefCell<Memory>>,
+    options: Options,
+    seed: Cell<u64>,
+    launches: Cell<u64>,
+}
+
+/// Memory of an emulated device, freed when dropped.
+pub struct EmulatedBuffer<T> {
+    memory: Rc<RefCell<Memory>>,
+    address: u64,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+/// Scratch memory of calls, filled with poison before each launch that writes it.
+pub struct Workspace {
+    memory: EmulatedBuffer<u8>,
+    scratch: Scratch,
+}
+
+impl Emulated {
+    /// A device with the limits of an H100. `seed` decides the order of threads and blocks; each launch has
+    /// another.
+    pub fn new(options: Options, seed: u64) -> Self {
+        Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: Cell::new(0) }
+    }
+
+    /// Kernels launched so far.
+    pub fn launches(&self) -> u64 {
+        self.launches.get()
+    }
+
+    fn allocate<T: Pod>(&self, elements: &[T]) -> EmulatedBuffer<T> {
+        let address = self.memory.borrow_mut().allocate(bytemuck::cast_slice(elements));
+        EmulatedBuffer { memory: self.memory.clone(), address, len: elements.len(), element: PhantomData }
+    }
+
+    fn planner(&self) -> Planner {
+        // Clusters are not emulated: `route` always runs in one block.
+        Planner { limits: DeviceLimits { clusters: false, ..DeviceLimits::H100 }, options: self.options }
+    }
+
+    /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them.
+    fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer]) -> Result<()> {
+        launches.iter().flatten().try_for_each(|(launch, parameters)| match parameters {
+            Parameters::Route(p) => {
+                let tiles = (p.slots * p.experts + 1).into();
+                let tiles = route::max_tiles(p.pair_count.into(), tiles, p.tile_rows.into());
+                let pairs = u64::from(p.pair_count);
+                let written = [
+                    buffer("pairs", p.pairs, pairs),
+                    buffer("buckets", p.buckets, pairs),
+                    buffer("tiles", p.tiles, tiles),
+                    buffer("counts", p.counts, count::LEN as u64),
+                ];
+                self.launch(launch, p, tensors, &written, true)
+            }
+            Parameters::Shrink(p) => {
+                let h = h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]);
+                let read = routed(tensors, p.pairs, p.tiles, p.counts, p.pair_count);
+                self.launch(launch, p, &read, &[h], p.write_all == 0)
+            }
+            Parameters::Expand(p) => {
+                let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
+                let mut read = routed(tensors, p.pairs, p.tiles, p.counts, p.pair_count);
+                read.push(h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]));
+                self.launch(launch, p, &read, std::slice::from_ref(out), false)
+            }
+        })
+    }
+
+    fn launch<P: Pod>(
+        &self,
+        launch: &Launch,
+        parameters: &P,
+        read: &[emulate::Buffer],
+        written: &[emulate::Buffer],
+        poison: bool,
+    ) -> Result<()> {
+        let memory = &mut *self.memory.borrow_mut();
+        let written = written.iter().map(|buffer| emulate::Buffer { writable: true, ..buffer.clone() });
+        let mut buffers: Vec<_> = written.collect();
+        if poison {
+            buffers.iter().for_each(|buffer| memory.bytes_mut(buffer.address, buffer.bytes).fill(POISON));
+        }
+        buffers.extend_from_slice(read);
+        self.seed.set(self.seed.get().wrapping_add(1));
+        self.launches.set(self.launches.get() + 1);
+        let Launch { entry, blocks, shared_bytes } = *launch;
+        emulate::launch(entry, blocks, shared_bytes, parameters, memory, &buffers, self.seed.get())
+            .map_err(|report| Error::KernelFault { report: report.to_string() })
+    }
+}
+
+fn buffer<T>(name: impl Into<String>, start: Global<T>, elements: u64) -> emulate::Buffer {
+    let bytes = elements * size_of::<T>() as u64;
+    emulate::Buffer { name: name.into(), address: start.address(), bytes, writable: false }
+}
+
+fn tensor<T: Pod>(name: impl Into<String>, view: View<'_, tensor::Emulated, T>) -> emulate::Buffer {
+    buffer(name, Global::<T>::new(view.address()), view.len() as u64)
+}
+
+/// h, or its parts.
+fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::Buffer {
+    let elements = sizes.map(u64::from).iter().product();
+    if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
+}
+
+/// `tensors`, and what `route` left.
+fn routed(
+    tensors: &[emulate::Buffer],
+    pairs: Global<u32>,
+    tiles: Global<Tile>,
+    counts: Global<u32>,
+    pair_count: u32,
+) -> Vec<emulate::Buffer> {
+    // A pair a bucket: as many tiles as the smallest tile can make of any route.
+    let pair_count = u64::from(pair_count);
+    let most = route::max_tiles(pair_count, pair_count, TileShape::M16.rows().into());
+    let mut buffers = tensors.to_vec();
+    buffers.extend([
+        buffer("pairs", pairs, pair_count),
+        buffer("tiles", tiles, most),
+        buffer("counts", counts, count::LEN as u64),
+    ]);
+    buffers
+}
+
+fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
+    let Route::From(routing) = route else { return Vec::new() };
+    let mut buffers = vec![tensor("topk_ids", routing.topk_ids), tensor("token_lora", routing.token_lora)];
+    match routing.adapter_enabled {
+        Enabled::All => {}
+        Enabled::U8(flags) => buffers.push(tensor("adapter_enabled", flags)),
+        Enabled::I32(flags) => buffers.push(tensor("adapter_enabled", flags)),
+    }
+    buffers.extend(routing.ranks.map(|ranks| tensor("ranks", ranks)));
+    buffers.extend(routing.expert_map.map(|map| tensor("expert_map", map)));
+    buffers
+}
+
+fn slices<'a, T: Pod>(
+    name: &'a str,
+    views: &'a [View<'_, tensor::Emulated, T>],
+) -> impl Iterator<Item = emulate::Buffer> + 'a {
+    views.iter().enumerate().map(move |(slice, view)| tensor(format!("{name}[{slice}]"), *view))
+}
+
+impl<T> Drop for EmulatedBuffer<T> {
+    fn drop(&mut self) {
+        self.memory.borrow_mut().free(self.address);
+    }
+}
+
+impl<T: Pod> Buffer<T> for EmulatedBuffer<T> {
+    type Space = tensor::Emulated;
+
+    fn view(&self) -> View<'_, tensor::Emulated, T> {
+        // SAFETY: the memory is this buffer's for as long as it is borrowed; no access leaves it unchecked.
+        unsafe { View::from_raw(self.address, self.len) }
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_, tensor::Emulated, T> {
+        // SAFETY: as above, and nobody else may use it.
+        unsafe { ViewMut::from_raw(self.address, self.len) }
+    }
+}
+
+impl Workspace {
+    fn scratch(&mut self) -> (&mut Scratch, u64) {
+        (&mut self.scratch, self.memory.address)
+    }
+}
+
+impl Backend for Emulated {
+    type Space = tensor::Emulated;
+    type Buffer<T: Pod> = EmulatedBuffer<T>;
+    type Workspace = Workspace;
+
+    fn name(&self) -> &'static str {
+        "emulated"
+    }
+
+    fn variant(&self) -> String {
+        self.options.name(self.name())
+    }
+
+    fn upload<T: Pod>(&self, elements: &[T]) -> Result<EmulatedBuffer<T>> {
+        Ok(self.allocate(elements))
+    }
+
+    fn download<T: Pod>(&self, buffer: &EmulatedBuffer<T>) -> Result<Vec<T>> {
+        let memory = self.memory.borrow();
+        let bytes = memory.bytes(buffer.address, (buffer.len * size_of::<T>()) as u64);
+        Ok(bytemuck::pod_collect_to_vec(bytes))
+    }
+
+    fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace> {
+        let scratch = Scratch::new(projections, max_tokens)?;
+        Ok(Workspace { memory: self.allocate(&vec![POISON; scratch.bytes()]), scratch })
+    }
+
+    fn route(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        tokens: usize,
+        routing: RoutingTensors<'_, tensor::Emulated>,
+    ) -> Result<()> {
+        let launches = self.planner().route(workspace.scratch(), projection, tokens, routing)?;
+        self.launch_all(&launches, &routing_tensors(&Route::From(routing)))
+    }
+
+    fn forward<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Forward<'_, tensor::Emulated, T>,
+    ) -> Result<()> {
+        let launches = self.planner().forward(workspace.scratch(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.route);
+        tensors.push(tensor("x", call.x.data));
+        tensors.extend(slices("a", call.a));
+        tensors.extend(slices("b", call.b));
+        tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
+        tensors.push(tensor("out", call.out.data.as_view()));
+        self.launch_all(&launches, &tensors)
+    }
+
+    fn shrink<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Shrink<'_, tensor::Emulated, T>,
+    ) -> Result<()> {
+        let launches = self.planner().shrink(workspace.scratch(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.route);
+        tensors.push(tensor("x", call.x.data));
+        tensors.extend(slices("a", call.a));
+        self.launch_all(&launches, &tensors)
+    }
+
+    fn expand<T: Element>(
+        &self,
+        workspace: &mut Workspace,
+        projection: &Projection,
+        call: Expand<'_, tensor::Emulated, T>,
+    ) -> Result<()> {
+        let launches = self.planner().expand(workspace.scratch(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.route);
+        tensors.extend(slices("b", call.b));
+        tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
+        tensors.push(tensor("out", call.out.data.as_view()));
+        self.launch_all(&launches, &tensors)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+}

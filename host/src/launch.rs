@@ -1,0 +1,290 @@
+//! From a checked call to launches: its plan, the parts of the workspace, and the parameter block of each
+//! kernel. Whatever runs the kernels, a GPU or the emulated machine, runs what comes from here.
+
+mod scratch;
+
+pub(crate) use scratch::{Parts, Scratch};
+
+use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
+use crate::dtype::Element;
+use crate::error::Result;
+use crate::plan::{DeviceLimits, Launch, Options, Plan, RouteSource, Stage};
+use crate::projection::{Projection, XRows};
+use crate::tensor::{Space, View};
+use bytemuck::Pod;
+use moe_lora_kernels::memory::Global;
+use moe_lora_kernels::params::{Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled};
+
+/// The parameter block of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Parameters {
+    Route(RouteParams),
+    Shrink(ShrinkParams),
+    Expand(ExpandParams),
+}
+
+/// What a call launches, in order.
+pub(crate) type Launches = [Option<(Launch, Parameters)>; 3];
+
+/// Nothing, which is what a call of no tokens launches.
+const NOTHING: Launches = [None, None, None];
+
+/// What decides how calls are planned.
+pub(crate) struct Planner {
+    pub limits: DeviceLimits,
+    pub options: Options,
+}
+
+impl Planner {
+    /// What a call of this layout would launch; `None` when there is nothing to do.
+    pub fn plan(
+        &self,
+        projection: &Projection,
+        layout: &Layout,
+        stage: Stage,
+        route: RouteSource,
+    ) -> Result<Option<Plan>> {
+        Plan::new(projection, layout, stage, route, &self.limits, &self.options)
+    }
+
+    /// Plans a checked call and makes its workspace, which lies at `base`, ready; `None` when there is
+    /// nothing to do.
+    fn prepare<'c, S: Space>(
+        &self,
+        (scratch, base): (&mut Scratch, u64),
+        projection: &'c Projection,
+        layout: Layout,
+        stage: Stage,
+        route: &Route<'_, S>,
+    ) -> Result<Option<Prepared<'c>>> {
+        if layout.tokens == 0 {
+            return Ok(None);
+        }
+        let source = scratch.route_source(projection, layout.tokens, route)?;
+        let Some(plan) = self.plan(projection, &layout, stage, source)? else { return Ok(None) };
+        let parts = scratch.prepare(projection, layout.tokens, &plan, base)?;
+        let pair_count = projection.pairs(layout.tokens)? as u32;
+        Ok(Some(Prepared { projection, layout, plan, parts, pair_count }))
+    }
+
+    /// Checks and plans the routing alone.
+    pub fn route<S: Space>(
+        &self,
+        workspace: (&mut Scratch, u64),
+        projection: &Projection,
+        tokens: usize,
+        routing: RoutingTensors<'_, S>,
+    ) -> Result<Launches> {
+        routing.check(projection, tokens)?;
+        // The tile of a fast call: any call can use its route, in parts if need be.
+        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true };
+        let route = Route::From(routing);
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Route, &route)? else {
+            return Ok(NOTHING);
+        };
+        Ok([prepared.route(&route), None, None])
+    }
+
+    /// Checks and plans a whole call on the workspace at `base`.
+    pub fn forward<S: Space, T: Element>(
+        &self,
+        workspace: (&mut Scratch, u64),
+        projection: &Projection,
+        call: &Forward<'_, S, T>,
+    ) -> Result<Launches> {
+        let layout = call.check(projection)?;
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Forward, &call.route)? else {
+            return Ok(NOTHING);
+        };
+        let &Forward { b, topk_weights, accumulate, .. } = call;
+        let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
+        Ok([
+            prepared.route(&call.route),
+            prepared.shrink(call.x.data.address(), call.a, H::Scratch),
+            prepared.expand(&tail, H::Scratch),
+        ])
+    }
+
+    /// Checks and plans the first half of a call.
+    pub fn shrink<S: Space, T: Element>(
+        &self,
+        workspace: (&mut Scratch, u64),
+        projection: &Projection,
+        call: &Shrink<'_, S, T>,
+    ) -> Result<Launches> {
+        let layout = call.check(projection)?;
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Shrink, &call.route)? else {
+            return Ok(NOTHING);
+        };
+        let h = H::Caller(call.h.address());
+        Ok([prepared.route(&call.route), prepared.shrink(call.x.data.address(), call.a, h), None])
+    }
+
+    /// Checks and plans the second half of a call.
+    pub fn expand<S: Space, T: Element>(
+        &self,
+        workspace: (&mut Scratch, u64),
+        projection: &Projection,
+        call: &Expand<'_, S, T>,
+    ) -> Result<Launches> {
+        let layout = call.check(projection)?;
+        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Expand, &call.route)? else {
+            return Ok(NOTHING);
+        };
+        let &Expand { b, topk_weights, accumulate, .. } = call;
+        let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
+        Ok([prepared.route(&call.route), None, prepared.expand(&tail, H::Caller(call.h.address()))])
+    }
+}
+
+/// A call that was checked and planned, and whose workspace is ready.
+struct Prepared<'c> {
+    projection: &'c Projection,
+    layout: Layout,
+    plan: Plan,
+    parts: Parts,
+    /// P.
+    pair_count: u32,
+}
+
+impl Prepared<'_> {
+    fn route<S: Space>(&self, route: &Route<'_, S>) -> Option<(Launch, Parameters)> {
+        let Prepared { projection, plan, parts, pair_count, .. } = self;
+        let (Some(launch), Route::From(routing)) = (plan.route, route) else { return None };
+        let sizes = projection.sizes();
+        let RoutingTensors { ranks, expert_map, .. } = routing;
+        let (adapter_enabled, enabled_kind) = match &routing.adapter_enabled {
+            Enabled::All => (0, enabled::ALL),
+            Enabled::U8(view) => (view.address(), enabled::U8),
+            Enabled::I32(view) => (view.address(), enabled::I32),
+        };
+        let parameters = RouteParams {
+            topk_ids: Global::new(routing.topk_ids.address()),
+            token_lora: Global::new(routing.token_lora.address()),
+            adapter_enabled: Global::new(adapter_enabled),
+            ranks: Global::new(ranks.map_or(0, |view| view.address())),
+            expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
+            pairs: parts.pairs,
+            tiles: parts.tiles,
+            counts: parts.counts,
+            buckets: parts.buckets,
+            pair_count: *pair_count,
+            top_k: Divider::new(sizes.top_k as u32),
+            slots: sizes.slots as u32,
+            experts: sizes.experts as u32,
+            global_experts: expert_map.map_or(sizes.experts, |map| map.len()) as u32,
+            max_rank: sizes.max_rank as u32,
+            tile_rows: plan.tile_rows,
+            enabled_kind,
+            window: plan.route_window,
+        };
+        Some((launch, Parameters::Route(parameters)))
+    }
+
+    fn shrink<S: Space, T: Element>(
+        &self,
+        x: u64,
+        a: &[View<'_, S, T>],
+        h: H,
+    ) -> Option<(Launch, Parameters)> {
+        let Prepared { projection, layout, plan, parts, pair_count } = self;
+        let shrink = plan.shrink?;
+        let sizes = projection.sizes();
+        let x_row = match sizes.x_rows {
+            XRows::Token => sizes.top_k as u32,
+            XRows::Pair => 1,
+        };
+        let parameters = ShrinkParams {
+            x: Global::new(x),
+            a: addresses(a),
+            h: Global::new(h.address(parts)),
+            partial: Global::new(parts.scratch),
+            pairs: parts.pairs,
+            tiles: parts.tiles,
+            counts: parts.counts,
+            x_stride: layout.x_stride as u64,
+            x_row: Divider::new(x_row),
+            pair_count: *pair_count,
+            in_dim: sizes.in_dim as u32,
+            max_rank: sizes.max_rank as u32,
+            slices: sizes.slices as u32,
+            a_experts: projection.a_experts() as u32,
+            column_blocks: shrink.column_blocks,
+            column_room: shrink.column_room,
+            splits: shrink.splits,
+            steps_per_split: shrink.steps_per_split,
+            write_all: matches!(h, H::Caller(_)).into(),
+            tile_parts: plan.tile_parts(),
+            reserved: 0,
+        };
+        Some((shrink.launch, Parameters::Shrink(parameters)))
+    }
+
+    fn expand<S: Space, T: Element>(
+        &self,
+        tail: &ExpandTail<'_, S, T>,
+        h: H,
+    ) -> Option<(Launch, Parameters)> {
+        let Prepared { projection, layout, plan, parts, pair_count } = self;
+        let expand = plan.expand?;
+        let sizes = projection.sizes();
+        let parameters = ExpandParams {
+            h: Global::new(h.address(parts)),
+            partial: Global::new(parts.scratch),
+            b: addresses(tail.b),
+            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
+            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
+            pairs: parts.pairs,
+            tiles: parts.tiles,
+            counts: parts.counts,
+            out_stride: layout.out_stride as u64,
+            pair_count: *pair_count,
+            out_dim: sizes.out_dim as u32,
+            max_rank: sizes.max_rank as u32,
+            slices: sizes.slices as u32,
+            b_experts: projection.b_experts() as u32,
+            blocks_per_slice: expand.blocks_per_slice,
+            columns_per_block: expand.columns_per_block,
+            splits: plan.splits(),
+            accumulate: tail.accumulate.into(),
+            route_is_old: plan.shrink.is_some().into(),
+            tile_parts: plan.tile_parts(),
+            reserved: 0,
+        };
+        Some((expand.launch, Parameters::Expand(parameters)))
+    }
+}
+
+/// Which h a launch uses.
+#[derive(Clone, Copy)]
+enum H {
+    /// The workspace's.
+    Scratch,
+    /// The caller's, whole, at this address.
+    Caller(u64),
+}
+
+impl H {
+    fn address(self, parts: &Parts) -> u64 {
+        match self {
+            H::Scratch => parts.scratch,
+            H::Caller(address) => address,
+        }
+    }
+}
+
+/// What `forward` and `expand` have in common.
+struct ExpandTail<'a, S: Space, T> {
+    b: &'a [View<'a, S, T>],
+    topk_weights: Option<View<'a, S, f32>>,
+    out: u64,
+    accumulate: bool,
+}
+
+fn addresses<S: Space, T: Pod>(slices: &[View<'_, S, T>]) -> [Global<u16>; MAX_SLICES] {
+    let mut addresses = [Global::NULL; MAX_SLICES];
+    for (address, slice) in addresses.iter_mut().zip(slices) {
+        *address = Global::new(slice.address());
+    }
+    addresses
+}

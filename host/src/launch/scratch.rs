@@ -1,0 +1,152 @@
+//! What a workspace has room for, where its parts are, and which route it keeps. The memory itself is the
+//! back end's.
+
+use crate::call::Route;
+use crate::error::{Error, Result};
+use crate::plan::{self, Plan, RouteSource};
+use crate::projection::{Projection, ProjectionSizes};
+use crate::tensor::Space;
+use moe_lora_kernels::memory::Global;
+use moe_lora_kernels::params::{Tile, count};
+use std::fmt;
+
+/// Alignment of each part.
+const ALIGNMENT: usize = 256;
+
+/// What a route was made for: a call with another of these cannot use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct RouteKey {
+    tokens: usize,
+    top_k: usize,
+    slots: usize,
+    experts: usize,
+    max_rank: usize,
+}
+
+impl RouteKey {
+    fn new(projection: &Projection, tokens: usize) -> Self {
+        let &ProjectionSizes { top_k, slots, experts, max_rank, .. } = projection.sizes();
+        RouteKey { tokens, top_k, slots, experts, max_rank }
+    }
+}
+
+impl fmt::Display for RouteKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RouteKey { tokens, top_k, slots, experts, max_rank } = self;
+        write!(f, "a route of T={tokens} k={top_k} L={slots} E={experts} R={max_rank}")
+    }
+}
+
+/// A workspace without its memory. One call at a time may use it.
+pub(crate) struct Scratch {
+    room: Room,
+    /// The last call's route, and the pairs of its tiles.
+    kept: Option<(RouteKey, u32)>,
+}
+
+/// What a workspace has room for, or a call needs.
+#[derive(Clone, Copy, Default)]
+struct Room {
+    pairs: usize,
+    tiles: usize,
+    scratch_bytes: usize,
+}
+
+/// Where the parts of a workspace are.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts {
+    pub pairs: Global<u32>,
+    pub buckets: Global<u32>,
+    pub tiles: Global<Tile>,
+    pub counts: Global<u32>,
+    /// `h`, or its parts in f32.
+    pub scratch: u64,
+}
+
+impl Room {
+    /// What calls of up to `tokens` tokens need.
+    fn of(projection: &Projection, tokens: usize) -> Result<Self> {
+        Ok(Room {
+            pairs: projection.pairs(tokens)?,
+            tiles: plan::max_tiles(projection, tokens)? as usize,
+            scratch_bytes: plan::scratch_bytes(projection, tokens)?,
+        })
+    }
+
+    /// The parts from `base` on, and the bytes of all of them.
+    fn parts(&self, base: u64) -> (Parts, usize) {
+        let mut end = 0;
+        let mut part = |bytes: usize| {
+            let start = end;
+            end += bytes.next_multiple_of(ALIGNMENT);
+            base + start as u64
+        };
+        let parts = Parts {
+            counts: Global::new(part(count::LEN * size_of::<u32>())),
+            pairs: Global::new(part(self.pairs * size_of::<u32>())),
+            buckets: Global::new(part(self.pairs * size_of::<u32>())),
+            tiles: Global::new(part(self.tiles * size_of::<Tile>())),
+            scratch: part(self.scratch_bytes),
+        };
+        (parts, end)
+    }
+}
+
+impl Scratch {
+    /// Room for calls of up to `max_tokens` tokens on any of `projections`.
+    pub fn new(projections: &[Projection], max_tokens: usize) -> Result<Self> {
+        let mut room = Room::default();
+        for projection in projections {
+            let Room { pairs, tiles, scratch_bytes } = Room::of(projection, max_tokens)?;
+            room.pairs = room.pairs.max(pairs);
+            room.tiles = room.tiles.max(tiles);
+            room.scratch_bytes = room.scratch_bytes.max(scratch_bytes);
+        }
+        Ok(Scratch { room, kept: None })
+    }
+
+    /// Bytes of memory that the parts take.
+    pub fn bytes(&self) -> usize {
+        self.room.parts(0).1
+    }
+
+    /// Where a call's route comes from: itself, or what this workspace keeps.
+    pub fn route_source<S: Space>(
+        &self,
+        projection: &Projection,
+        tokens: usize,
+        route: &Route<'_, S>,
+    ) -> Result<RouteSource> {
+        let needed = RouteKey::new(projection, tokens);
+        match (route, self.kept) {
+            (Route::From(_), _) => Ok(RouteSource::Made),
+            (Route::Kept, Some((kept, tile_rows))) if kept == needed => Ok(RouteSource::Kept { tile_rows }),
+            (Route::Kept, kept) => Err(Error::RouteNotKept {
+                kept: kept.map_or_else(|| "no route".to_owned(), |(kept, _)| kept.to_string()),
+                needed: needed.to_string(),
+            }),
+        }
+    }
+
+    /// Checks that a planned call fits. From here on the workspace keeps the call's route.
+    pub(super) fn prepare(
+        &mut self,
+        projection: &Projection,
+        tokens: usize,
+        plan: &Plan,
+        base: u64,
+    ) -> Result<Parts> {
+        let Room { pairs, tiles, scratch_bytes } = Room::of(projection, tokens)?;
+        for (what, limit, got) in [
+            ("pairs", self.room.pairs, pairs),
+            ("tiles", self.room.tiles, tiles),
+            ("bytes of h", self.room.scratch_bytes, scratch_bytes),
+        ] {
+            if got > limit {
+                return Err(Error::WorkspaceTooSmall { what, limit, got });
+            }
+        }
+        self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
+        Ok(self.room.parts(base).0)
+    }
+}

@@ -1,0 +1,93 @@
+//! The emulated machine: kernels on the CPU, with every access checked.
+//!
+//! The threads of a block are coroutines. One runs at a time, until it meets others (a barrier, a
+//! warp-wide operation) or ends; which runs next is up to a seed. Blocks follow one another, in an order
+//! that the seed decides too. Addresses of device memory are numbers of the emulator's own, so a wrong
+//! one is reported and never followed.
+//!
+//! | checked | how |
+//! |---|---|
+//! | device memory | inside one [`Buffer`] of the launch, aligned, written only where the launch may |
+//! | shared memory | inside the block's allocation, aligned, read only where somebody wrote |
+//! | `cp.async` | data lands when its group is waited for; any access before that is reported |
+//! | races | two threads, one of them writing, with no barrier between; two blocks at any time; atomics apart |
+//! | barriers, warp-wide operations | all threads that must come come, to the same line |
+//! | offsets | products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap |
+//!
+//! Not modelled: memory order within a warp (a warp-wide operation orders nothing here), overlap of launches (`griddepcontrol` does nothing, and launches follow one another), and
+//! timing.
+
+mod machine;
+mod memory;
+mod report;
+mod shadow;
+mod warp;
+
+pub(crate) use machine::{
+    add_shared, block, commit_copies, load_global, load_matrices, load_shared, mma, overflow, shuffle_up,
+    start_copy, store_global, store_shared, sync_block, thread, trap, wait_for_copies,
+};
+pub use memory::{Buffer, Memory};
+pub use report::{Fault, Report};
+
+use crate::Entry;
+use bytemuck::Pod;
+
+/// Where the block's dynamic shared memory starts: past zero, as on the device, so that a stray zero is
+/// no address.
+pub(crate) const SHARED_BASE: u32 = 1024;
+
+/// A grid of blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// Name of the kernel, for reports.
+    pub kernel: &'a str,
+    /// Blocks.
+    pub blocks: u32,
+    /// Threads a block: whole warps, at most 1024.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Decides the order of blocks and of a block's threads.
+    pub seed: u64,
+}
+
+/// Runs `body` once for every thread of the grid.
+///
+/// # Errors
+/// The first fault found; memory is then as the kernel had left it.
+///
+/// # Panics
+/// When a buffer is no part of `memory`, or the threads of a block are not whole warps.
+pub fn run(
+    launch: &Launch<'_>,
+    memory: &mut Memory,
+    buffers: &[Buffer],
+    body: impl Fn() + 'static,
+) -> Result<(), Box<Report>> {
+    machine::run(launch, memory, buffers, std::rc::Rc::new(body))
+}
+
+/// Runs an entry point of the module on its parameter block.
+///
+/// Safe, although the entry point is not: what its caller must promise is what is checked here.
+///
+/// # Errors
+/// As for [`run`].
+///
+/// # Panics
+/// As for [`run`], and when `parameters` is not of the entry's type.
+pub fn launch<P: Pod>(
+    entry: &Entry,
+    blocks: u32,
+    shared_bytes: u32,
+    parameters: &P,
+    memory: &mut Memory,
+    buffers: &[Buffer],
+    seed: u64,
+) -> Result<(), Box<Report>> {
+    let launch = Launch { kernel: entry.name, blocks, threads: entry.threads, shared_bytes, seed };
+    let body = crate::entry::emulated(entry.name).expect("every entry has an emulated form");
+    let parameters = bytemuck::bytes_of(parameters).to_vec();
+    run(&launch, memory, buffers, move || body(&parameters))
+}

@@ -1,0 +1,134 @@
+//! What was wrong, and where.
+
+use super::shadow::Touch;
+use std::fmt;
+use std::panic::Location;
+
+/// A fault of a kernel.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Name of the kernel.
+    pub kernel: String,
+    /// The block.
+    pub block: u32,
+    /// The thread, by its number in the block; of a divergence, the first that waits.
+    pub thread: u32,
+    /// The line that asked for what could not be done; a panic has told its own.
+    pub at: Option<&'static Location<'static>>,
+    /// What was wrong.
+    pub fault: Fault,
+}
+
+/// What was wrong.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// A device address inside no buffer of the launch.
+    OutOfBounds {
+        /// `read` or `write`.
+        what: &'static str,
+        /// The address.
+        address: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The nearest buffer, and how far it is.
+        near: String,
+    },
+    /// A write to a buffer that the launch only reads.
+    ReadOnly {
+        /// The buffer.
+        buffer: String,
+    },
+    /// An address that is no multiple of the access's size.
+    Misaligned {
+        /// The address, and what it is in.
+        place: String,
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// Shared memory past the block's allocation.
+    SharedOutOfBounds {
+        /// First byte, from the start of the allocation.
+        byte: i64,
+        /// Bytes asked for.
+        bytes: u32,
+        /// Bytes that the block was given.
+        allocated: u32,
+    },
+    /// A read of shared memory that nobody in the block wrote.
+    Unwritten {
+        /// Which byte of what.
+        place: String,
+    },
+    /// An access to the target of a `cp.async` whose group nobody has waited for.
+    CopyUnderWay {
+        /// Which byte of what.
+        place: String,
+        /// Who started the copy.
+        by: Touch,
+    },
+    /// Two accesses, one of them a write, that nothing puts in order.
+    Race {
+        /// `read`, `write` or `atomic`.
+        what: &'static str,
+        /// Which byte of what.
+        place: String,
+        /// The access before.
+        other: Touch,
+    },
+    /// Some threads wait for others that will not come.
+    Divergence {
+        /// Who waits where: a line for all threads that share a fate.
+        threads: String,
+    },
+    /// A 32-bit offset that does not fit.
+    Overflow {
+        /// The sum or product.
+        expression: String,
+    },
+    /// `trap` was reached.
+    Trap,
+    /// The kernel panicked, as checked arithmetic does.
+    Panic {
+        /// Its message.
+        message: String,
+    },
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Report { kernel, block, thread, at, fault } = self;
+        write!(f, "{kernel}, block {block}, thread {thread}")?;
+        if let Some(at) = at {
+            write!(f, ", {}:{}", at.file(), at.line())?;
+        }
+        write!(f, ": {fault}")
+    }
+}
+
+impl std::error::Error for Report {}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::OutOfBounds { what, address, bytes, near } => {
+                write!(f, "{what} of {bytes} bytes at {address:#x}, {near}")
+            }
+            Fault::ReadOnly { buffer } => write!(f, "write to {buffer}, which this launch only reads"),
+            Fault::Misaligned { place, bytes } => {
+                write!(f, "{place} is not aligned for an access of {bytes} bytes")
+            }
+            Fault::SharedOutOfBounds { byte, bytes, allocated } => {
+                write!(f, "{bytes} bytes from byte {byte} of shared memory, the block has {allocated}")
+            }
+            Fault::Unwritten { place } => write!(f, "read of {place}, which nobody wrote"),
+            Fault::CopyUnderWay { place, by } => {
+                write!(f, "access to {place}, where a copy is under way: started by {by}")
+            }
+            Fault::Race { what, place, other } => write!(f, "race: {what} of {place} after {other}"),
+            Fault::Divergence { threads } => write!(f, "threads wait for others that do not come\n{threads}"),
+            Fault::Overflow { expression } => write!(f, "offset {expression} does not fit 32 bits"),
+            Fault::Trap => f.write_str("trap"),
+            Fault::Panic { message } => write!(f, "panic: {message}"),
+        }
+    }
+}
