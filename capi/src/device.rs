@@ -79,6 +79,7 @@ impl Workspace {
     ///
     /// # Safety
     /// As for [`Call::run`]; and `stream` is a live stream of the device's primary context, or null.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the CPU has no streams"))]
     pub unsafe fn run(
         &mut self,
         stream: *mut c_void,
