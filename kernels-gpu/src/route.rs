@@ -177,8 +177,10 @@ mod kernel {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).load() };
             }
-            // SAFETY: as the caller promises; there is one block.
-            unsafe { place.offset(0 * block).load() }
+            // There is one block.
+            let _ = block;
+            // SAFETY: as the caller promises.
+            unsafe { place.load() }
         }
 
         /// Stores a word at `place` in the memory of block `block`.
@@ -192,8 +194,10 @@ mod kernel {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).store(value) };
             }
-            // SAFETY: as the caller promises; there is one block.
-            unsafe { place.offset(0 * block).store(value) }
+            // There is one block.
+            let _ = block;
+            // SAFETY: as the caller promises.
+            unsafe { place.store(value) }
         }
     }
 
