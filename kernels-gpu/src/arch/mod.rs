@@ -8,7 +8,7 @@
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
 //! | [`barrier`] | a block's threads meet | `bar.sync` | – |
 //! | [`warp`] | a warp's threads exchange | `shfl.sync` | – |
-//! | [`cluster`] | blocks that share their memories | `mapa`, `barrier.cluster` | sm_90 |
+//! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster` | sm_90 |
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |
 //!
