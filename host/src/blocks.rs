@@ -16,12 +16,14 @@ use crate::call::{Enabled, check_view, check_view_mut};
 use crate::error::{Error, Result};
 use crate::projection::{MAX_SIZE, Projection};
 use crate::tensor::{Space, View, ViewMut};
+use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{adopt, align};
 
 /// The shape of pairs in blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockShape {
-    /// Places of a block: 1 ..= [`BlockShape::MAX_BLOCK_SIZE`] in a route, anything from 1 on in [`Align`].
+    /// Places of a block. In a route [`BlockShape::MIN_BLOCK_SIZE`] ..= [`BlockShape::MAX_BLOCK_SIZE`], in
+    /// [`Align`] anything from 1 on.
     pub block_size: usize,
     /// Places of a row of `sorted_token_ids` (vLLM's `max_num_tokens_padded`). It need not be a multiple of the
     /// block size: the places after the last whole block are never used.
@@ -31,6 +33,8 @@ pub struct BlockShape {
 }
 
 impl BlockShape {
+    /// Fewest places of a block that a route may have: those of the smallest tile.
+    pub const MIN_BLOCK_SIZE: usize = TileShape::M16.rows() as usize;
     /// Most places of a block that a route may have.
     pub const MAX_BLOCK_SIZE: usize = adopt::MAX_BLOCK_SIZE as usize;
 
@@ -108,6 +112,10 @@ impl<S: Space> SortedTensors<'_, S> {
         check_limit("slots", slots, adopt::MAX_SLOTS as usize)?;
         self.shape.check(slots)?;
         let BlockShape { block_size, max_padded, max_blocks } = self.shape;
+        if block_size < BlockShape::MIN_BLOCK_SIZE {
+            let (what, limit) = ("block_size", BlockShape::MIN_BLOCK_SIZE);
+            return Err(Error::SizeTooSmall { what, limit, got: block_size });
+        }
         check_limit("block_size", block_size, BlockShape::MAX_BLOCK_SIZE)?;
         check_view("sorted_token_ids", &self.sorted_token_ids, &[slots, max_padded])?;
         check_view("expert_ids", &self.expert_ids, &[slots, max_blocks])?;

@@ -150,8 +150,6 @@ impl Scratch {
         base: u64,
     ) -> Result<Parts> {
         let Room { pairs, listed, tiles, scratch_bytes } = Room::of(projection, tokens)?;
-        // Blocks smaller than any tile make more tiles than any other route.
-        let tiles = tiles.max(plan.route_tiles as usize);
         for (what, limit, got) in [
             ("pairs", self.room.pairs, pairs),
             ("listed pairs", self.room.listed, listed),
