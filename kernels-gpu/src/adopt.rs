@@ -7,7 +7,13 @@
 //! waits for another. Ids are untrusted: whatever is no pair is left out here, and whatever is no slot or
 //! expert leaves its tile without rows.
 //!
-//! Shared memory: one word a slot, then two words a warp for the scan.
+//! Shared memory:
+//!
+//! | words | what |
+//! |---|---|
+//! | L | how many blocks a slot has, then the number of its first |
+//! | L | how often a slot is listed |
+//! | 2 a warp | scan |
 
 /// Threads of a block.
 pub const THREADS: u32 = 128;
@@ -15,7 +21,7 @@ pub const THREADS: u32 = 128;
 /// Tiles of a block: one a warp.
 pub const TILES: u32 = THREADS / 32;
 
-/// Most slots: a word each is 32 KiB of shared memory.
+/// Most slots: two words each are 64 KiB of shared memory, which every device since sm_80 has.
 pub const MAX_SLOTS: u32 = 8 * 1024;
 
 /// Most pairs of a block: eight a lane.
@@ -23,7 +29,7 @@ pub const MAX_BLOCK_SIZE: u32 = 256;
 
 /// Bytes of shared memory of a block.
 pub const fn shared_bytes(slots: u32) -> u32 {
-    (slots + 2 * TILES) * 4
+    (2 * slots + 2 * TILES) * 4
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
@@ -47,62 +53,61 @@ mod kernel {
     pub unsafe fn adopt(p: AdoptParams) {
         let &AdoptParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = &p;
         let slots = Slots { adapter_enabled, enabled_kind, ranks, count, max_rank };
-        // How often a slot is listed, then how many blocks it has, then the number of its first.
+        // How many blocks a slot has, then the number of its first; and how often it is listed.
         let word = |slot: u32| Shared::base().offset(4 * slot);
-        let scratch = word(p.slots);
+        let mark = |slot: u32| word(p.slots + slot);
+        let scratch = word(2 * p.slots);
 
         grid::wait_for_previous();
         grid::let_next_start();
 
-        // 1. Which slots are listed.
-        let mut slot = thread::index();
-        while slot < p.slots {
-            // SAFETY: one word a slot.
-            unsafe { word(slot).store(0) };
-            slot += THREADS;
-        }
-        barrier::sync();
-        let mut i = thread::index();
-        while i < p.lora_count {
-            // SAFETY: one of `lora_count` ids; one word a slot.
-            unsafe {
-                let slot = p.lora_ids.at(i).load();
-                if slot < p.slots {
-                    word(slot).fetch_add(1);
-                }
-            }
-            i += THREADS;
-        }
-        barrier::sync();
-
-        // 2. The number of each slot's first block. Each thread takes a run of slots.
+        // 1. How many blocks each slot has, listed or not. Each thread takes a run of slots. The first id of
+        // the list is requested meanwhile.
+        // SAFETY: one of `lora_count` ids.
+        let listed = |i: u32| if i < p.lora_count { unsafe { p.lora_ids.at(i).load() } } else { u32::MAX };
+        let mut id = listed(thread::index());
         let run = p.slots.div_ceil(THREADS);
         let from = p.slots.min(thread::index() * run);
         let to = p.slots.min(from + run);
+        let mut slot = from;
+        while slot < to {
+            // SAFETY: two words a slot; the tensors are as their fields say.
+            unsafe {
+                let padded = (p.padded_counts.at(slot).load() as i32).max(0) as u32;
+                let blocks = quotient(padded + p.block_size - 1, p.block_size).min(p.usable_blocks);
+                word(slot).store(if slots.rank(slot) > 0 { blocks } else { 0 });
+                mark(slot).store(0);
+            }
+            slot += 1;
+        }
+        barrier::sync();
+
+        // 2. Of those that are listed, the number of the first.
+        let mut i = thread::index();
+        while i < p.lora_count {
+            if id < p.slots {
+                // SAFETY: one mark a slot.
+                unsafe { mark(id).fetch_add(1) };
+            }
+            i += THREADS;
+            id = listed(i);
+        }
+        barrier::sync();
+        // SAFETY: two words a slot.
+        let blocks_of = |slot: u32| unsafe { if mark(slot).load() > 0 { word(slot).load() } else { 0 } };
         let mut blocks = 0;
         let mut slot = from;
         while slot < to {
-            // SAFETY: one word a slot; the tensors are as their fields say.
-            unsafe {
-                let mut own = 0;
-                if word(slot).load() > 0 && slots.rank(slot) > 0 {
-                    let padded = (p.padded_counts.at(slot).load() as i32).max(0) as u32;
-                    own = quotient(padded + p.block_size - 1, p.block_size).min(p.usable_blocks);
-                }
-                word(slot).store(own);
-                blocks += own;
-            }
+            blocks += blocks_of(slot);
             slot += 1;
         }
         let ([mut first, _], [total, _]) = scan::over_block::<TILES>(scratch, [blocks, 0]);
         let mut slot = from;
         while slot < to {
+            let blocks = blocks_of(slot);
             // SAFETY: one word a slot.
-            unsafe {
-                let own = word(slot).load();
-                word(slot).store(first);
-                first += own;
-            }
+            unsafe { word(slot).store(first) };
+            first += blocks;
             slot += 1;
         }
         barrier::sync();
@@ -136,31 +141,32 @@ mod kernel {
         unsafe {
             let block = number - word(slot).load();
             let expert = p.block_experts.at(slot * p.max_blocks + block).load();
-            let ids = p.sorted.at(slot * p.max_padded + block * p.block_size);
+            let rank = slots.rank(slot);
 
             // Each lane takes a run of at most eight places.
+            let ids = p.sorted.at(slot * p.max_padded + block * p.block_size);
             let run = p.block_size.div_ceil(32);
             let from = thread::lane() * run;
             let mut pairs = [u32::MAX; 8];
             unroll::<8>(|i| {
                 let place = from + i as u32;
-                if (i as u32) < run && place < p.block_size && expert < p.experts {
+                if (i as u32) < run && place < p.block_size {
                     pairs[i] = ids.at(place).load();
                 }
             });
+            let limit = if expert < p.experts { p.pair_count } else { 0 };
             let mut own = 0;
-            unroll::<8>(|i| own += (pairs[i] < p.pair_count) as u32);
+            unroll::<8>(|i| own += (pairs[i] < limit) as u32);
             let rows = scan::over_warp(own);
             let first = number * p.block_size;
             let mut place = first + rows - own;
             unroll::<8>(|i| {
-                if pairs[i] < p.pair_count {
+                if pairs[i] < limit {
                     p.pairs.at(place).store(pairs[i]);
                     place += 1;
                 }
             });
             if thread::lane() == 31 {
-                let rank = slots.rank(slot);
                 let tile = Tile { slot, expert, first, rows, rank, reserved: [0; 3] };
                 p.tiles.at(number).store_tile(tile);
             }

@@ -95,6 +95,17 @@ mod kernel {
         grid::let_next_start();
 
         // 1. A slot that is off, or not listed, has no row: what its outputs hold stays.
+        let AlignParams { adapter_enabled, enabled_kind, slots, .. } = p;
+        let slots = Slots { adapter_enabled, enabled_kind, ranks: Global::NULL, count: slots, max_rank: 1 };
+        // SAFETY: the flags are as their field says.
+        let on = unsafe { slots.rank(slot) } > 0;
+        let mut found = false;
+        let mut i = thread::index();
+        while i < p.lora_count {
+            // SAFETY: one of `lora_count` ids.
+            found |= unsafe { p.lora_ids.at(i).load() } == slot;
+            i += THREADS;
+        }
         let mut i = thread::index();
         while i < p.experts {
             // SAFETY: one counter an expert.
@@ -106,21 +117,13 @@ mod kernel {
             unsafe { listed.store(0) };
         }
         barrier::sync();
-        let mut i = thread::index();
-        while i < p.lora_count {
-            // SAFETY: one of `lora_count` ids; one word.
-            unsafe {
-                if p.lora_ids.at(i).load() == slot {
-                    listed.fetch_add(1);
-                }
-            }
-            i += THREADS;
+        if found {
+            // SAFETY: one word.
+            unsafe { listed.fetch_add(1) };
         }
         barrier::sync();
-        let AlignParams { adapter_enabled, enabled_kind, slots, .. } = p;
-        let slots = Slots { adapter_enabled, enabled_kind, ranks: Global::NULL, count: slots, max_rank: 1 };
-        // SAFETY: the word was written before the barrier; the flags are as their field says.
-        if unsafe { listed.load() == 0 || slots.rank(slot) == 0 } {
+        // SAFETY: the word was written before the barrier.
+        if !on || unsafe { listed.load() } == 0 {
             return;
         }
 
