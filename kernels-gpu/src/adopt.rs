@@ -41,7 +41,7 @@ mod kernel {
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::params::{AdoptParams, Tile, count};
-    use crate::scan;
+    use crate::scan::{inclusive, scan};
     use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
 
@@ -101,7 +101,7 @@ mod kernel {
             blocks += blocks_of(slot);
             slot += 1;
         }
-        let ([mut first, _], [total, _]) = scan::over_block::<TILES>(scratch, [blocks, 0]);
+        let ([mut first, _], [total, _]) = scan::<THREADS>(scratch, [blocks, 0]);
         let mut slot = from;
         while slot < to {
             let blocks = blocks_of(slot);
@@ -157,7 +157,7 @@ mod kernel {
             let limit = if expert < p.experts { p.pair_count } else { 0 };
             let mut own = 0;
             unroll::<8>(|i| own += (pairs[i] < limit) as u32);
-            let rows = scan::over_warp(own);
+            let rows = inclusive(own);
             let first = number * p.block_size;
             let mut place = first + rows - own;
             unroll::<8>(|i| {

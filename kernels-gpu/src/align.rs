@@ -42,7 +42,7 @@ mod kernel {
     use crate::memory::Global;
     use crate::params::AlignParams;
     use crate::route::{BATCH, Batches, Team};
-    use crate::scan;
+    use crate::scan::scan;
     use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
 
@@ -172,7 +172,7 @@ mod kernel {
             padded += counted(i).1;
             i += 1;
         }
-        let ([mut start, _], [total, _]) = scan::over_block::<{ THREADS / 32 }>(scratch, [padded, 0]);
+        let ([mut start, _], [total, _]) = scan::<THREADS>(scratch, [padded, 0]);
         let mut i = from;
         while i < to {
             let (before, padded) = counted(i);

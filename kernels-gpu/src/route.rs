@@ -48,26 +48,29 @@ mod kernel {
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::params::{RouteParams, Tile, count};
-    use crate::scan;
+    use crate::scan::scan;
     use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
 
     /// Pairs that a thread looks up at a time, so that their loads overlap.
     pub(crate) const BATCH: usize = 4;
 
-    impl RouteParams {
-        #[inline(always)]
-        fn slots(&self) -> Slots {
-            let &RouteParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = self;
-            Slots { adapter_enabled, enabled_kind, ranks, count, max_rank }
-        }
+    /// The rank in use of a slot, 0 when it is off or does not exist.
+    ///
+    /// # Safety
+    /// The tensors of `p` must be as their fields say.
+    #[inline(always)]
+    unsafe fn slot_rank(p: &RouteParams, slot: u32) -> u32 {
+        let &RouteParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = p;
+        // SAFETY: as the caller promises.
+        unsafe { Slots { adapter_enabled, enabled_kind, ranks, count, max_rank }.rank(slot) }
     }
 
     /// The bucket of a pair, given its slot and global expert. One unsigned comparison a number catches −1
     /// and everything else that is out of range.
     ///
     /// # Safety
-    /// The tensors of `p` must be as their fields say.
+    /// As for [`slot_rank`].
     #[inline(always)]
     unsafe fn bucket(p: &RouteParams, slot: u32, global_expert: u32) -> u32 {
         let inactive = p.slots * p.experts;
@@ -81,7 +84,7 @@ mod kernel {
             unsafe { p.expert_map.at(global_expert).load() }
         };
         // SAFETY: as the caller promises.
-        if expert >= p.experts || unsafe { p.slots().rank(slot) } == 0 {
+        if expert >= p.experts || unsafe { slot_rank(p, slot) } == 0 {
             return inactive;
         }
         slot * p.experts + expert
@@ -265,7 +268,7 @@ mod kernel {
                 tiles += quotient(count + p.tile_rows - 1, p.tile_rows);
                 i += 1;
             }
-            let (before, total) = scan::over_block::<{ THREADS / 32 }>(scratch, [pairs, tiles]);
+            let (before, total) = scan::<THREADS>(scratch, [pairs, tiles]);
             // The shares of the blocks before this one come first.
             if thread::index() < BLOCKS {
                 // SAFETY: two words a block.
@@ -364,7 +367,7 @@ mod kernel {
         if first < end {
             let inactive = bucket == p.slots * p.experts;
             // SAFETY: the tensors of `p` are as their fields say.
-            let rank = if inactive { 0 } else { unsafe { p.slots().rank(slot) } };
+            let rank = if inactive { 0 } else { unsafe { slot_rank(p, slot) } };
             while first < end {
                 let rows = (end - first).min(p.tile_rows);
                 // SAFETY: as the caller promises.

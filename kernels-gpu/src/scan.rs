@@ -1,12 +1,11 @@
-//! Sums over the threads before this one.
+//! Prefix sums over a warp and over a block.
 
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
 
 /// Sum over this thread and those before it in its warp. The whole warp must come here.
 #[inline(always)]
-#[track_caller]
-pub fn over_warp(value: u32) -> u32 {
+pub fn inclusive(value: u32) -> u32 {
     let lane = thread::lane();
     let mut sum = value;
     let mut distance = 1;
@@ -18,12 +17,11 @@ pub fn over_warp(value: u32) -> u32 {
     sum
 }
 
-/// Sums over the threads before this one in a block of `WARPS` warps, and over all, of two numbers at once.
-/// The whole block must come here; `scratch` has two words a warp.
+/// Sums over the threads before this one, and over all, of two numbers at once. The whole block of `THREADS`
+/// threads must come here; `scratch` has two words a warp.
 #[inline(always)]
-#[track_caller]
-pub fn over_block<const WARPS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
-    let sums = values.map(over_warp);
+pub fn scan<const THREADS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
+    let sums = values.map(inclusive);
     let word = |number: u32| scratch.offset(4 * number);
     // SAFETY: two words a warp; the barriers separate their writers from their readers.
     unsafe {
@@ -35,7 +33,7 @@ pub fn over_block<const WARPS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32;
         let mut before = [0u32; 2];
         let mut total = [0u32; 2];
         let mut w = 0;
-        while w < WARPS {
+        while w < THREADS / 32 {
             let [a, b] = [word(2 * w).load(), word(2 * w + 1).load()];
             if w < thread::warp() {
                 before = [before[0] + a, before[1] + b];
