@@ -1,5 +1,6 @@
 //! What every back end can do: the same calls on memory of its own space.
 
+use crate::blocks::Align;
 use crate::call::{Expand, Forward, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
@@ -67,6 +68,12 @@ pub trait Backend {
         tokens: usize,
         routing: RoutingTensors<'_, Self::Space>,
     ) -> Result<()>;
+
+    /// Queues the sorting of pairs into blocks, the form in which vLLM hands a route on. It needs no workspace.
+    ///
+    /// # Errors
+    /// Whatever [`Align::check`] finds, before anything is launched.
+    fn align(&self, call: Align<'_, Self::Space>) -> Result<()>;
 
     /// Queues a whole call.
     ///

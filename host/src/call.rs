@@ -2,6 +2,7 @@
 //!
 //! Names, shapes and types are those of the operator's contract; see the crate's front page.
 
+use crate::blocks::SortedTensors;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::projection::{MAX_SIZE, Projection, elements};
@@ -40,6 +41,9 @@ pub struct RoutingTensors<'a, S: Space> {
 pub enum Route<'a, S: Space> {
     /// Found by this call, and kept in the workspace.
     From(RoutingTensors<'a, S>),
+    /// Found elsewhere, in the form of vLLM's `moe_lora_align_block_size`, and kept in the workspace. Pairs that
+    /// it does not name are no part of the call: their rows stay as they are.
+    Sorted(SortedTensors<'a, S>),
     /// Those that the last call on this workspace found, or [`Backend::route`](crate::Backend::route): all
     /// projections of a layer have one routing.
     Kept,
@@ -64,7 +68,7 @@ pub struct Forward<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive.
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Route::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -79,7 +83,7 @@ pub struct Shrink<'a, S: Space, T> {
     pub x: Rows<'a, S, T>,
     /// S tensors `[L, E or 1, R, K]`.
     pub a: &'a [View<'a, S, T>],
-    /// `[S, P, R]`, written whole.
+    /// `[S, P, R]`, written whole, except on a [`Route::Sorted`]: then the rows of pairs that it names.
     pub h: ViewMut<'a, S, T>,
 }
 
@@ -100,7 +104,7 @@ pub struct Expand<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive.
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Route::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -123,9 +127,22 @@ pub struct Layout {
 const VECTOR_BYTES: u64 = 16;
 
 /// Refuses a view that cannot hold `shape`.
-fn check_view<S: Space, T: Pod>(tensor: &'static str, view: &View<'_, S, T>, shape: &[usize]) -> Result<()> {
+pub(crate) fn check_view<S: Space, T: Pod>(
+    tensor: &'static str,
+    view: &View<'_, S, T>,
+    shape: &[usize],
+) -> Result<()> {
     let expected = elements(tensor, shape)?;
     check_extent(tensor, view.address(), align_of::<T>(), view.len(), expected, || format!("{shape:?}"))
+}
+
+/// Refuses a view to be written that cannot hold `shape`.
+pub(crate) fn check_view_mut<S: Space, T: Pod>(
+    tensor: &'static str,
+    view: &ViewMut<'_, S, T>,
+    shape: &[usize],
+) -> Result<()> {
+    check_view(tensor, &view.as_view(), shape)
 }
 
 fn check_extent(
@@ -207,10 +224,21 @@ fn all_aligned(addresses: impl IntoIterator<Item = u64>) -> bool {
     addresses.into_iter().all(|address| address.is_multiple_of(VECTOR_BYTES))
 }
 
+impl<S: Space> Enabled<'_, S> {
+    pub(crate) fn check(&self, slots: usize) -> Result<()> {
+        match self {
+            Enabled::All => Ok(()),
+            Enabled::U8(view) => check_view("adapter_enabled", view, &[slots]),
+            Enabled::I32(view) => check_view("adapter_enabled", view, &[slots]),
+        }
+    }
+}
+
 impl<S: Space> Route<'_, S> {
     fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
         match self {
             Route::From(routing) => routing.check(projection, tokens),
+            Route::Sorted(sorted) => sorted.check(projection),
             Route::Kept => Ok(()),
         }
     }
@@ -226,11 +254,7 @@ impl<S: Space> RoutingTensors<'_, S> {
         let sizes = projection.sizes();
         check_view("topk_ids", &self.topk_ids, &[tokens, sizes.top_k])?;
         check_view("token_lora", &self.token_lora, &[tokens])?;
-        match &self.adapter_enabled {
-            Enabled::All => {}
-            Enabled::U8(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
-            Enabled::I32(view) => check_view("adapter_enabled", view, &[sizes.slots])?,
-        }
+        self.adapter_enabled.check(sizes.slots)?;
         if let Some(ranks) = &self.ranks {
             check_view("ranks", ranks, &[sizes.slots])?;
         }

@@ -5,6 +5,7 @@
 //! tile and each sum has one order, so results do not depend on the number of threads.
 
 use crate::backend::{Backend, Buffer};
+use crate::blocks::{Align, BlockShape, SortedTensors};
 use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -105,6 +106,8 @@ impl Tile {
 struct Segments {
     pairs: Vec<usize>,
     tiles: Vec<Tile>,
+    /// The route named the active pairs alone: all others are no part of the call.
+    only_active: bool,
 }
 
 /// The segments that a call found, and the sizes that they hold for.
@@ -151,8 +154,13 @@ impl Workspace {
             return Err(Error::WorkspaceTooSmall { what: "pairs", limit: self.max_pairs, got: pairs });
         }
         let sizes = RouteSizes::new(projection, tokens);
-        if let Route::From(routing) = route {
-            self.kept = Some(Kept { sizes, segments: Segments::find(projection, pairs, routing)? });
+        let segments = match route {
+            Route::From(routing) => Some(Segments::find(projection, pairs, routing)?),
+            Route::Sorted(sorted) => Some(Segments::adopt(projection, pairs, sorted)?),
+            Route::Kept => None,
+        };
+        if let Some(segments) = segments {
+            self.kept = Some(Kept { sizes, segments });
         }
         match &self.kept {
             Some(kept) if kept.sizes == sizes => Ok(&kept.segments),
@@ -171,11 +179,7 @@ impl Segments {
         if let Some(ranks) = ranks {
             projection.check_ranks(ranks)?;
         }
-        let enabled: Vec<bool> = match routing.adapter_enabled {
-            Enabled::All => vec![true; sizes.slots],
-            Enabled::U8(flags) => flags.as_slice()[..sizes.slots].iter().map(|&flag| flag != 0).collect(),
-            Enabled::I32(flags) => flags.as_slice()[..sizes.slots].iter().map(|&flag| flag != 0).collect(),
-        };
+        let enabled = on(&routing.adapter_enabled, sizes.slots);
         let (topk_ids, token_lora) = (routing.topk_ids.as_slice(), routing.token_lora.as_slice());
         let expert_map = routing.expert_map.map(|map| map.as_slice());
         let segment = |pair: usize| {
@@ -187,24 +191,61 @@ impl Segments {
             let expert = usize::try_from(id).ok()?;
             (slot < sizes.slots && enabled[slot] && expert < sizes.experts).then_some((slot, expert))
         };
-        let mut active: Vec<_> = (0..pairs).filter_map(|pair| Some((segment(pair)?, pair))).collect();
-        active.sort_unstable();
+        let active = (0..pairs).filter_map(|pair| Some((segment(pair)?, pair))).collect();
+        Ok(Self::of(active, |slot| ranks.map_or(sizes.max_rank, |ranks| ranks[slot].max(0) as usize)))
+    }
 
+    /// The pairs in the blocks in use of a route in vLLM's form.
+    fn adopt(projection: &Projection, pairs: usize, sorted: &SortedTensors<'_, Host>) -> Result<Self> {
+        let sizes = projection.sizes();
+        let BlockShape { block_size, max_padded, max_blocks } = sorted.shape;
+        let ranks = sorted.ranks.map(|ranks| ranks.as_slice());
+        if let Some(ranks) = ranks {
+            projection.check_ranks(ranks)?;
+        }
+        let rank = |slot: usize| ranks.map_or(sizes.max_rank, |ranks| ranks[slot].max(0) as usize);
+        let listed = listed(sorted.lora_ids, on(&sorted.adapter_enabled, sizes.slots));
+        let mut segment_of = vec![None; pairs];
+        for slot in (0..sizes.slots).filter(|&slot| listed[slot] && rank(slot) > 0) {
+            let places = &sorted.sorted_token_ids.as_slice()[slot * max_padded..][..max_padded];
+            let experts = &sorted.expert_ids.as_slice()[slot * max_blocks..][..max_blocks];
+            let used = usize::try_from(sorted.num_tokens_post_padded.as_slice()[slot]).unwrap_or(0);
+            let blocks = places.chunks_exact(block_size).zip(experts).take(used.div_ceil(block_size));
+            for (places, &expert) in blocks {
+                let Some(expert) = usize::try_from(expert).ok().filter(|&e| e < sizes.experts) else {
+                    continue;
+                };
+                for pair in places.iter().filter_map(|&pair| usize::try_from(pair).ok()) {
+                    // A pair has one row: of two blocks that hold it, the first gets it.
+                    if let Some(segment) = segment_of.get_mut(pair) {
+                        segment.get_or_insert((slot, expert));
+                    }
+                }
+            }
+        }
+        let active = segment_of.into_iter().enumerate();
+        let active = active.filter_map(|(pair, segment)| Some((segment?, pair))).collect();
+        Ok(Segments { only_active: true, ..Self::of(active, rank) })
+    }
+
+    /// Pairs with their (slot, expert), cut into tiles.
+    fn of(mut active: Vec<((usize, usize), usize)>, rank: impl Fn(usize) -> usize) -> Self {
+        active.sort_unstable();
         let mut tiles = Vec::new();
         let mut first = 0;
         for run in active.chunk_by(|(one, _), (other, _)| one == other) {
             let (slot, expert) = run[0].0;
-            let rank = ranks.map_or(sizes.max_rank, |ranks| ranks[slot].max(0) as usize);
+            let rank = rank(slot);
             for tile in run.chunks(TILE_PAIRS) {
                 tiles.push(Tile { slot, expert, rank, first, count: tile.len() });
                 first += tile.len();
             }
         }
-        Ok(Segments { pairs: active.into_iter().map(|(_, pair)| pair).collect(), tiles })
+        Segments { pairs: active.into_iter().map(|(_, pair)| pair).collect(), tiles, only_active: false }
     }
 
     /// Runs `work` on every tile, with the rows of `matrix` that belong to the tile's pairs, in
-    /// parallel. Returns the rows of the inactive pairs.
+    /// parallel. Returns the rows of the inactive pairs, as far as they are part of the call.
     fn for_each_tile<'m, T: Send>(
         &self,
         matrix: &'m mut [T],
@@ -224,8 +265,28 @@ impl Segments {
         jobs.into_par_iter().for_each_init(Scratch::default, |scratch, (tile, rows)| {
             work(scratch, tile, &self.pairs[tile.first..][..tile.count], rows);
         });
-        by_pair.into_iter().flatten()
+        by_pair.into_iter().flatten().filter(|_| !self.only_active)
     }
+}
+
+/// Which slots are on.
+fn on(adapter_enabled: &Enabled<'_, Host>, slots: usize) -> Vec<bool> {
+    match adapter_enabled {
+        Enabled::All => vec![true; slots],
+        Enabled::U8(flags) => flags.as_slice()[..slots].iter().map(|&flag| flag != 0).collect(),
+        Enabled::I32(flags) => flags.as_slice()[..slots].iter().map(|&flag| flag != 0).collect(),
+    }
+}
+
+/// Which slots are `on` and listed too.
+fn listed(lora_ids: View<'_, Host, i32>, on: Vec<bool>) -> Vec<bool> {
+    let mut listed = vec![false; on.len()];
+    for slot in lora_ids.as_slice().iter().filter_map(|&slot| usize::try_from(slot).ok()) {
+        if let Some(listed) = listed.get_mut(slot) {
+            *listed = on[slot];
+        }
+    }
+    listed
 }
 
 /// Rows of f32, each filled up with zeros to whole lanes.
@@ -417,6 +478,46 @@ impl Backend for Cpu {
             return Ok(());
         }
         workspace.segments(projection, tokens, &Route::From(routing)).map(drop)
+    }
+
+    fn align(&self, call: Align<'_, Host>) -> Result<()> {
+        call.check()?;
+        let BlockShape { block_size, max_padded, max_blocks } = call.shape;
+        let pairs = call.pairs();
+        let (topk_ids, token_lora) = (call.topk_ids.as_slice(), call.token_lora.as_slice());
+        let expert_map = call.expert_map.map(|map| map.as_slice());
+        let expert = |pair: usize| {
+            let id = match expert_map {
+                None => topk_ids[pair],
+                Some(map) => *map.get(usize::try_from(topk_ids[pair]).ok()?)?,
+            };
+            usize::try_from(id).ok().filter(|&expert| expert < call.experts)
+        };
+        let mut segments = vec![Vec::new(); call.slots * call.experts];
+        for pair in 0..pairs {
+            let slot = usize::try_from(token_lora[pair / call.top_k]).ok().filter(|&slot| slot < call.slots);
+            if let (Some(slot), Some(expert)) = (slot, expert(pair)) {
+                segments[slot * call.experts + expert].push(pair as i32);
+            }
+        }
+        let listed = listed(call.lora_ids, on(&call.adapter_enabled, call.slots));
+        let padded_counts = call.num_tokens_post_padded.into_slice();
+        let rows = call.sorted_token_ids.into_slice().chunks_exact_mut(max_padded);
+        let rows = rows.zip(call.expert_ids.into_slice().chunks_exact_mut(max_blocks));
+        let rows = rows.zip(segments.chunks_exact(call.experts)).zip(padded_counts).zip(listed);
+        for ((((places, experts), segments), padded), _) in rows.filter(|(_, listed)| *listed) {
+            places.fill(pairs as i32);
+            experts.fill(-1);
+            let mut first = 0;
+            for (expert, segment) in segments.iter().enumerate() {
+                places[first..][..segment.len()].copy_from_slice(segment);
+                let blocks = segment.len().div_ceil(block_size);
+                experts[first / block_size..][..blocks].fill(expert as i32);
+                first += blocks * block_size;
+            }
+            *padded = first as i32;
+        }
+        Ok(())
     }
 
     fn forward<T: Element>(

@@ -5,6 +5,7 @@
 //! [`Error::KernelFault`] here, with the kernel, the thread and the line.
 
 use crate::backend::{Backend, Buffer};
+use crate::blocks::Align;
 use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -68,8 +69,9 @@ impl Emulated {
         Planner { limits: DeviceLimits { clusters: false, ..DeviceLimits::H100 }, options: self.options }
     }
 
-    /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them.
-    fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer]) -> Result<()> {
+    /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace
+    /// has room for a list of `listed` pairs.
+    fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer], listed: usize) -> Result<()> {
         launches.iter().flatten().try_for_each(|(launch, parameters)| match parameters {
             Parameters::Route(p) => {
                 let tiles = (p.slots * p.experts + 1).into();
@@ -83,14 +85,32 @@ impl Emulated {
                 ];
                 self.launch(launch, p, tensors, &written, true)
             }
+            Parameters::Align(p) => {
+                let row = |elements: u32| u64::from(p.slots) * u64::from(elements);
+                let written = [
+                    buffer("sorted_token_ids", p.sorted, row(p.max_padded)),
+                    buffer("expert_ids", p.block_experts, row(p.max_blocks)),
+                    buffer("num_tokens_post_padded", p.padded_counts, row(1)),
+                ];
+                self.launch(launch, p, tensors, &written, false)
+            }
+            Parameters::Adopt(p) => {
+                let tiles = u64::from(p.most_tiles);
+                let written = [
+                    buffer("pairs", p.pairs, tiles * u64::from(p.block_size)),
+                    buffer("tiles", p.tiles, tiles),
+                    buffer("counts", p.counts, count::LEN as u64),
+                ];
+                self.launch(launch, p, tensors, &written, true)
+            }
             Parameters::Shrink(p) => {
                 let h = h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]);
-                let read = routed(tensors, p.pairs, p.tiles, p.counts, p.pair_count);
+                let read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
                 self.launch(launch, p, &read, &[h], p.write_all == 0)
             }
             Parameters::Expand(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
-                let mut read = routed(tensors, p.pairs, p.tiles, p.counts, p.pair_count);
+                let mut read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
                 read.push(h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]));
                 self.launch(launch, p, &read, std::slice::from_ref(out), false)
             }
@@ -138,7 +158,7 @@ fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::B
 /// `tensors`, and what `route` left.
 fn routed(
     tensors: &[emulate::Buffer],
-    pairs: Global<u32>,
+    (pairs, listed): (Global<u32>, usize),
     tiles: Global<Tile>,
     counts: Global<u32>,
     pair_count: u32,
@@ -148,7 +168,7 @@ fn routed(
     let most = route::max_tiles(pair_count, pair_count, TileShape::M16.rows().into());
     let mut buffers = tensors.to_vec();
     buffers.extend([
-        buffer("pairs", pairs, pair_count),
+        buffer("pairs", pairs, listed as u64),
         buffer("tiles", tiles, most),
         buffer("counts", counts, count::LEN as u64),
     ]);
@@ -156,16 +176,34 @@ fn routed(
 }
 
 fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
-    let Route::From(routing) = route else { return Vec::new() };
-    let mut buffers = vec![tensor("topk_ids", routing.topk_ids), tensor("token_lora", routing.token_lora)];
-    match routing.adapter_enabled {
-        Enabled::All => {}
-        Enabled::U8(flags) => buffers.push(tensor("adapter_enabled", flags)),
-        Enabled::I32(flags) => buffers.push(tensor("adapter_enabled", flags)),
-    }
-    buffers.extend(routing.ranks.map(|ranks| tensor("ranks", ranks)));
-    buffers.extend(routing.expert_map.map(|map| tensor("expert_map", map)));
+    let (mut buffers, adapter_enabled, ranks) = match route {
+        Route::From(routing) => {
+            let ids = [tensor("topk_ids", routing.topk_ids), tensor("token_lora", routing.token_lora)];
+            let map = routing.expert_map.map(|map| tensor("expert_map", map));
+            (ids.into_iter().chain(map).collect(), routing.adapter_enabled, routing.ranks)
+        }
+        Route::Sorted(sorted) => {
+            let blocks = vec![
+                tensor("sorted_token_ids", sorted.sorted_token_ids),
+                tensor("expert_ids", sorted.expert_ids),
+                tensor("num_tokens_post_padded", sorted.num_tokens_post_padded),
+                tensor("lora_ids", sorted.lora_ids),
+            ];
+            (blocks, sorted.adapter_enabled, sorted.ranks)
+        }
+        Route::Kept => return Vec::new(),
+    };
+    buffers.extend(flags(adapter_enabled));
+    buffers.extend(ranks.map(|ranks| tensor("ranks", ranks)));
     buffers
+}
+
+fn flags(adapter_enabled: Enabled<'_, tensor::Emulated>) -> Option<emulate::Buffer> {
+    match adapter_enabled {
+        Enabled::All => None,
+        Enabled::U8(flags) => Some(tensor("adapter_enabled", flags)),
+        Enabled::I32(flags) => Some(tensor("adapter_enabled", flags)),
+    }
 }
 
 fn slices<'a, T: Pod>(
@@ -237,7 +275,18 @@ impl Backend for Emulated {
         routing: RoutingTensors<'_, tensor::Emulated>,
     ) -> Result<()> {
         let launches = self.planner().route(workspace.scratch(), projection, tokens, routing)?;
-        self.launch_all(&launches, &routing_tensors(&Route::From(routing)))
+        self.launch_all(&launches, &routing_tensors(&Route::From(routing)), workspace.scratch.listed())
+    }
+
+    fn align(&self, call: Align<'_, tensor::Emulated>) -> Result<()> {
+        let mut tensors = vec![
+            tensor("topk_ids", call.topk_ids),
+            tensor("token_lora", call.token_lora),
+            tensor("lora_ids", call.lora_ids),
+        ];
+        tensors.extend(call.expert_map.map(|map| tensor("expert_map", map)));
+        tensors.extend(flags(call.adapter_enabled));
+        self.launch_all(&self.planner().align(&call)?, &tensors, 0)
     }
 
     fn forward<T: Element>(
@@ -253,7 +302,7 @@ impl Backend for Emulated {
         tensors.extend(slices("b", call.b));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
-        self.launch_all(&launches, &tensors)
+        self.launch_all(&launches, &tensors, workspace.scratch.listed())
     }
 
     fn shrink<T: Element>(
@@ -266,7 +315,7 @@ impl Backend for Emulated {
         let mut tensors = routing_tensors(&call.route);
         tensors.push(tensor("x", call.x.data));
         tensors.extend(slices("a", call.a));
-        self.launch_all(&launches, &tensors)
+        self.launch_all(&launches, &tensors, workspace.scratch.listed())
     }
 
     fn expand<T: Element>(
@@ -280,7 +329,7 @@ impl Backend for Emulated {
         tensors.extend(slices("b", call.b));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
-        self.launch_all(&launches, &tensors)
+        self.launch_all(&launches, &tensors, workspace.scratch.listed())
     }
 
     fn synchronize(&self) -> Result<()> {

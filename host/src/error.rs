@@ -26,6 +26,16 @@ pub enum Error {
         /// Value given.
         got: usize,
     },
+    /// A size is under what the operator supports.
+    #[error("{what} is {got}, expected at least {limit}")]
+    SizeTooSmall {
+        /// Name of the size.
+        what: &'static str,
+        /// Smallest value supported.
+        limit: usize,
+        /// Value given.
+        got: usize,
+    },
     /// The sizes of a tensor multiply to more elements than can be addressed.
     #[error("{tensor} of {shape} has more elements than can be addressed")]
     SizeOverflow {

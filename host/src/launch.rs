@@ -5,20 +5,25 @@ mod scratch;
 
 pub(crate) use scratch::{Parts, Scratch};
 
+use crate::blocks::{Align, BlockShape, SortedTensors};
 use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::plan::{DeviceLimits, Launch, Options, Plan, RouteSource, Stage};
+use crate::plan::{self, DeviceLimits, Launch, Options, Plan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
 use crate::tensor::{Space, View};
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled};
+use moe_lora_kernels::params::{
+    AdoptParams, AlignParams, Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled,
+};
 
 /// The parameter block of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Parameters {
     Route(RouteParams),
+    Align(AlignParams),
+    Adopt(AdoptParams),
     Shrink(ShrinkParams),
     Expand(ExpandParams),
 }
@@ -85,6 +90,37 @@ impl Planner {
         Ok([prepared.route(&route), None, None])
     }
 
+    /// Checks and plans the sorting of pairs into blocks.
+    pub fn align<S: Space>(&self, call: &Align<'_, S>) -> Result<Launches> {
+        call.check()?;
+        let &Align { experts, slots, expert_map, .. } = call;
+        let BlockShape { block_size, max_padded, max_blocks } = call.shape;
+        let (adapter_enabled, enabled_kind) = flags(&call.adapter_enabled);
+        let parameters = AlignParams {
+            topk_ids: Global::new(call.topk_ids.address()),
+            token_lora: Global::new(call.token_lora.address()),
+            adapter_enabled,
+            lora_ids: Global::new(call.lora_ids.address()),
+            expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
+            sorted: Global::new(call.sorted_token_ids.address()),
+            block_experts: Global::new(call.expert_ids.address()),
+            padded_counts: Global::new(call.num_tokens_post_padded.address()),
+            pair_count: call.pairs() as u32,
+            top_k: Divider::new(call.top_k as u32),
+            slots: slots as u32,
+            experts: experts as u32,
+            global_experts: expert_map.map_or(experts, |map| map.len()) as u32,
+            lora_count: call.lora_ids.len() as u32,
+            block_size: block_size as u32,
+            max_padded: max_padded as u32,
+            max_blocks: max_blocks as u32,
+            enabled_kind,
+            reserved: 0,
+        };
+        let launch = plan::align(call.pairs(), experts, slots, &self.limits)?;
+        Ok([Some((launch, Parameters::Align(parameters))), None, None])
+    }
+
     /// Checks and plans a whole call on the workspace at `base`.
     pub fn forward<S: Space, T: Element>(
         &self,
@@ -149,19 +185,24 @@ struct Prepared<'c> {
 
 impl Prepared<'_> {
     fn route<S: Space>(&self, route: &Route<'_, S>) -> Option<(Launch, Parameters)> {
+        let launch = self.plan.route?;
+        let parameters = match route {
+            Route::From(routing) => Parameters::Route(self.make(routing)),
+            Route::Sorted(sorted) => Parameters::Adopt(self.adopt(sorted)),
+            Route::Kept => return None,
+        };
+        Some((launch, parameters))
+    }
+
+    fn make<S: Space>(&self, routing: &RoutingTensors<'_, S>) -> RouteParams {
         let Prepared { projection, plan, parts, pair_count, .. } = self;
-        let (Some(launch), Route::From(routing)) = (plan.route, route) else { return None };
         let sizes = projection.sizes();
         let RoutingTensors { ranks, expert_map, .. } = routing;
-        let (adapter_enabled, enabled_kind) = match &routing.adapter_enabled {
-            Enabled::All => (0, enabled::ALL),
-            Enabled::U8(view) => (view.address(), enabled::U8),
-            Enabled::I32(view) => (view.address(), enabled::I32),
-        };
-        let parameters = RouteParams {
+        let (adapter_enabled, enabled_kind) = flags(&routing.adapter_enabled);
+        RouteParams {
             topk_ids: Global::new(routing.topk_ids.address()),
             token_lora: Global::new(routing.token_lora.address()),
-            adapter_enabled: Global::new(adapter_enabled),
+            adapter_enabled,
             ranks: Global::new(ranks.map_or(0, |view| view.address())),
             expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
             pairs: parts.pairs,
@@ -177,8 +218,37 @@ impl Prepared<'_> {
             tile_rows: plan.tile_rows,
             enabled_kind,
             window: plan.route_window,
-        };
-        Some((launch, Parameters::Route(parameters)))
+        }
+    }
+
+    fn adopt<S: Space>(&self, sorted: &SortedTensors<'_, S>) -> AdoptParams {
+        let Prepared { projection, plan, parts, pair_count, .. } = self;
+        let sizes = projection.sizes();
+        let BlockShape { block_size, max_padded, max_blocks } = sorted.shape;
+        let (adapter_enabled, enabled_kind) = flags(&sorted.adapter_enabled);
+        AdoptParams {
+            sorted: Global::new(sorted.sorted_token_ids.address()),
+            block_experts: Global::new(sorted.expert_ids.address()),
+            padded_counts: Global::new(sorted.num_tokens_post_padded.address()),
+            lora_ids: Global::new(sorted.lora_ids.address()),
+            adapter_enabled,
+            ranks: Global::new(sorted.ranks.map_or(0, |view| view.address())),
+            pairs: parts.pairs,
+            tiles: parts.tiles,
+            counts: parts.counts,
+            pair_count: *pair_count,
+            slots: sizes.slots as u32,
+            experts: sizes.experts as u32,
+            max_rank: sizes.max_rank as u32,
+            lora_count: sorted.lora_ids.len() as u32,
+            block_size: block_size as u32,
+            max_padded: max_padded as u32,
+            max_blocks: max_blocks as u32,
+            usable_blocks: sorted.shape.usable_blocks() as u32,
+            most_tiles: plan.route_tiles as u32,
+            enabled_kind,
+            reserved: 0,
+        }
     }
 
     fn shrink<S: Space, T: Element>(
@@ -279,6 +349,15 @@ struct ExpandTail<'a, S: Space, T> {
     topk_weights: Option<View<'a, S, f32>>,
     out: u64,
     accumulate: bool,
+}
+
+/// `adapter_enabled` as kernels take it: where, and of which kind.
+fn flags<S: Space>(adapter_enabled: &Enabled<'_, S>) -> (Global<u8>, u32) {
+    match adapter_enabled {
+        Enabled::All => (Global::NULL, enabled::ALL),
+        Enabled::U8(view) => (Global::new(view.address()), enabled::U8),
+        Enabled::I32(view) => (Global::new(view.address()), enabled::I32),
+    }
 }
 
 fn addresses<S: Space, T: Pod>(slices: &[View<'_, S, T>]) -> [Global<u16>; MAX_SLICES] {

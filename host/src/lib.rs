@@ -9,6 +9,7 @@
 
 pub mod adapter;
 pub mod backend;
+pub mod blocks;
 pub mod call;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -28,6 +29,7 @@ pub mod tensor_file;
 pub mod verify;
 
 pub use backend::{Backend, Buffer};
+pub use blocks::{Align, BlockShape, SortedTensors};
 pub use call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};

@@ -7,8 +7,10 @@ use crate::call::Layout;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+use moe_lora_kernels::align;
 use moe_lora_kernels::tile::TileShape;
-use moe_lora_kernels::{ENTRIES, ElementType, Entry, Kernel, Variant, expand, route, shrink};
+use moe_lora_kernels::{ENTRIES, ElementType, Entry, Kernel, Variant, adopt, expand, route, shrink};
 pub use moe_lora_kernels::{IndexWidth, TileKind};
 use std::fmt;
 
@@ -52,6 +54,11 @@ impl Options {
 pub enum RouteSource {
     /// This call makes it.
     Made,
+    /// The caller made it, in blocks of this many places: each becomes a tile.
+    Sorted {
+        /// Pairs a tile.
+        tile_rows: u32,
+    },
     /// An earlier call made it, in tiles of this many pairs.
     Kept {
         /// Pairs a tile.
@@ -116,11 +123,13 @@ pub struct Plan {
     pub index: IndexWidth,
     /// Tile of `shrink` and `expand`.
     pub tile: TileKind,
-    /// Pairs a tile of the route: the tile's, or more when the route is kept from an earlier call.
+    /// Pairs a tile of the route: the tile's, or as many as the route came with.
     pub tile_rows: u32,
+    /// Most tiles that the route can have.
+    pub route_tiles: u64,
     /// Largest element offset over all tensors of the call.
     pub largest_offset: u64,
-    /// The routing launch; `None` when the route is kept from an earlier call.
+    /// The launch that makes or takes over the route; `None` when it is kept from an earlier call.
     pub route: Option<Launch>,
     /// Counters of `route`'s block.
     pub route_window: u32,
@@ -159,6 +168,31 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
     Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16.rows()))
+}
+
+/// One launch of `kernel`.
+fn launch(kernel: Kernel, blocks: u64, shared_bytes: u32) -> Result<Launch> {
+    if blocks > MAX_BLOCKS {
+        let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
+        return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
+    }
+    Ok(Launch { entry: entry(kernel), blocks: blocks as u32, shared_bytes })
+}
+
+/// The launch that sorts `pairs` pairs of `experts` experts into blocks, slot by slot.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(crate) fn align(pairs: usize, experts: usize, slots: usize, limits: &DeviceLimits) -> Result<Launch> {
+    let clustered = limits.clusters && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
+    let kernel = if clustered { Kernel::AlignCluster } else { Kernel::Align };
+    launch(kernel, slots as u64 * u64::from(entry(kernel).cluster), align::shared_bytes(experts as u32))
+}
+
+/// Elements of the list of pairs that any route of up to `tokens` tokens needs: in blocks of the largest size,
+/// each segment ends in one that may hold a single pair.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(crate) fn max_listed(projection: &Projection, tokens: usize) -> Result<u64> {
+    let (pairs, most) = (projection.pairs(tokens)? as u64, u64::from(adopt::MAX_BLOCK_SIZE));
+    Ok(pairs + buckets(projection).min(pairs) * most)
 }
 
 /// Buckets of `route`, the one for inactive pairs included.
@@ -200,7 +234,9 @@ impl Plan {
                 shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
             let in_route = match route {
                 RouteSource::Made => true,
-                RouteSource::Kept { tile_rows } => shape.rows() <= tile_rows,
+                RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => {
+                    shape.rows() <= tile_rows
+                }
             };
             in_route && bytes <= limits.shared_bytes
         };
@@ -212,11 +248,12 @@ impl Plan {
         let shape = tile.shape();
         let tile_rows = match route {
             RouteSource::Made => shape.rows(),
-            RouteSource::Kept { tile_rows } => tile_rows,
+            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
         };
-        // Every tile of a kept route is taken in as many parts as a full one needs.
+        // Every tile of a given route is taken in as many parts as a full one needs.
         let tile_parts = tile_rows.div_ceil(shape.rows());
-        let tiles = tiles(projection, pairs, tile_rows) * u64::from(tile_parts);
+        let route_tiles = tiles(projection, pairs, tile_rows);
+        let tiles = route_tiles * u64::from(tile_parts);
 
         // How the launches divide their work.
         let columns = sizes.slices * sizes.max_rank;
@@ -263,19 +300,13 @@ impl Plan {
             DType::F16 => ElementType::F16,
         };
         let variant = Variant { element, index, tile };
-        let launch = |kernel, blocks: u64, shared_bytes| {
-            if blocks > MAX_BLOCKS {
-                let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
-                return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
-            }
-            Ok(Launch { entry: entry(kernel), blocks: blocks as u32, shared_bytes })
-        };
         let route_window = buckets(projection).min(u64::from(route::MAX_WINDOW)) as u32;
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
             index,
             tile,
             tile_rows,
+            route_tiles,
             largest_offset,
             route: match route {
                 RouteSource::Made => {
@@ -283,6 +314,10 @@ impl Plan {
                     let kernel = if clustered { Kernel::RouteCluster } else { Kernel::Route };
                     let blocks = u64::from(entry(kernel).cluster);
                     Some(launch(kernel, blocks, route::shared_bytes(route_window))?)
+                }
+                RouteSource::Sorted { .. } => {
+                    let blocks = route_tiles.div_ceil(u64::from(adopt::TILES));
+                    Some(launch(Kernel::Adopt, blocks, adopt::shared_bytes(sizes.slots as u32))?)
                 }
                 RouteSource::Kept { .. } => None,
             },

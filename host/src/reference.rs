@@ -3,6 +3,7 @@
 //!
 //! Host ranks over `max_rank` are clamped here, as ranks on a device are, and `h` is never rounded.
 
+use crate::blocks::{BlockShape, SortedTensors};
 use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -53,15 +54,7 @@ pub fn targets(
         return Vec::new();
     }
     let (topk_ids, token_lora) = (routing.topk_ids.as_slice(), routing.token_lora.as_slice());
-    let enabled = |slot: usize| match &routing.adapter_enabled {
-        Enabled::All => true,
-        Enabled::U8(flags) => flags.as_slice()[slot] != 0,
-        Enabled::I32(flags) => flags.as_slice()[slot] != 0,
-    };
-    let rank = |slot: usize| match &routing.ranks {
-        None => sizes.max_rank,
-        Some(ranks) => ranks.as_slice()[slot].clamp(0, sizes.max_rank as i32) as usize,
-    };
+    let rank = |slot| rank_of(slot, sizes.max_rank, &routing.ranks);
     let local_expert = |global: i32| match &routing.expert_map {
         None => Some(global),
         Some(map) => map.as_slice().get(usize::try_from(global).ok()?).copied(),
@@ -69,9 +62,60 @@ pub fn targets(
     let target = |pair: usize| {
         let slot = index_below(token_lora[pair / sizes.top_k], sizes.slots)?;
         let expert = index_below(local_expert(topk_ids[pair])?, sizes.experts)?;
-        enabled(slot).then(|| Target { slot, expert, rank: rank(slot) })
+        is_on(slot, &routing.adapter_enabled).then(|| Target { slot, expert, rank: rank(slot) })
     };
     (0..tokens * sizes.top_k).map(target).collect()
+}
+
+/// The weights of each of the P pairs on a route in vLLM's form; `None` where a pair is in no block. Of two
+/// blocks that hold a pair, the first counts. Any id may have any value.
+///
+/// The tensors must be as long as [`SortedTensors::check`] demands.
+pub fn sorted_targets(
+    projection: &Projection,
+    tokens: usize,
+    sorted: &SortedTensors<'_, Host>,
+) -> Vec<Option<Target>> {
+    let sizes = projection.sizes();
+    let BlockShape { block_size, max_padded, max_blocks } = sorted.shape;
+    let mut targets = vec![None; tokens * sizes.top_k];
+    for slot in 0..sizes.slots {
+        let listed = sorted.lora_ids.as_slice().contains(&(slot as i32));
+        let rank = rank_of(slot, sizes.max_rank, &sorted.ranks);
+        if !listed || rank == 0 || !is_on(slot, &sorted.adapter_enabled) {
+            continue;
+        }
+        let places = &sorted.sorted_token_ids.as_slice()[slot * max_padded..][..max_padded];
+        let experts = &sorted.expert_ids.as_slice()[slot * max_blocks..][..max_blocks];
+        let used = sorted.num_tokens_post_padded.as_slice()[slot].max(0) as usize;
+        let blocks = places.chunks_exact(block_size).zip(experts).take(used.div_ceil(block_size));
+        for (pairs, &expert) in blocks {
+            let Some(expert) = index_below(expert, sizes.experts) else { continue };
+            for &pair in pairs {
+                if let Some(pair) = index_below(pair, targets.len()) {
+                    targets[pair].get_or_insert(Target { slot, expert, rank });
+                }
+            }
+        }
+    }
+    targets
+}
+
+/// Whether a slot below L is on.
+pub(crate) fn is_on(slot: usize, adapter_enabled: &Enabled<'_, Host>) -> bool {
+    match adapter_enabled {
+        Enabled::All => true,
+        Enabled::U8(flags) => flags.as_slice()[slot] != 0,
+        Enabled::I32(flags) => flags.as_slice()[slot] != 0,
+    }
+}
+
+/// The rank in use of a slot below L.
+fn rank_of(slot: usize, max_rank: usize, ranks: &Option<View<'_, Host, i32>>) -> usize {
+    match ranks {
+        None => max_rank,
+        Some(ranks) => ranks.as_slice()[slot].clamp(0, max_rank as i32) as usize,
+    }
 }
 
 /// `id` as an index, when it is one.
@@ -85,7 +129,7 @@ fn index_below(id: i32, limit: usize) -> Option<usize> {
 /// As [`Forward::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
 pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>) -> Result<Expected> {
     let layout = call.check(projection)?;
-    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let targets = route_targets(projection, call.tokens, &call.route)?;
     let x = X { projection, data: call.x.data, stride: layout.x_stride };
     let weights = call.topk_weights;
     let values =
@@ -99,7 +143,7 @@ pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>)
 /// As [`Shrink::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
 pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -> Result<Expected> {
     let layout = call.check(projection)?;
-    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let targets = route_targets(projection, call.tokens, &call.route)?;
     let x = X { projection, data: call.x.data, stride: layout.x_stride };
     let mut values = vec![0.0; projection.h_elements(call.tokens)?];
     values.par_chunks_mut(projection.sizes().max_rank).enumerate().for_each(|(row, h)| {
@@ -118,7 +162,7 @@ pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -
 pub fn expand<T: Element>(projection: &Projection, call: &Expand<'_, Host, T>) -> Result<Expected> {
     call.check(projection)?;
     let max_rank = projection.sizes().max_rank;
-    let targets = targets(projection, call.tokens, own_routing(&call.route)?);
+    let targets = route_targets(projection, call.tokens, &call.route)?;
     let values = delta(projection, &targets, call.b, call.topk_weights, |s, pair, target| {
         let row = (s * targets.len() + pair) * max_rank;
         widened(&call.h.as_slice()[row..][..target.rank]).collect()
@@ -184,9 +228,14 @@ fn dot<T: Element>(weights: &[T], values: &[f64]) -> f64 {
     widened(weights).zip(values).map(|(weight, value)| weight * value).sum()
 }
 
-fn own_routing<'r, 'a>(route: &'r Route<'a, Host>) -> Result<&'r RoutingTensors<'a, Host>> {
+fn route_targets(
+    projection: &Projection,
+    tokens: usize,
+    route: &Route<'_, Host>,
+) -> Result<Vec<Option<Target>>> {
     match route {
-        Route::From(routing) => Ok(routing),
+        Route::From(routing) => Ok(targets(projection, tokens, routing)),
+        Route::Sorted(sorted) => Ok(sorted_targets(projection, tokens, sorted)),
         Route::Kept => Err(Error::RouteNotKept {
             kept: "nothing: the reference has none".to_owned(),
             needed: "routing tensors".to_owned(),

@@ -5,6 +5,7 @@
 //! [`reference`](mod@crate::reference) and against everything that a call must leave alone. A case that fails
 //! prints the command that runs it again.
 
+mod blocks;
 mod case;
 mod check;
 mod data;

@@ -4,8 +4,8 @@
 //! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
 //! addresses that are not multiples of 8 elements.
 
-use crate::route;
 use crate::tile::TileShape;
+use crate::{adopt, align, route};
 
 /// Element type that an entry point is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -60,6 +60,12 @@ pub enum Kernel {
     Route,
     /// [`crate::route`] in a cluster.
     RouteCluster,
+    /// [`crate::align`], a block a slot. No variants either.
+    Align,
+    /// [`crate::align`], a cluster a slot.
+    AlignCluster,
+    /// [`crate::adopt`]. No variants either.
+    Adopt,
     /// [`crate::shrink`].
     Shrink(Variant),
     /// [`crate::expand`].
@@ -114,6 +120,15 @@ macro_rules! entries {
                 min_blocks: 1,
                 cluster: route::CLUSTER,
             },
+            Entry { name: "align", kernel: Kernel::Align, threads: align::THREADS, min_blocks: 1, cluster: 1 },
+            Entry {
+                name: "align_cluster",
+                kernel: Kernel::AlignCluster,
+                threads: align::THREADS,
+                min_blocks: 1,
+                cluster: route::CLUSTER,
+            },
+            Entry { name: "adopt", kernel: Kernel::Adopt, threads: adopt::THREADS, min_blocks: 1, cluster: 1 },
             $($(
                 entries!(@row $kernel $Kernel "bf16" Bf16 "i32" I32 $tile $Tile $min_blocks),
                 entries!(@row $kernel $Kernel "bf16" Bf16 "i64" I64 $tile $Tile $min_blocks),
@@ -133,10 +148,15 @@ macro_rules! entries {
                 entries!(@emulate name $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
                 entries!(@emulate name $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
             )*)*
-            (name == "route").then_some(|parameters| {
-                // SAFETY: what a caller must promise, the emulated machine checks.
-                unsafe { crate::route::route::<1>(bytemuck::pod_read_unaligned(parameters)) }
-            })
+            // SAFETY: what a caller must promise, the emulated machine checks.
+            unsafe {
+                match name {
+                    "route" => Some(|bytes| crate::route::route::<1>(bytemuck::pod_read_unaligned(bytes))),
+                    "align" => Some(|bytes| crate::align::align::<1>(bytemuck::pod_read_unaligned(bytes))),
+                    "adopt" => Some(|bytes| crate::adopt::adopt(bytemuck::pod_read_unaligned(bytes))),
+                    _ => None,
+                }
+            }
         }
 
         /// The entry points themselves.
@@ -160,6 +180,25 @@ macro_rules! entries {
             unsafe extern "ptx-kernel" fn route_cluster(p: crate::params::RouteParams) {
                 // SAFETY: as the entry point's caller promises.
                 unsafe { crate::route::route::<{ crate::route::CLUSTER }>(p) }
+            }
+
+            #[unsafe(no_mangle)]
+            unsafe extern "ptx-kernel" fn align(p: crate::params::AlignParams) {
+                // SAFETY: as the entry point's caller promises.
+                unsafe { crate::align::align::<1>(p) }
+            }
+
+            #[cfg(feature = "sm_90")]
+            #[unsafe(no_mangle)]
+            unsafe extern "ptx-kernel" fn align_cluster(p: crate::params::AlignParams) {
+                // SAFETY: as the entry point's caller promises.
+                unsafe { crate::align::align::<{ crate::route::CLUSTER }>(p) }
+            }
+
+            #[unsafe(no_mangle)]
+            unsafe extern "ptx-kernel" fn adopt(p: crate::params::AdoptParams) {
+                // SAFETY: as the entry point's caller promises.
+                unsafe { crate::adopt::adopt(p) }
             }
 
             $($(

@@ -1,4 +1,5 @@
-//! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`].
+//! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`], and for routes in vLLM's
+//! form [`align`] and [`adopt`].
 //!
 //! The crate is compiled twice. For `nvptx64-nvidia-cuda` it is the kernels, and its product is PTX;
 //! for the host it is what both sides must agree on: parameter blocks ([`params`]), tile shapes
@@ -13,6 +14,8 @@
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 #![cfg_attr(target_arch = "nvptx64", allow(clippy::missing_safety_doc))]
 
+pub mod adopt;
+pub mod align;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod arch;
 #[cfg(feature = "emulate")]
@@ -22,7 +25,11 @@ pub mod expand;
 pub mod memory;
 pub mod params;
 pub mod route;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+mod scan;
 pub mod shrink;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+mod slots;
 pub mod tile;
 
 pub use entry::{ENTRIES, ElementType, Entry, IndexWidth, Kernel, TileKind, Variant};

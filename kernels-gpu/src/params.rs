@@ -46,7 +46,7 @@ impl Divider {
     }
 }
 
-/// One tile of work: up to `tile_rows` pairs of one segment. Written by `route`, read by the others.
+/// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the others.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
@@ -57,7 +57,7 @@ pub struct Tile {
     pub expert: u32,
     /// Position of the tile's first pair in the sorted pair list.
     pub first: u32,
-    /// Pairs in the tile, 1 ..= `tile_rows`.
+    /// Pairs in the tile, 0 ..= `tile_rows`; none when `adopt` found a block without any.
     pub rows: u32,
     /// Rank in use, 0 ..= R. 0 marks pairs that are inactive and must be zeroed.
     pub rank: u32,
@@ -136,6 +136,100 @@ pub struct RouteParams {
     pub enabled_kind: u32,
     /// Buckets whose counters fit shared memory at a time.
     pub window: u32,
+}
+
+/// Parameters of `align`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct AlignParams {
+    /// `[P]` global expert ids.
+    pub topk_ids: Global<u32>,
+    /// `[T]` adapter slots.
+    pub token_lora: Global<u32>,
+    /// `[L]` flags, of the kind that `enabled_kind` names.
+    pub adapter_enabled: Global<u8>,
+    /// `[lora_count]` slots whose rows are written.
+    pub lora_ids: Global<u32>,
+    /// `[global_experts]` local ids, or null.
+    pub expert_map: Global<u32>,
+    /// `[L, max_padded]` out: pairs, or P.
+    pub sorted: Global<u32>,
+    /// `[L, max_blocks]` out: the expert of each block, or −1.
+    pub block_experts: Global<u32>,
+    /// `[L]` out: pairs and padding in all.
+    pub padded_counts: Global<u32>,
+    /// P.
+    pub pair_count: u32,
+    /// P / k gives the token.
+    pub top_k: Divider,
+    /// L.
+    pub slots: u32,
+    /// E.
+    pub experts: u32,
+    /// Length of `expert_map`; E without one.
+    pub global_experts: u32,
+    /// Length of `lora_ids`.
+    pub lora_count: u32,
+    /// Pairs a block.
+    pub block_size: u32,
+    /// Elements of a row of `sorted`.
+    pub max_padded: u32,
+    /// Elements of a row of `block_experts`.
+    pub max_blocks: u32,
+    /// One of [`enabled`].
+    pub enabled_kind: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+/// Parameters of `adopt`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct AdoptParams {
+    /// `[L, max_padded]` pairs; any other number is none.
+    pub sorted: Global<u32>,
+    /// `[L, max_blocks]` the expert of each block.
+    pub block_experts: Global<u32>,
+    /// `[L]` pairs and padding in all.
+    pub padded_counts: Global<u32>,
+    /// `[lora_count]` slots that take part.
+    pub lora_ids: Global<u32>,
+    /// `[L]` flags, of the kind that `enabled_kind` names.
+    pub adapter_enabled: Global<u8>,
+    /// `[L]` ranks in use, or null.
+    pub ranks: Global<u32>,
+    /// `[most_tiles, block_size]` out: the pairs of each tile.
+    pub pairs: Global<u32>,
+    /// `[most_tiles]` out: the tiles.
+    pub tiles: Global<Tile>,
+    /// `[count::LEN]` out: how many tiles.
+    pub counts: Global<u32>,
+    /// P.
+    pub pair_count: u32,
+    /// L.
+    pub slots: u32,
+    /// E.
+    pub experts: u32,
+    /// R.
+    pub max_rank: u32,
+    /// Length of `lora_ids`.
+    pub lora_count: u32,
+    /// Pairs a block.
+    pub block_size: u32,
+    /// Elements of a row of `sorted`.
+    pub max_padded: u32,
+    /// Elements of a row of `block_experts`.
+    pub max_blocks: u32,
+    /// Whole blocks that both rows have.
+    pub usable_blocks: u32,
+    /// Tiles that there is room for.
+    pub most_tiles: u32,
+    /// One of [`enabled`].
+    pub enabled_kind: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 /// Parameters of `shrink`.

@@ -37,6 +37,8 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+pub(crate) use kernel::{BATCH, Batches, Team};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
@@ -44,13 +46,14 @@ mod kernel {
     #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     use crate::arch::cluster;
     use crate::arch::shared::Shared;
-    use crate::arch::{barrier, grid, thread, warp};
-    use crate::memory::Global;
-    use crate::params::{RouteParams, Tile, count, enabled};
+    use crate::arch::{barrier, grid, thread};
+    use crate::params::{RouteParams, Tile, count};
+    use crate::scan::scan;
+    use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
 
     /// Pairs that a thread looks up at a time, so that their loads overlap.
-    const BATCH: usize = 4;
+    pub(crate) const BATCH: usize = 4;
 
     /// The rank in use of a slot, 0 when it is off or does not exist.
     ///
@@ -58,23 +61,9 @@ mod kernel {
     /// The tensors of `p` must be as their fields say.
     #[inline(always)]
     unsafe fn slot_rank(p: &RouteParams, slot: u32) -> u32 {
-        if slot >= p.slots {
-            return 0;
-        }
-        // SAFETY: the slot is one of L.
-        unsafe {
-            let on = match p.enabled_kind {
-                enabled::U8 => p.adapter_enabled.at(slot).load() as u32,
-                enabled::I32 => Global::<u32>::new(p.adapter_enabled.address()).at(slot).load(),
-                _ => 1,
-            };
-            let rank = if p.ranks.is_null() { p.max_rank } else { p.ranks.at(slot).load() };
-            // A negative rank is a large unsigned number: clamp it to 0, not to R.
-            match (on, rank as i32) {
-                (0, _) | (_, ..=0) => 0,
-                _ => rank.min(p.max_rank),
-            }
-        }
+        let &RouteParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = p;
+        // SAFETY: as the caller promises.
+        unsafe { Slots { adapter_enabled, enabled_kind, ranks, count, max_rank }.rank(slot) }
     }
 
     /// The bucket of a pair, given its slot and global expert. One unsigned comparison a number catches −1
@@ -101,54 +90,14 @@ mod kernel {
         slot * p.experts + expert
     }
 
-    /// Sums over the threads before this one, and over all, of two numbers at once. The whole block must
-    /// come here; `scratch` has two words a warp.
-    #[inline(always)]
-    fn scan(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
-        let lane = thread::lane();
-        let inclusive = |value: u32| {
-            let mut sum = value;
-            let mut distance = 1;
-            while distance < 32 {
-                let below = warp::shuffle_up(sum, distance);
-                sum += if lane >= distance { below } else { 0 };
-                distance *= 2;
-            }
-            sum
-        };
-        let sums = values.map(inclusive);
-        let word = |number: u32| scratch.offset(4 * number);
-        // SAFETY: two words a warp; the barriers separate their writers from their readers.
-        unsafe {
-            if lane == 31 {
-                word(2 * thread::warp()).store(sums[0]);
-                word(2 * thread::warp() + 1).store(sums[1]);
-            }
-            barrier::sync();
-            let mut before = [0u32; 2];
-            let mut total = [0u32; 2];
-            let mut w = 0;
-            while w < THREADS / 32 {
-                let [a, b] = [word(2 * w).load(), word(2 * w + 1).load()];
-                if w < thread::warp() {
-                    before = [before[0] + a, before[1] + b];
-                }
-                total = [total[0] + a, total[1] + b];
-                w += 1;
-            }
-            barrier::sync();
-            ([before[0] + sums[0] - values[0], before[1] + sums[1] - values[1]], total)
-        }
-    }
-
-    /// The blocks that route together.
+    /// The blocks that sort together.
     #[derive(Clone, Copy)]
-    struct Team<const BLOCKS: u32>;
+    pub(crate) struct Team<const BLOCKS: u32>;
 
     impl<const BLOCKS: u32> Team<BLOCKS> {
         /// Number of this block.
         #[inline(always)]
-        fn block(self) -> u32 {
+        pub fn block(self) -> u32 {
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 return cluster::block();
@@ -158,7 +107,7 @@ mod kernel {
 
         /// All threads of all blocks meet.
         #[inline(always)]
-        fn sync(self) {
+        pub fn sync(self) {
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 return cluster::sync();
@@ -171,7 +120,7 @@ mod kernel {
         /// # Safety
         /// As for [`Shared::load`].
         #[inline(always)]
-        unsafe fn load(self, place: Shared, block: u32) -> u32 {
+        pub unsafe fn load(self, place: Shared, block: u32) -> u32 {
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
@@ -188,7 +137,7 @@ mod kernel {
         /// # Safety
         /// As for [`Shared::store`].
         #[inline(always)]
-        unsafe fn store(self, place: Shared, block: u32, value: u32) {
+        pub unsafe fn store(self, place: Shared, block: u32, value: u32) {
             #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
@@ -203,16 +152,16 @@ mod kernel {
 
     /// The pairs that one thread handles: every so many, in batches whose loads overlap.
     #[derive(Clone, Copy)]
-    struct Batches {
-        first: u32,
-        stride: u32,
-        count: u32,
+    pub(crate) struct Batches {
+        pub first: u32,
+        pub stride: u32,
+        pub count: u32,
     }
 
     impl Batches {
         /// Calls `body` with each batch; a pair that does not exist is `None`.
         #[inline(always)]
-        fn each(self, mut body: impl FnMut([Option<u32>; BATCH])) {
+        pub fn each(self, mut body: impl FnMut([Option<u32>; BATCH])) {
             let mut first = self.first;
             while first < self.count {
                 let mut pairs = [None; BATCH];
@@ -319,7 +268,7 @@ mod kernel {
                 tiles += quotient(count + p.tile_rows - 1, p.tile_rows);
                 i += 1;
             }
-            let (before, total) = scan(scratch, [pairs, tiles]);
+            let (before, total) = scan::<THREADS>(scratch, [pairs, tiles]);
             // The shares of the blocks before this one come first.
             if thread::index() < BLOCKS {
                 // SAFETY: two words a block.

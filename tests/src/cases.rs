@@ -53,12 +53,14 @@ pub fn cases() -> impl Strategy<Value = Case> {
     let form = select(vec![Form::Forward, Form::Split]);
     let paddings = (padding(), padding(), padding());
     let seed = any::<u64>().no_shrink();
-    let rest = (types, experts(), experts(), flags, form, paddings, seed);
+    let block_size =
+        proptest::option::weighted(0.3, prop_oneof![select(vec![16, 32, 64, 128]), 1..=256usize]);
+    let rest = (types, experts(), experts(), flags, (form, block_size), paddings, seed);
     (routes(), matrices(), patterns(), rest).prop_map(|(route, matrix, pattern, rest)| {
         let (tokens, top_k, experts, global_experts, slots) = route;
         let (max_rank, slices, in_dim, out_dim) = matrix;
         let (routing, loras, enabled, ranks) = pattern;
-        let ((dtype, x_rows), a_experts, b_experts, flags, form, paddings, seed) = rest;
+        let ((dtype, x_rows), a_experts, b_experts, flags, (form, block_size), paddings, seed) = rest;
         let (routed_weight, accumulate, misaligned) = flags;
         let (offset, x_padding, out_padding) = paddings;
         Case {
@@ -85,6 +87,7 @@ pub fn cases() -> impl Strategy<Value = Case> {
             x_padding,
             out_padding,
             form,
+            block_size,
             misaligned,
             seed,
         }

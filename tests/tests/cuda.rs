@@ -14,6 +14,9 @@ fn main() {
 }
 
 #[cfg(feature = "cuda")]
+#[path = "cuda/blocks.rs"]
+mod blocks;
+#[cfg(feature = "cuda")]
 #[path = "cuda/graphs.rs"]
 mod graphs;
 #[cfg(feature = "cuda")]
@@ -22,7 +25,7 @@ mod wide;
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{graphs, skipped, wide};
+    use super::{blocks, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
     use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
     use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
@@ -63,6 +66,9 @@ mod gpu {
         // As planned: its adapters are large, and each way would upload them again.
         test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));
         test("any_number_of_buckets_is_routed", |gpu| all_pass(gpu, &many_buckets()));
+        test("vllms_own_grid_of_blocks_passes", blocks::vllms_own_grid_of_blocks_passes);
+        test("blocks_of_every_size_pass", blocks::blocks_of_every_size_pass);
+        test("captured_blocks_replay_with_other_routing", blocks::captured_blocks_replay_with_other_routing);
         test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
         test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
         test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);

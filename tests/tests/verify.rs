@@ -5,8 +5,8 @@ use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
 use moe_lora::{
-    Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, RoutingTensors,
-    Shrink, XRows,
+    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route,
+    RoutingTensors, Shrink, XRows,
 };
 use std::cell::Cell;
 
@@ -160,6 +160,10 @@ impl Backend for Faulty {
             routing.adapter_enabled = Enabled::All;
         }
         Cpu.route(workspace, projection, tokens, routing)
+    }
+
+    fn align(&self, call: Align<'_, Host>) -> Result<()> {
+        Cpu.align(call)
     }
 
     fn forward<T: Element>(

@@ -1,6 +1,7 @@
 //! A stream that calls run on.
 
 use crate::backend::{Backend, Buffer};
+use crate::blocks::Align;
 use crate::call::{Expand, Forward, Layout, RoutingTensors, Shrink};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::launch::launch;
@@ -136,6 +137,8 @@ impl<'a> Queue<'a> {
     fn launch_all(&self, launches: &Launches) -> Result<()> {
         launches.iter().flatten().try_for_each(|(plan, parameters)| match parameters {
             Parameters::Route(parameters) => self.launch(plan, parameters),
+            Parameters::Align(parameters) => self.launch(plan, parameters),
+            Parameters::Adopt(parameters) => self.launch(plan, parameters),
             Parameters::Shrink(parameters) => self.launch(plan, parameters),
             Parameters::Expand(parameters) => self.launch(plan, parameters),
         })
@@ -193,6 +196,10 @@ impl Backend for Queue<'_> {
         routing: RoutingTensors<'_, Device>,
     ) -> Result<()> {
         self.launch_all(&self.planner().route(workspace.scratch(), projection, tokens, routing)?)
+    }
+
+    fn align(&self, call: Align<'_, Device>) -> Result<()> {
+        self.launch_all(&self.planner().align(&call)?)
     }
 
     fn forward<T: Element>(

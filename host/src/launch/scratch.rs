@@ -48,6 +48,8 @@ pub(crate) struct Scratch {
 #[derive(Clone, Copy, Default)]
 struct Room {
     pairs: usize,
+    /// Elements of the list of pairs: more than there are pairs when it is in blocks.
+    listed: usize,
     tiles: usize,
     scratch_bytes: usize,
 }
@@ -68,6 +70,7 @@ impl Room {
     fn of(projection: &Projection, tokens: usize) -> Result<Self> {
         Ok(Room {
             pairs: projection.pairs(tokens)?,
+            listed: plan::max_listed(projection, tokens)? as usize,
             tiles: plan::max_tiles(projection, tokens)? as usize,
             scratch_bytes: plan::scratch_bytes(projection, tokens)?,
         })
@@ -83,7 +86,7 @@ impl Room {
         };
         let parts = Parts {
             counts: Global::new(part(count::LEN * size_of::<u32>())),
-            pairs: Global::new(part(self.pairs * size_of::<u32>())),
+            pairs: Global::new(part(self.listed * size_of::<u32>())),
             buckets: Global::new(part(self.pairs * size_of::<u32>())),
             tiles: Global::new(part(self.tiles * size_of::<Tile>())),
             scratch: part(self.scratch_bytes),
@@ -97,8 +100,9 @@ impl Scratch {
     pub fn new(projections: &[Projection], max_tokens: usize) -> Result<Self> {
         let mut room = Room::default();
         for projection in projections {
-            let Room { pairs, tiles, scratch_bytes } = Room::of(projection, max_tokens)?;
+            let Room { pairs, listed, tiles, scratch_bytes } = Room::of(projection, max_tokens)?;
             room.pairs = room.pairs.max(pairs);
+            room.listed = room.listed.max(listed);
             room.tiles = room.tiles.max(tiles);
             room.scratch_bytes = room.scratch_bytes.max(scratch_bytes);
         }
@@ -108,6 +112,12 @@ impl Scratch {
     /// Bytes of memory that the parts take.
     pub fn bytes(&self) -> usize {
         self.room.parts(0).1
+    }
+
+    /// Elements that the list of pairs has room for.
+    #[cfg(feature = "emulate")]
+    pub fn listed(&self) -> usize {
+        self.room.listed
     }
 
     /// Where a call's route comes from: itself, or what this workspace keeps.
@@ -120,6 +130,9 @@ impl Scratch {
         let needed = RouteKey::new(projection, tokens);
         match (route, self.kept) {
             (Route::From(_), _) => Ok(RouteSource::Made),
+            (Route::Sorted(sorted), _) => {
+                Ok(RouteSource::Sorted { tile_rows: sorted.shape.block_size as u32 })
+            }
             (Route::Kept, Some((kept, tile_rows))) if kept == needed => Ok(RouteSource::Kept { tile_rows }),
             (Route::Kept, kept) => Err(Error::RouteNotKept {
                 kept: kept.map_or_else(|| "no route".to_owned(), |(kept, _)| kept.to_string()),
@@ -136,9 +149,10 @@ impl Scratch {
         plan: &Plan,
         base: u64,
     ) -> Result<Parts> {
-        let Room { pairs, tiles, scratch_bytes } = Room::of(projection, tokens)?;
+        let Room { pairs, listed, tiles, scratch_bytes } = Room::of(projection, tokens)?;
         for (what, limit, got) in [
             ("pairs", self.room.pairs, pairs),
+            ("listed pairs", self.room.listed, listed),
             ("tiles", self.room.tiles, tiles),
             ("bytes of h", self.room.scratch_bytes, scratch_bytes),
         ] {

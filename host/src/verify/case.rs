@@ -56,6 +56,9 @@ pub struct Case {
     pub out_padding: usize,
     /// One call, or the two halves.
     pub form: Form,
+    /// The call is made on a route in vLLM's form too, in blocks of this many pairs; blocks that are too small
+    /// for a route are only made.
+    pub block_size: Option<usize>,
     /// Whether every tensor starts one element off a 16-byte boundary.
     pub misaligned: bool,
     /// Seed of all values.
@@ -156,6 +159,7 @@ impl Default for Case {
             x_padding: 0,
             out_padding: 0,
             form: Form::Forward,
+            block_size: None,
             misaligned: false,
             seed: 1,
         }
@@ -216,6 +220,9 @@ impl fmt::Display for Case {
             write!(f, " of {global_experts} experts")?;
         }
         write!(f, ", {:?}", self.form)?;
+        if let Some(block_size) = self.block_size {
+            write!(f, ", blocks of {block_size}")?;
+        }
         let modes = [
             (self.accumulate, "accumulate"),
             (!self.accumulate, "overwrite"),

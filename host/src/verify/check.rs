@@ -1,11 +1,12 @@
+use super::blocks::{Blank, Blocks};
 use super::case::{Case, Form};
 use super::data::{CaseData, FlagTensor, Operands, Tensor};
 use crate::backend::{Backend, Buffer};
-use crate::call::{Enabled, RoutingTensors};
+use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::projection::Projection;
-use crate::reference::{self, Expected};
+use crate::reference::{self, Expected, Target};
 use crate::tensor::{View, ViewMut};
 use bytemuck::Pod;
 use half::{bf16, f16};
@@ -76,6 +77,18 @@ pub enum Fault {
         /// The reference's value.
         expected: f64,
     },
+    /// An id of a route in vLLM's form is wrong.
+    #[error("{tensor} at {place} is {got}, expected {expected}")]
+    WrongId {
+        /// The array.
+        tensor: &'static str,
+        /// Where.
+        place: String,
+        /// The back end's value.
+        got: i32,
+        /// The reference's value.
+        expected: i32,
+    },
     /// Memory was changed that the call must leave alone.
     #[error("{tensor} at {place} became {got}, expected {expected} as before")]
     Touched {
@@ -143,6 +156,17 @@ struct Trial<'d, T> {
     delta: Expected,
     /// What `h` becomes, in the split form.
     h: Option<Expected>,
+    /// The route in vLLM's form, when the case has one.
+    blank: Option<Blank<'d>>,
+}
+
+/// Which form of a route a call was made on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Named {
+    /// It names all pairs.
+    All,
+    /// It names the pairs in blocks; others are no part of the call.
+    InBlocks,
 }
 
 /// What one run left: images, guards and all.
@@ -166,25 +190,41 @@ impl<'d, T: Element> Trial<'d, T> {
                 Some(reference::shrink(&projection, &operands.shrink(case, false, h.as_mut_slice().into()))?)
             }
         };
-        Ok(Trial { case, projection, data, delta, h })
+        Ok(Trial { case, projection, data, delta, h, blank: Blank::new(case, data) })
     }
 
     fn run<B: Backend>(&self, backend: &B) -> Result<Outcome, Fault> {
         let inputs = Uploaded::new(backend, self.data)?;
         let mut workspace = backend.workspace(&[self.projection], self.case.tokens)?;
-        let first = self.call(backend, &mut workspace, &inputs, false)?;
-        self.check_h(&first.h)?;
-        let error = self.check_out(&first.out)?;
-        for (kept, run) in [(false, "run again"), (true, "run again on the kept route")] {
-            let again = self.call(backend, &mut workspace, &inputs, kept)?;
+        let routing = inputs.routing();
+        let own = Route::From(routing);
+        let first = self.call(backend, &mut workspace, &inputs, own)?;
+        self.check_h(&first.h, Named::All)?;
+        let error = self.check_out(&first.out, Named::All)?;
+        for (route, run) in [(own, "run again"), (Route::Kept, "run again on the kept route")] {
+            let again = self.call(backend, &mut workspace, &inputs, route)?;
             check_same(&self.data.h, &first.h, &again.h, run)?;
             check_same(&self.data.out, &first.out, &again.out, run)?;
         }
         let mut routed = backend.workspace(&[self.projection], self.case.tokens)?;
-        backend.route(&mut routed, &self.projection, self.case.tokens, inputs.operands().routing)?;
-        let again = self.call(backend, &mut routed, &inputs, true)?;
+        backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
+        let again = self.call(backend, &mut routed, &inputs, Route::Kept)?;
         check_same(&self.data.h, &first.h, &again.h, "run on a route made alone")?;
         check_same(&self.data.out, &first.out, &again.out, "run on a route made alone")?;
+        if let Some(blank) = &self.blank {
+            let on: Vec<bool> = (0..self.case.slots)
+                .map(|slot| reference::is_on(slot, &self.data.routing().adapter_enabled))
+                .collect();
+            let blocks = Blocks::sorted(backend, blank, routing, &self.delta.targets, &on)?;
+            if let Some(route) = blocks.route(routing) {
+                let sorted = self.call(backend, &mut workspace, &inputs, route)?;
+                self.check_h(&sorted.h, Named::InBlocks)?;
+                self.check_out(&sorted.out, Named::InBlocks)?;
+                let again = self.call(backend, &mut workspace, &inputs, Route::Kept)?;
+                check_same(&self.data.h, &sorted.h, &again.h, "run again on the kept blocks")?;
+                check_same(&self.data.out, &sorted.out, &again.out, "run again on the kept blocks")?;
+            }
+        }
         inputs.check_unchanged(backend)?;
 
         let mut hasher = DefaultHasher::new();
@@ -199,56 +239,69 @@ impl<'d, T: Element> Trial<'d, T> {
         backend: &B,
         workspace: &mut B::Workspace,
         inputs: &Uploaded<'_, B, T>,
-        kept: bool,
+        route: Route<'_, B::Space>,
     ) -> Result<Outputs<T>, Fault> {
         let operands = inputs.operands();
         let mut h = Placed::new(backend, &self.data.h)?;
         let mut out = Placed::new(backend, &self.data.out)?;
         match self.case.form {
             Form::Forward => {
-                let call = operands.forward(self.case, kept, out.view_mut());
-                backend.forward(workspace, &self.projection, call)?;
+                let call = operands.forward(self.case, false, out.view_mut());
+                backend.forward(workspace, &self.projection, Forward { route, ..call })?;
             }
             Form::Split => {
-                let call = operands.shrink(self.case, kept, h.view_mut());
-                backend.shrink(workspace, &self.projection, call)?;
-                let call = operands.expand(self.case, kept, h.view(), out.view_mut());
-                backend.expand(workspace, &self.projection, call)?;
+                let call = operands.shrink(self.case, false, h.view_mut());
+                backend.shrink(workspace, &self.projection, Shrink { route, ..call })?;
+                let call = operands.expand(self.case, false, h.view(), out.view_mut());
+                backend.expand(workspace, &self.projection, Expand { route, ..call })?;
             }
         }
         Ok(Outputs { h: backend.download(&h.buffer)?, out: backend.download(&out.buffer)? })
     }
 
+    /// The pair's weights, when it is active and the route names it.
+    fn target(&self, pair: usize, named: Named) -> Option<Target> {
+        let in_block = |target: &Target| {
+            target.rank > 0 && self.blank.as_ref().is_some_and(|blank| blank.lists(target.slot))
+        };
+        self.delta.targets[pair].filter(|target| named == Named::All || in_block(target))
+    }
+
     /// Holds `h` against the reference, or against what it was when the form has none.
-    fn check_h(&self, image: &[T]) -> Result<(), Fault> {
+    fn check_h(&self, image: &[T], named: Named) -> Result<(), Fault> {
         let tensor = &self.data.h;
         let Some(expected) = &self.h else { return check_unchanged(tensor, image, 0..image.len()) };
         check_guards(tensor, image)?;
         let mut meter = Meter::new(tensor, self.case.dtype.tolerance());
         for (i, &h) in expected.values.iter().enumerate() {
             let (row, q) = (i / self.case.max_rank, i % self.case.max_rank);
-            let target = expected.targets[row % expected.targets.len()];
+            let target = self.target(row % expected.targets.len(), named);
+            let index = tensor.range().start + i;
+            if target.is_none() && named == Named::InBlocks {
+                check_unchanged(tensor, image, index..index + 1)?;
+                continue;
+            }
             // Inactive rows, and columns above the rank, are exactly zero.
             let deviation = if target.is_some_and(|target| q < target.rank) { 1.0 } else { 0.0 };
-            let index = tensor.range().start + i;
             meter.add(index, image[index], 0.0, h, deviation)?;
         }
-        self.relative_error(&meter).map(drop)
+        self.relative_error(&meter, named).map(drop)
     }
 
     /// Holds `out` against the reference, and against what it was where the call must leave it alone.
-    fn check_out(&self, image: &[T]) -> Result<f64, Fault> {
+    fn check_out(&self, image: &[T], named: Named) -> Result<f64, Fault> {
         let (case, tensor) = (self.case, &self.data.out);
         check_guards(tensor, image)?;
         let weights = self.data.topk_weights.as_ref().map(Tensor::elements);
         let mut meter = Meter::new(tensor, case.dtype.tolerance());
         let (stride, width) = (case.out_stride(), self.projection.out_width());
-        for (pair, target) in self.delta.targets.iter().enumerate() {
+        for pair in 0..self.delta.targets.len() {
+            let target = self.target(pair, named);
             let row = tensor.range().start + pair * stride;
             let written = row + case.offset..row + case.out_width();
             check_unchanged(tensor, image, row..written.start)?;
             check_unchanged(tensor, image, written.end..(row + stride).min(tensor.range().end))?;
-            if target.is_none() && case.accumulate {
+            if target.is_none() && (case.accumulate || named == Named::InBlocks) {
                 check_unchanged(tensor, image, written)?;
                 continue;
             }
@@ -262,14 +315,15 @@ impl<'d, T: Element> Trial<'d, T> {
                 meter.add(index, image[index], old, delta, deviation)?;
             }
         }
-        self.relative_error(&meter)
+        self.relative_error(&meter, named)
     }
 
     /// What the meter shows; refused when it is over the tolerance and enough roundings went into it.
-    fn relative_error(&self, meter: &Meter<'_, T>) -> Result<f64, Fault> {
+    fn relative_error(&self, meter: &Meter<'_, T>, named: Named) -> Result<f64, Fault> {
         let error = meter.relative_error();
+        let targets: Vec<_> = (0..self.delta.targets.len()).map(|pair| self.target(pair, named)).collect();
         // Choices of one token may share their row of `x` and their weights: they count once.
-        let ranks = self.delta.targets.chunks(self.case.top_k).map(|choices| {
+        let ranks = targets.chunks(self.case.top_k).map(|choices| {
             choices.iter().flatten().map(|target| target.rank.min(self.case.out_dim)).max().unwrap_or(0)
         });
         let roundings = self.case.slices * ranks.sum::<usize>();
@@ -316,7 +370,7 @@ impl<'t, T: Element> Meter<'t, T> {
     }
 }
 
-fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
+pub(super) fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
     check_unchanged(tensor, image, 0..tensor.range().start)?;
     check_unchanged(tensor, image, tensor.range().end..image.len())
 }
@@ -356,13 +410,13 @@ fn hex<T: Pod>(element: &T) -> String {
 }
 
 /// A tensor on a back end, between its guards.
-struct Placed<'d, B: Backend, T: Pod> {
+pub(super) struct Placed<'d, B: Backend, T: Pod> {
     tensor: &'d Tensor<T>,
     buffer: B::Buffer<T>,
 }
 
 impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
-    fn new(backend: &B, tensor: &'d Tensor<T>) -> crate::Result<Self> {
+    pub fn new(backend: &B, tensor: &'d Tensor<T>) -> crate::Result<Self> {
         Ok(Placed { tensor, buffer: backend.upload(tensor.image())? })
     }
 
@@ -370,16 +424,21 @@ impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
         tensor.as_ref().map(|tensor| Placed::new(backend, tensor)).transpose()
     }
 
-    fn view(&self) -> View<'_, B::Space, T> {
+    pub fn view(&self) -> View<'_, B::Space, T> {
         self.buffer.view().slice(self.tensor.range())
     }
 
-    fn view_mut(&mut self) -> ViewMut<'_, B::Space, T> {
+    pub fn view_mut(&mut self) -> ViewMut<'_, B::Space, T> {
         self.buffer.view_mut().slice(self.tensor.range())
     }
 
+    /// The elements with their guards.
+    pub fn download(&self, backend: &B) -> crate::Result<Vec<T>> {
+        backend.download(&self.buffer)
+    }
+
     fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
-        let image = backend.download(&self.buffer)?;
+        let image = self.download(backend)?;
         check_unchanged(self.tensor, &image, 0..image.len())
     }
 }
@@ -426,19 +485,23 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
         })
     }
 
+    fn routing(&self) -> RoutingTensors<'_, B::Space> {
+        RoutingTensors {
+            topk_ids: self.topk_ids.view(),
+            token_lora: self.token_lora.view(),
+            adapter_enabled: match &self.enabled {
+                PlacedFlags::All => Enabled::All,
+                PlacedFlags::U8(flags) => Enabled::U8(flags.view()),
+                PlacedFlags::I32(flags) => Enabled::I32(flags.view()),
+            },
+            ranks: self.ranks.as_ref().map(Placed::view),
+            expert_map: self.expert_map.as_ref().map(Placed::view),
+        }
+    }
+
     fn operands(&self) -> Operands<'_, B::Space, T> {
         Operands {
-            routing: RoutingTensors {
-                topk_ids: self.topk_ids.view(),
-                token_lora: self.token_lora.view(),
-                adapter_enabled: match &self.enabled {
-                    PlacedFlags::All => Enabled::All,
-                    PlacedFlags::U8(flags) => Enabled::U8(flags.view()),
-                    PlacedFlags::I32(flags) => Enabled::I32(flags.view()),
-                },
-                ranks: self.ranks.as_ref().map(Placed::view),
-                expert_map: self.expert_map.as_ref().map(Placed::view),
-            },
+            routing: self.routing(),
             x: self.x.view(),
             a: self.a.iter().map(Placed::view).collect(),
             b: self.b.iter().map(Placed::view).collect(),

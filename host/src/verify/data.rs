@@ -61,7 +61,7 @@ impl<T: Pod> Tensor<T> {
         Tensor { name, image: vec![fill; first + len + guard], elements: first..first + len, stride }
     }
 
-    fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
+    pub(super) fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
         Self::filled(name, rows, poison(), misaligned)
     }
 
@@ -137,6 +137,8 @@ pub struct CaseData<T> {
     pub(super) enabled: FlagTensor,
     pub(super) ranks: Option<Tensor<i32>>,
     pub(super) expert_map: Option<Tensor<i32>>,
+    /// The slots that a route in vLLM's form lists, when the case has one.
+    pub(super) lora_ids: Option<Tensor<i32>>,
     /// `[T or P, K]`, rows apart by the stride.
     pub x: Tensor<T>,
     /// S of `[L, E or 1, R, K]`.
@@ -172,6 +174,7 @@ impl<T: Element> CaseData<T> {
             enabled: flags(case, rng),
             ranks: ranks.map(|ranks| Tensor::new("ranks", &ranks, odd)),
             expert_map: expert_map(case, rng).map(|map| Tensor::new("expert_map", &map, odd)),
+            lora_ids: case.block_size.map(|_| Tensor::new("lora_ids", &listed_slots(case), odd)),
             x: Tensor::poisoned("x", [projection.x_rows(case.tokens)?, case.x_stride(), case.in_dim], odd),
             a: Vec::new(),
             b: Vec::new(),
@@ -215,7 +218,7 @@ impl<T: Element> CaseData<T> {
             .for_each(|(row, _)| row.fill(poison()));
     }
 
-    fn routing(&self) -> RoutingTensors<'_, Host> {
+    pub(super) fn routing(&self) -> RoutingTensors<'_, Host> {
         RoutingTensors {
             topk_ids: self.topk_ids.view(),
             token_lora: self.token_lora.view(),
@@ -362,6 +365,17 @@ fn lora_slots(case: &Case, rng: &mut StdRng) -> Vec<i32> {
         Loras::OutOfRange => spoil(&mut loras, &no_ids(case.slots), rng),
     }
     loras
+}
+
+/// Most slots, in any order, one of them twice, and what is no slot.
+fn listed_slots(case: &Case) -> Vec<i32> {
+    let rng = &mut StdRng::seed_from_u64(!case.seed);
+    let slots: Vec<i32> = (0..case.slots as i32).filter(|_| !rng.random_ratio(1, 8)).collect();
+    let mut ids = slots.clone();
+    ids.extend(slots.first());
+    ids.extend(no_ids(case.slots));
+    ids.shuffle(rng);
+    ids
 }
 
 /// Replaces about half of `ids` by some of `by`.
