@@ -32,6 +32,9 @@ _Tensor = _Dlpack | _CudaArray
 _Slices = _Tensor | list[Any] | tuple[Any, ...]
 _Stream = int | _TorchStream | _CudaStream
 
+# sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, num_active_loras, adapter_enabled, block_size.
+_Blocks = tuple[_Tensor, _Tensor, _Tensor, _Tensor, int, _Tensor | None, int]
+
 @final
 class Workspace:
     """Scratch memory of calls, and the route of the last one.
@@ -119,6 +122,7 @@ def forward(
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
+    blocks: _Blocks | None = None,
 ) -> None:
     """Adds the low-rank update of every active pair to ``out``.
 
@@ -142,6 +146,8 @@ def forward(
     :param experts: E, needed where neither ``a`` nor ``b`` has it as its second dimension.
     :param workspace: as for ``route``.
     :param stream: as for ``route``.
+    :param blocks: instead of ``topk_ids`` and what goes with it, pairs that vLLM's ``moe_lora_align_block_size`` or
+        ``align`` has sorted; pairs that they do not name stay as they are. ``moe_lora.vllm`` passes them.
     """
 
 def shrink(
@@ -157,6 +163,7 @@ def shrink(
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
+    blocks: _Blocks | None = None,
 ) -> None:
     """The first half of ``forward``: ``h = a @ x``, zero for inactive pairs and above a slot's rank.
 
@@ -184,9 +191,39 @@ def expand(
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
+    blocks: _Blocks | None = None,
 ) -> None:
     """The second half of ``forward``: ``out (+)= weight * b @ h``.
 
     :param h: as ``shrink`` leaves it.
     :param experts: E, needed where ``b`` is shared by all experts.
+    """
+
+def align(
+    topk_ids: _Tensor,
+    token_lora_mapping: _Tensor,
+    num_experts: int,
+    block_size: int,
+    max_loras: int,
+    max_num_tokens_padded: int,
+    max_num_m_blocks: int,
+    sorted_token_ids: _Tensor,
+    expert_ids: _Tensor,
+    num_tokens_post_pad: _Tensor,
+    adapter_enabled: _Tensor,
+    lora_ids: _Tensor,
+    expert_map: _Tensor | None = None,
+    *,
+    stream: _Stream | None = None,
+) -> None:
+    """Sorts pairs into blocks, as vLLM's ``moe_lora_align_block_size`` does. All tensors are int32.
+
+    :param topk_ids: ``[T, k]``.
+    :param token_lora_mapping: ``[T or more]``.
+    :param sorted_token_ids: ``max_loras * max_num_tokens_padded`` places, written in the rows of slots in use.
+    :param expert_ids: ``max_loras * max_num_m_blocks`` places, likewise.
+    :param num_tokens_post_pad: ``[max_loras]``, likewise.
+    :param adapter_enabled: ``[max_loras or more]``.
+    :param lora_ids: the slots in use, -1 for none.
+    :param expert_map: as for ``route``.
     """

@@ -1,310 +1,26 @@
 //! From the tensors of a call to the library's call: every shape is checked against the others, and the sizes of
 //! the projection follow from them.
 
-use crate::fault::{Fault, Outcome};
+use crate::fault::Outcome;
 use crate::place::{self, Place, Workspace};
+use crate::read::{Delta, Optional, Output, Reader, Slices, element, x_rows};
+use crate::routing::{FLAGS, Routing, Source, Tokens, enabled};
 use crate::tensor::{Dim, Name, Tensor, Type};
 use half::{bf16, f16};
 use moe_lora::cuda::{self, Queue};
 use moe_lora::{
-    Backend, DType, Device, Element, Enabled, Error, Expand, ExpertWeights, Forward, Projection,
-    ProjectionSizes, Route, RoutingTensors, RowsMut, Shrink, View, XRows,
+    Backend, BlockShape, DType, Device, Element, Error, Expand, ExpertWeights, Forward, Projection,
+    ProjectionSizes, Route, Shrink, XRows,
 };
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
-
-/// An argument that may be left out.
-pub type Optional<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
 /// What all calls take: who goes where, and where it runs.
 #[derive(Clone, Copy)]
 pub struct Arguments<'a, 'py> {
-    pub topk_ids: Optional<'a, 'py>,
-    pub token_lora: Optional<'a, 'py>,
-    pub adapter_enabled: Optional<'a, 'py>,
-    pub ranks: Optional<'a, 'py>,
-    pub expert_map: Optional<'a, 'py>,
+    pub routing: Routing<'a, 'py>,
     pub experts: Option<usize>,
     pub workspace: Option<&'a Bound<'py, Workspace>>,
     pub stream: Optional<'a, 'py>,
-}
-
-/// What calls take that write `out`.
-pub struct Delta<'a, 'py> {
-    pub out: &'a Bound<'py, PyAny>,
-    pub topk_weights: Optional<'a, 'py>,
-    pub mul_routed_weight: bool,
-    pub accumulate: bool,
-    pub offset: usize,
-}
-
-/// The device of a call, and where its first tensor came from.
-struct Reader<'a, 'py> {
-    ordinal: u32,
-    first: &'a Bound<'py, PyAny>,
-}
-
-impl<'a, 'py> Reader<'a, 'py> {
-    /// Reads the first tensor of a call, whose device is the call's.
-    fn first(name: &'static str, object: &'a Bound<'py, PyAny>) -> Outcome<(Self, Tensor)> {
-        let tensor = Tensor::read(Name::Whole(name), object)?;
-        Ok((Reader { ordinal: tensor.cuda()?, first: object }, tensor))
-    }
-
-    fn read(&self, name: Name, object: &Bound<'_, PyAny>) -> Outcome<Tensor> {
-        let tensor = Tensor::read(name, object)?;
-        tensor.expect_on(self.ordinal)?;
-        Ok(tensor)
-    }
-
-    fn whole(&self, name: &'static str, object: &Bound<'_, PyAny>) -> Outcome<Tensor> {
-        self.read(Name::Whole(name), object)
-    }
-
-    /// A contiguous tensor of this type and shape.
-    fn array(
-        &self,
-        name: &'static str,
-        object: &Bound<'_, PyAny>,
-        types: &[Type],
-        shape: &[Dim],
-    ) -> Outcome<Tensor> {
-        let tensor = self.whole(name, object)?;
-        tensor.expect_type(types)?;
-        tensor.expect_shape(shape)?;
-        tensor.expect_contiguous()?;
-        Ok(tensor)
-    }
-
-    /// The weights of all slices, which have one shape of four dimensions: a tensor, or a list or tuple of them.
-    fn slices(
-        &self,
-        name: &'static str,
-        object: &Bound<'_, PyAny>,
-        dtype: Type,
-        shape: [Dim; 4],
-    ) -> Outcome<Slices> {
-        let tensors = if let Ok(list) = object.cast::<PyList>() {
-            list.iter().enumerate().map(|(s, item)| self.read(Name::Slice(name, s), &item)).collect()
-        } else if let Ok(tuple) = object.cast::<PyTuple>() {
-            tuple.iter().enumerate().map(|(s, item)| self.read(Name::Slice(name, s), &item)).collect()
-        } else {
-            self.whole(name, object).map(|tensor| vec![tensor])
-        };
-        let tensors: Vec<Tensor> = tensors?;
-        let (Some(first), 1..=Projection::MAX_SLICES) = (tensors.first(), tensors.len()) else {
-            let (most, got) = (Projection::MAX_SLICES, tensors.len());
-            return Err(Fault::Argument(format!("{name}: expected 1 to {most} slices, got {got}")));
-        };
-        first.expect_shape(&shape)?;
-        let mut sizes = [0; 4];
-        sizes.copy_from_slice(first.shape());
-        for tensor in &tensors {
-            tensor.expect_type(&[dtype])?;
-            tensor.expect_shape(&sizes.map(Dim::Is))?;
-            tensor.expect_contiguous()?;
-        }
-        Ok(Slices { tensors, sizes })
-    }
-
-    fn place<'p>(&self, arguments: &Arguments<'p, 'py>) -> Outcome<Place<'p, 'py>> {
-        let stream = place::stream(arguments.stream, self.first, self.ordinal)?;
-        Ok(Place { ordinal: self.ordinal, stream, workspace: arguments.workspace })
-    }
-}
-
-/// The weights of a projection, `a` or `b`.
-struct Slices {
-    tensors: Vec<Tensor>,
-    /// The shape of each.
-    sizes: [usize; 4],
-}
-
-impl Slices {
-    /// # Safety
-    /// As for [`Tensor::view`].
-    unsafe fn views<T: Element>(&self) -> Vec<View<'_, Device, T>> {
-        // SAFETY: as the caller promises.
-        self.tensors.iter().map(|tensor| unsafe { tensor.view() }).collect()
-    }
-
-    /// Refuses matrices of `got` experts where the layer has `experts`.
-    fn experts(&self, experts: usize) -> Outcome<ExpertWeights> {
-        match self.sizes[1] {
-            got if got == experts => Ok(ExpertWeights::PerExpert),
-            1 => Ok(ExpertWeights::Shared),
-            _ => {
-                let [slots, _, rows, columns] = self.sizes;
-                Err(self.tensors[0].wrong_shape(format_args!("[{slots}, {experts} or 1, {rows}, {columns}]")))
-            }
-        }
-    }
-}
-
-/// The type of `x` or `h`, which is the type of the call.
-fn element(tensor: &Tensor) -> Outcome<DType> {
-    tensor.expect_type(&[Type::BF16, Type::F16])?;
-    Ok(if tensor.dtype() == Type::BF16 { DType::Bf16 } else { DType::F16 })
-}
-
-/// What a row of `x` belongs to, by their number.
-fn x_rows(x: &Tensor, tokens: usize, top_k: usize, width: usize) -> Outcome<XRows> {
-    match *x.shape() {
-        [rows, columns] if columns == width && rows == tokens => Ok(XRows::Token),
-        [rows, columns] if columns == width && rows == tokens * top_k => Ok(XRows::Pair),
-        _ => Err(x.wrong_shape(format_args!(
-            "[{tokens}, {width}] (a row a token) or [{}, {width}] (a row a pair)",
-            tokens * top_k
-        ))),
-    }
-}
-
-/// The routing tensors of a call, or that it uses the route which the workspace keeps.
-#[expect(clippy::large_enum_variant, reason = "one a call, on the stack")]
-enum Source {
-    Tensors {
-        topk_ids: Tensor,
-        token_lora: Tensor,
-        adapter_enabled: Option<Tensor>,
-        ranks: Option<Tensor>,
-        expert_map: Option<Tensor>,
-    },
-    Kept,
-}
-
-impl Source {
-    fn read(
-        reader: &Reader<'_, '_>,
-        arguments: &Arguments<'_, '_>,
-        tokens: usize,
-        top_k: usize,
-        slots: usize,
-    ) -> Outcome<Self> {
-        let &Arguments { topk_ids, token_lora, adapter_enabled, ranks, expert_map, .. } = arguments;
-        let (Some(topk_ids), Some(token_lora)) = (topk_ids, token_lora) else {
-            let given = [
-                ("topk_ids", topk_ids),
-                ("token_lora", token_lora),
-                ("adapter_enabled", adapter_enabled),
-                ("ranks", ranks),
-                ("expert_map", expert_map),
-            ];
-            return match given.into_iter().find(|(_, tensor)| tensor.is_some()) {
-                None => Ok(Source::Kept),
-                Some((name, _)) => Err(Fault::Argument(format!(
-                    "{name}: expected with topk_ids and token_lora, or without both for the route that the workspace keeps"
-                ))),
-            };
-        };
-        let optional = |name, object: Optional<'_, '_>, types: &[Type], shape| {
-            object.map(|object| reader.array(name, object, types, &[shape])).transpose()
-        };
-        Ok(Source::Tensors {
-            topk_ids: reader.array("topk_ids", topk_ids, &[Type::I32], &[Dim::Is(tokens), Dim::Is(top_k)])?,
-            token_lora: reader.array("token_lora", token_lora, &[Type::I32], &[Dim::Is(tokens)])?,
-            adapter_enabled: optional(
-                "adapter_enabled",
-                adapter_enabled,
-                &[Type::I32, Type::U8, Type::BOOL],
-                Dim::AtLeast(slots),
-            )?,
-            ranks: optional("ranks", ranks, &[Type::I32], Dim::AtLeast(slots))?,
-            expert_map: optional("expert_map", expert_map, &[Type::I32], Dim::AtLeast(1))?,
-        })
-    }
-
-    fn is_kept(&self) -> bool {
-        matches!(self, Source::Kept)
-    }
-
-    /// # Safety
-    /// As for [`Tensor::view`].
-    unsafe fn route(&self) -> Route<'_, Device> {
-        // SAFETY: as the caller promises; the types were checked.
-        unsafe {
-            match self {
-                Source::Kept => Route::Kept,
-                Source::Tensors { topk_ids, token_lora, adapter_enabled, ranks, expert_map } => {
-                    Route::From(RoutingTensors {
-                        topk_ids: topk_ids.view(),
-                        token_lora: token_lora.view(),
-                        adapter_enabled: match adapter_enabled {
-                            None => Enabled::All,
-                            Some(flags) if flags.dtype() == Type::I32 => Enabled::I32(flags.view()),
-                            Some(flags) => Enabled::U8(flags.view()),
-                        },
-                        ranks: ranks.as_ref().map(|ranks| ranks.view()),
-                        expert_map: expert_map.as_ref().map(|map| map.view()),
-                    })
-                }
-            }
-        }
-    }
-}
-
-/// `out`, `[T, k, ≥ offset + S·N]`, and how the delta comes to it.
-struct Output {
-    out: Tensor,
-    stride: usize,
-    topk_weights: Option<Tensor>,
-    offset: usize,
-    accumulate: bool,
-}
-
-impl Output {
-    fn tokens(&self) -> usize {
-        self.out.shape()[0]
-    }
-
-    fn top_k(&self) -> usize {
-        self.out.shape()[1]
-    }
-
-    fn read(reader: &Reader<'_, '_>, delta: &Delta<'_, '_>) -> Outcome<Self> {
-        let &Delta { topk_weights, mul_routed_weight, accumulate, offset, .. } = delta;
-        let out = reader.whole("out", delta.out)?;
-        out.expect_shape(&[Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + S·N")])?;
-        let (tokens, top_k) = (out.shape()[0], out.shape()[1]);
-        let topk_weights = match (mul_routed_weight, topk_weights) {
-            (false, _) => None,
-            (true, Some(weights)) => Some(reader.array(
-                "topk_weights",
-                weights,
-                &[Type::F32],
-                &[Dim::Is(tokens), Dim::Is(top_k)],
-            )?),
-            (true, None) => {
-                return Err(Fault::Argument(format!(
-                    "topk_weights: expected shape [{tokens}, {top_k}] with mul_routed_weight, got None"
-                )));
-            }
-        };
-        Ok(Output { stride: out.row_stride()?, out, topk_weights, offset, accumulate })
-    }
-
-    /// Checks what depends on the weights.
-    fn check(&self, dtype: Type, slices: usize, out_dim: usize) -> Outcome<()> {
-        self.out.expect_type(&[dtype])?;
-        let width = slices.checked_mul(out_dim).and_then(|width| width.checked_add(self.offset));
-        let width = width.ok_or_else(|| {
-            Fault::Argument(format!("offset: expected a column of out, got {}", self.offset))
-        })?;
-        self.out.expect_shape(&[Dim::Is(self.tokens()), Dim::Is(self.top_k()), Dim::AtLeast(width)])
-    }
-
-    /// # Safety
-    /// As for [`Tensor::view`].
-    unsafe fn rows<T: Element>(&self) -> RowsMut<'_, Device, T> {
-        // SAFETY: as the caller promises.
-        unsafe { self.out.rows_mut(self.stride) }
-    }
-
-    /// # Safety
-    /// As for [`Tensor::view`].
-    unsafe fn weights(&self) -> Option<View<'_, Device, f32>> {
-        // SAFETY: as the caller promises; the type was checked.
-        self.topk_weights.as_ref().map(|weights| unsafe { weights.view() })
-    }
 }
 
 /// Work that is queued for elements of a type.
@@ -329,7 +45,9 @@ fn run(
     work: &impl Queued,
 ) -> Outcome<()> {
     let projection = Projection::new(sizes)?;
-    reader.place(arguments)?.run(&projection, tokens, kept, |queue, workspace| {
+    let stream = place::stream(arguments.stream, reader.first, reader.ordinal)?;
+    let place = Place { ordinal: reader.ordinal, stream, workspace: arguments.workspace };
+    place.run(&projection, tokens, kept, |queue, workspace| {
         // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their memory
         // does so in the order of the stream, as for any work that is queued on it.
         unsafe {
@@ -419,7 +137,7 @@ pub fn forward<'py>(
         a_experts: a.experts(experts)?,
         b_experts: b.experts(experts)?,
     };
-    let source = Source::read(&reader, arguments, tokens, top_k, slots)?;
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
     let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
     run(&reader, arguments, sizes, tokens, kept, &Call { x, x_stride, a, b, output, source })
 }
@@ -430,7 +148,7 @@ fn tokens_of(h: &Tensor, arguments: &Arguments<'_, '_>) -> Outcome<(usize, usize
     match *h.shape() {
         [_, tokens, top_k, _] => Ok((tokens, top_k)),
         [_, pairs, _] => {
-            let Some(topk_ids) = arguments.topk_ids else {
+            let Routing::Tokens(Tokens { topk_ids: Some(topk_ids), .. }) = arguments.routing else {
                 return Err(h.wrong_shape("[S, T, k, R], as there is no topk_ids to tell T from k"));
             };
             match *Tensor::read(Name::Whole("topk_ids"), topk_ids)?.shape() {
@@ -512,7 +230,7 @@ pub fn shrink<'py>(
         a_experts: a.experts(experts)?,
         b_experts: ExpertWeights::Shared,
     };
-    let source = Source::read(&reader, arguments, tokens, top_k, slots)?;
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
     let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
     run(&reader, arguments, sizes, tokens, kept, &Call { tokens, x, x_stride, a, h, source })
 }
@@ -592,7 +310,7 @@ pub fn expand<'py>(
         a_experts: ExpertWeights::Shared,
         b_experts: b.experts(experts)?,
     };
-    let source = Source::read(&reader, arguments, tokens, top_k, slots)?;
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
     let kept = source.is_kept();
     run(&reader, arguments, sizes, tokens, kept, &Call { h, b, output, source })
 }
@@ -619,14 +337,71 @@ pub fn route<'py>(
             // SAFETY: as the caller promises.
             match unsafe { self.source.route() } {
                 Route::From(routing) => queue.route(workspace, projection, self.tokens, routing),
-                Route::Kept => Ok(()),
+                // Routing alone is of tokens.
+                Route::Sorted(_) | Route::Kept => Ok(()),
             }
         }
     }
     let (reader, ids) = Reader::first("topk_ids", topk_ids)?;
     ids.expect_shape(&[Dim::Named("T"), Dim::Named("k")])?;
     let (tokens, top_k) = (ids.shape()[0], ids.shape()[1]);
-    let source = Source::read(&reader, arguments, tokens, top_k, slots)?;
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
     let sizes = *place::layer(top_k, experts, slots, max_rank, 1)?.sizes();
     run(&reader, arguments, sizes, tokens, false, &Call { tokens, source })
+}
+
+/// The sorting of pairs into blocks. Names and shapes are vLLM's.
+pub struct Align<'a, 'py> {
+    pub topk_ids: &'a Bound<'py, PyAny>,
+    pub token_lora_mapping: &'a Bound<'py, PyAny>,
+    pub experts: usize,
+    pub slots: usize,
+    pub shape: BlockShape,
+    pub sorted_token_ids: &'a Bound<'py, PyAny>,
+    pub expert_ids: &'a Bound<'py, PyAny>,
+    pub num_tokens_post_pad: &'a Bound<'py, PyAny>,
+    pub adapter_enabled: &'a Bound<'py, PyAny>,
+    pub lora_ids: &'a Bound<'py, PyAny>,
+    pub expert_map: Optional<'a, 'py>,
+}
+
+/// Sorts pairs into blocks.
+pub fn align<'py>(call: &Align<'_, 'py>, stream: Optional<'_, 'py>) -> Outcome<()> {
+    let (reader, topk_ids) = Reader::first("topk_ids", call.topk_ids)?;
+    topk_ids.expect_type(&[Type::I32])?;
+    topk_ids.expect_shape(&[Dim::Named("T"), Dim::Named("k")])?;
+    topk_ids.expect_contiguous()?;
+    let &Align { experts, slots, shape, .. } = call;
+    let (tokens, top_k) = (topk_ids.shape()[0], topk_ids.shape()[1]);
+    let list = |name, object, least| reader.array(name, object, &[Type::I32], &[Dim::AtLeast(least)]);
+    let token_lora = list("token_lora_mapping", call.token_lora_mapping, tokens)?;
+    let lora_ids = list("lora_ids", call.lora_ids, 0)?;
+    let expert_map = call.expert_map.map(|map| list("expert_map", map, 1)).transpose()?;
+    let adapter_enabled =
+        reader.array("adapter_enabled", call.adapter_enabled, &FLAGS, &[Dim::AtLeast(slots)])?;
+    // Flat or in rows, as long as all of it is there: the library sees to that.
+    let sorted_token_ids = reader.packed("sorted_token_ids", call.sorted_token_ids, Type::I32)?;
+    let expert_ids = reader.packed("expert_ids", call.expert_ids, Type::I32)?;
+    let num_tokens_post_padded = reader.packed("num_tokens_post_pad", call.num_tokens_post_pad, Type::I32)?;
+    let stream = place::stream(stream, reader.first, reader.ordinal)?;
+    Place { ordinal: reader.ordinal, stream, workspace: None }.run_alone(|queue| {
+        // SAFETY: the types were checked. The caller holds the tensors, as for the other calls.
+        unsafe {
+            queue.align(moe_lora::Align {
+                tokens,
+                top_k,
+                experts,
+                slots,
+                shape,
+                topk_ids: topk_ids.view(),
+                token_lora: token_lora.view(),
+                adapter_enabled: enabled(Some(&adapter_enabled)),
+                lora_ids: lora_ids.view(),
+                expert_map: expert_map.as_ref().map(|map| map.view()),
+                sorted_token_ids: sorted_token_ids.view_mut(),
+                expert_ids: expert_ids.view_mut(),
+                num_tokens_post_padded: num_tokens_post_padded.view_mut(),
+            })
+        }
+    })
 }

@@ -14,6 +14,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// A stream's address; 0 is the legacy default stream.
 type Stream = usize;
 
+/// `CU_STREAM_PER_THREAD`: one address for the default streams of all threads.
+const PER_THREAD: Stream = 2;
+
 /// The slices that the workspaces kept here have room for: w13 has two, and w2, whose one slice comes first in
 /// some layers, shall not leave a workspace that w13 outgrows.
 const SLICES: usize = 2;
@@ -92,6 +95,17 @@ pub struct Place<'a, 'py> {
 }
 
 impl Place<'_, '_> {
+    /// Runs `work`, which needs no workspace, on the stream.
+    pub fn run_alone(&self, work: impl FnOnce(&Queue<'_>) -> moe_lora::Result<()>) -> Outcome<()> {
+        let _caller = CallersContext::remember();
+        Ok(work(&self.queue()?)?)
+    }
+
+    fn queue(&self) -> Outcome<Queue<'static>> {
+        // SAFETY: the stream is the one that the caller named, or its library's current one, and so is live.
+        Ok(unsafe { gpu(self.ordinal)?.queue_raw(self.stream as *mut _, Options::default())? })
+    }
+
     /// Runs `work` on the stream, with a workspace that has room for `tokens` tokens on `projection`. `kept`:
     /// the call's route is the one that the workspace keeps.
     pub fn run(
@@ -102,9 +116,12 @@ impl Place<'_, '_> {
         work: impl FnOnce(&Queue<'_>, &mut cuda::Workspace) -> moe_lora::Result<()>,
     ) -> Outcome<()> {
         let &Place { ordinal, stream, workspace } = self;
+        if stream == PER_THREAD && workspace.is_none() {
+            let got = "the per-thread default stream, which is another for each thread";
+            return Err(Fault::Argument(format!("workspace: expected one, as the call runs on {got}")));
+        }
         let _caller = CallersContext::remember();
-        // SAFETY: the stream is the one that the caller named, or its library's current one, and so is live.
-        let queue = unsafe { gpu(ordinal)?.queue_raw(stream as *mut _, Options::default())? };
+        let queue = self.queue()?;
         if let Some(workspace) = workspace {
             let workspace = workspace.get();
             if workspace.gpu.0 != ordinal {
@@ -112,7 +129,8 @@ impl Place<'_, '_> {
                     (format!("one on cuda:{ordinal}"), format!("one on cuda:{}", workspace.gpu.0));
                 return Err(Fault::Argument(format!("workspace: expected {expected}, got {got}")));
             }
-            return Ok(work(&queue, &mut lock(&workspace.memory))?);
+            let mut memory = lock(&workspace.memory);
+            return Ok(work(&queue, memory.as_mut().expect("it is let go of when nobody has it"))?);
         }
         let mut workspaces = lock(&WORKSPACES);
         let workspaces = workspaces.entry((ordinal, stream)).or_default();
@@ -138,15 +156,26 @@ impl Place<'_, '_> {
 }
 
 /// Workspaces of calls that name none, by device and stream; the last is the largest. A captured graph names the
-/// memory of the workspace that it was captured with, so none is ever freed; as sizes double, all of them together
-/// take less than twice the last.
+/// memory of the workspace that it was captured with, so none is ever freed; as their tokens double, those that were
+/// outgrown by larger batches take no more than the last.
 static WORKSPACES: Mutex<BTreeMap<(u32, Stream), Vec<cuda::Workspace>>> = Mutex::new(BTreeMap::new());
 
 /// Scratch memory of calls, and the route of the last one.
 #[pyclass(frozen, module = "moe_lora")]
 pub struct Workspace {
-    memory: Mutex<cuda::Workspace>,
+    /// `None` from its end on.
+    memory: Mutex<Option<cuda::Workspace>>,
     gpu: (u32, &'static Gpu),
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        // Python lets go of things at any time, while a stream is captured too. What fails has nobody to go to.
+        let _caller = CallersContext::remember();
+        let _allow = AllowAllocation::begin();
+        let _ = self.gpu.1.make_current();
+        lock(&self.memory).take();
+    }
 }
 
 #[pymethods]
@@ -168,7 +197,8 @@ impl Workspace {
         // SAFETY: null is the default stream, and nothing is queued.
         let queue = unsafe { gpu.queue_raw(std::ptr::null_mut(), Options::default())? };
         let _allow = AllowAllocation::begin()?;
-        Ok(Workspace { memory: Mutex::new(queue.workspace(&[projection], max_tokens)?), gpu: (device, gpu) })
+        let memory = Mutex::new(Some(queue.workspace(&[projection], max_tokens)?));
+        Ok(Workspace { memory, gpu: (device, gpu) })
     }
 
     #[getter]
@@ -178,7 +208,7 @@ impl Workspace {
 
     #[getter]
     fn nbytes(&self) -> usize {
-        lock(&self.memory).bytes()
+        lock(&self.memory).as_ref().map_or(0, cuda::Workspace::bytes)
     }
 }
 

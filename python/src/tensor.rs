@@ -316,6 +316,12 @@ impl Tensor {
         unsafe { slice::from_raw_parts(shape.as_ptr().cast(), shape.len()) }
     }
 
+    /// The first `len` elements of a list.
+    pub fn first(mut self, len: usize) -> Self {
+        self.shape[0] = self.shape[0].min(len as i64);
+        self
+    }
+
     /// An error about this tensor.
     pub fn fault(&self, expected: impl fmt::Display, got: impl fmt::Display) -> Fault {
         Fault::Argument(format!("{}: expected {expected}, got {got}", self.name))

@@ -37,11 +37,11 @@ class Case:
     base: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator(self.device).manual_seed(self.seed)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-            values = torch.randn(*shape, generator=generator) * scale
-            return values.to(self.dtype).to(self.device)
+            values = torch.randn(*shape, generator=generator, device=self.device) * scale
+            return values.to(self.dtype)
 
         pairs = self.tokens * self.top_k
         self.x = normal(self.tokens if self.x_rows == "token" else pairs, self.in_dim)
@@ -105,6 +105,26 @@ class Case:
     def active(self) -> torch.Tensor:
         """``[T]``: which tokens have an adapter."""
         return self.token_lora >= 0
+
+
+def blocks(case: Case, block_size: int, max_padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What vLLM's ``moe_lora_align_block_size`` leaves: sorted_token_ids, expert_ids, num_tokens_post_padded."""
+    pairs = case.tokens * case.top_k
+    max_blocks = -(-max_padded // block_size)
+    sorted_ids = torch.full((case.slots, max_padded), pairs, dtype=torch.int32)
+    expert_ids = torch.full((case.slots, max_blocks), -1, dtype=torch.int32)
+    padded = torch.zeros(case.slots, dtype=torch.int32)
+    ids, lora = case.topk_ids.reshape(-1).cpu(), case.token_lora.repeat_interleave(case.top_k).cpu()
+    for slot in range(case.slots):
+        place = 0
+        for expert in range(case.experts):
+            segment = torch.nonzero((lora == slot) & (ids == expert)).reshape(-1).to(torch.int32)
+            sorted_ids[slot, place : place + len(segment)] = segment
+            after = place + -(-len(segment) // block_size) * block_size
+            expert_ids[slot, place // block_size : after // block_size] = expert
+            place = after
+        padded[slot] = place
+    return sorted_ids.to(case.device), expert_ids.to(case.device), padded.to(case.device)
 
 
 def check(got: torch.Tensor, expected: torch.Tensor) -> None:

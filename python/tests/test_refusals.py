@@ -183,6 +183,13 @@ def test_workspace_refuses() -> None:
         moe_lora.Workspace(16, top_k=65, experts=E, slots=L, max_rank=R)
 
 
+def test_the_per_thread_stream_needs_a_workspace() -> None:
+    """One address stands for the streams of all threads, so it says nothing of whose workspace to use."""
+    message = "workspace: expected one, as the call runs on the per-thread default stream"
+    with pytest.raises(ValueError, match=message):
+        moe_lora.forward(**(arguments() | dict(stream=2)))
+
+
 def test_types_of_plain_arguments() -> None:
     with pytest.raises(TypeError, match="mul_routed_weight"):
         moe_lora.forward(**(arguments() | dict(mul_routed_weight=1)))

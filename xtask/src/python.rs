@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use moe_lora_codegen::workspace_root;
 
 use crate::setup;
-use crate::shell::{empty_dir, read, remove_dir, run as run_command, step, target_dir};
+use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
 use crate::test::SKIP_LOG_VAR;
 
 /// Names the Python to use, for example one that has PyTorch.
@@ -124,6 +124,7 @@ impl Environment {
                 .args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider"])
                 // Not in python/, whose folder moe_lora has no extension module and would hide the wheel's.
                 .current_dir(workspace_root().join("python/tests"))
+                // The folder is copied into bundles.
                 .env("PYTHONDONTWRITEBYTECODE", "1")
                 .env(SKIP_LOG_VAR, skip_log),
         )
@@ -154,6 +155,19 @@ pub fn test(skip_log: &Path) -> Result<()> {
             Ok(writeln!(log, "python/tests: {reason}")?)
         }
     }
+}
+
+/// Puts the wheel and its tests into a folder, where there is a Python to build the wheel with.
+pub fn copy(to: &Path) -> Result<()> {
+    if let Err(reason) = find() {
+        eprintln!("without the Python package: {reason}");
+        return Ok(());
+    }
+    let wheel = Environment::new()?.wheel()?;
+    copy_tree(&workspace_root().join("python/tests"), &to.join("tests"))?;
+    let name = wheel.file_name().context("a wheel has a name")?;
+    std::fs::copy(&wheel, to.join(name)).with_context(|| format!("cannot copy {}", wheel.display()))?;
+    Ok(())
 }
 
 /// Checks the package's types, where there is a Python.
