@@ -5,7 +5,7 @@ use crate::fault::Outcome;
 use crate::place::{self, Place, Workspace};
 use crate::read::{Delta, Optional, Output, Reader, Slices, element, x_rows};
 use crate::routing::{FLAGS, Routing, Source, Tokens, enabled};
-use crate::tensor::{Dim, Name, Tensor, Type};
+use crate::tensor::{Dim, Tensor, Type};
 use half::{bf16, f16};
 use moe_lora::cuda::{self, Queue};
 use moe_lora::{
@@ -37,7 +37,7 @@ trait Queued {
 
 /// Finds the place, and queues the work there.
 fn run(
-    reader: &Reader<'_, '_>,
+    reader: &Reader<'_>,
     arguments: &Arguments<'_, '_>,
     sizes: ProjectionSizes,
     tokens: usize,
@@ -45,7 +45,7 @@ fn run(
     work: &impl Queued,
 ) -> Outcome<()> {
     let projection = Projection::new(sizes)?;
-    let stream = place::stream(arguments.stream, reader.first, reader.ordinal)?;
+    let stream = place::stream(arguments.stream, reader)?;
     let place = Place { ordinal: reader.ordinal, stream, workspace: arguments.workspace };
     place.run(&projection, tokens, kept, |queue, workspace| {
         // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their memory
@@ -144,14 +144,14 @@ pub fn forward<'py>(
 
 /// The tokens and choices that the pairs of `h`, `[S, T, k, R]` or `[S, P, R]`, stand for. The shorter form says
 /// only how many pairs there are, so `topk_ids` must say the rest.
-fn tokens_of(h: &Tensor, arguments: &Arguments<'_, '_>) -> Outcome<(usize, usize)> {
+fn tokens_of(reader: &Reader<'_>, h: &Tensor, arguments: &Arguments<'_, '_>) -> Outcome<(usize, usize)> {
     match *h.shape() {
         [_, tokens, top_k, _] => Ok((tokens, top_k)),
         [_, pairs, _] => {
             let Routing::Tokens(Tokens { topk_ids: Some(topk_ids), .. }) = arguments.routing else {
                 return Err(h.wrong_shape("[S, T, k, R], as there is no topk_ids to tell T from k"));
             };
-            match *Tensor::read(Name::Whole("topk_ids"), topk_ids)?.shape() {
+            match *reader.whole("topk_ids", topk_ids)?.shape() {
                 [tokens, top_k] if tokens * top_k == pairs => Ok((tokens, top_k)),
                 [tokens, top_k] => Err(h.wrong_shape(format_args!("[S, {}, R]", tokens * top_k))),
                 _ => Err(h.wrong_shape("[S, T, k, R]")),
@@ -206,7 +206,7 @@ pub fn shrink<'py>(
     let (reader, x) = Reader::first("x", x)?;
     let dtype = element(&x)?;
     let h = reader.whole("h", h)?;
-    let (tokens, top_k) = tokens_of(&h, arguments)?;
+    let (tokens, top_k) = tokens_of(&reader, &h, arguments)?;
     let a = reader.slices(
         "a",
         a,
@@ -383,7 +383,7 @@ pub fn align<'py>(call: &Align<'_, 'py>, stream: Optional<'_, 'py>) -> Outcome<(
     let sorted_token_ids = reader.packed("sorted_token_ids", call.sorted_token_ids, Type::I32)?;
     let expert_ids = reader.packed("expert_ids", call.expert_ids, Type::I32)?;
     let num_tokens_post_padded = reader.packed("num_tokens_post_pad", call.num_tokens_post_pad, Type::I32)?;
-    let stream = place::stream(stream, reader.first, reader.ordinal)?;
+    let stream = place::stream(stream, &reader)?;
     Place { ordinal: reader.ordinal, stream, workspace: None }.run_alone(|queue| {
         // SAFETY: the types were checked. The caller holds the tensors, as for the other calls.
         unsafe {

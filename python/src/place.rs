@@ -1,7 +1,8 @@
 //! Where a call runs: the device, the stream, and the workspace.
 
 use crate::fault::{Fault, Outcome};
-use crate::tensor::{exchange_api, unsaid};
+use crate::read::Reader;
+use crate::tensor::unsaid;
 use dlpack_ffi::DLDeviceType;
 use moe_lora::cuda::{self, AllowAllocation, CallersContext, Gpu, Options, Queue};
 use moe_lora::{Backend, DType, Error, ExpertWeights, Projection, ProjectionSizes, XRows};
@@ -40,9 +41,10 @@ fn gpu(ordinal: u32) -> Outcome<&'static Gpu> {
     Ok(gpu)
 }
 
-/// The stream that a call with this first tensor runs on.
-pub fn stream(given: Option<&Bound<'_, PyAny>>, tensor: &Bound<'_, PyAny>, ordinal: u32) -> Outcome<Stream> {
-    let py = tensor.py();
+/// The stream that a call runs on: the given one, or the current one of the tensors' library.
+pub fn stream(given: Option<&Bound<'_, PyAny>>, reader: &Reader<'_>) -> Outcome<Stream> {
+    let &Reader { ordinal, ref exchange } = reader;
+    let py = exchange.py();
     if let Some(given) = given {
         // An address; a stream of PyTorch's; the protocol of cuda.core and others.
         if let Ok(address) = given.extract::<Stream>() {
@@ -60,9 +62,7 @@ pub fn stream(given: Option<&Bound<'_, PyAny>>, tensor: &Bound<'_, PyAny>, ordin
         let expected = "an address, a torch.cuda.Stream or an object with __cuda_stream__";
         return Err(Fault::Argument(format!("stream: expected {expected}, got {got}")));
     }
-    if let Some(api) = exchange_api(tensor)?
-        && let Some(current) = api.current_work_stream
-    {
+    if let Some(current) = exchange.api.and_then(|api| api.current_work_stream) {
         let mut stream = std::ptr::null_mut::<c_void>();
         // SAFETY: writes one address, or raises.
         if unsafe { current(DLDeviceType::kDLCUDA, ordinal as i32, &mut stream) } != 0 {

@@ -1,7 +1,7 @@
 //! The tensors of a call, read and checked one by one: weights, activations, `out` and `h`.
 
 use crate::fault::{Fault, Outcome};
-use crate::tensor::{Dim, Name, Tensor, Type};
+use crate::tensor::{Dim, Exchange, Name, Tensor, Type};
 use moe_lora::{DType, Device, Element, ExpertWeights, Projection, RowsMut, View, XRows};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
@@ -9,21 +9,22 @@ use pyo3::types::{PyList, PyTuple};
 /// An argument that may be left out.
 pub type Optional<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
-/// The device of a call, and where its first tensor came from.
-pub struct Reader<'a, 'py> {
+/// What the first tensor of a call says of all: the device, and whose library's they are.
+pub struct Reader<'py> {
     pub ordinal: u32,
-    pub first: &'a Bound<'py, PyAny>,
+    pub exchange: Exchange<'py>,
 }
 
-impl<'a, 'py> Reader<'a, 'py> {
+impl<'py> Reader<'py> {
     /// Reads the first tensor of a call, whose device is the call's.
-    pub fn first(name: &'static str, object: &'a Bound<'py, PyAny>) -> Outcome<(Self, Tensor)> {
-        let tensor = Tensor::read(Name::Whole(name), object)?;
-        Ok((Reader { ordinal: tensor.cuda()?, first: object }, tensor))
+    pub fn first(name: &'static str, object: &Bound<'py, PyAny>) -> Outcome<(Self, Tensor)> {
+        let exchange = Exchange::new(object)?;
+        let tensor = Tensor::read(Name::Whole(name), object, &exchange)?;
+        Ok((Reader { ordinal: tensor.cuda()?, exchange }, tensor))
     }
 
     pub fn read(&self, name: Name, object: &Bound<'_, PyAny>) -> Outcome<Tensor> {
-        let tensor = Tensor::read(name, object)?;
+        let tensor = Tensor::read(name, object, &self.exchange)?;
         tensor.expect_on(self.ordinal)?;
         Ok(tensor)
     }
@@ -160,7 +161,7 @@ impl Output {
         self.out.shape()[1]
     }
 
-    pub fn read(reader: &Reader<'_, '_>, delta: &Delta<'_, '_>) -> Outcome<Self> {
+    pub fn read(reader: &Reader<'_>, delta: &Delta<'_, '_>) -> Outcome<Self> {
         let &Delta { topk_weights, mul_routed_weight, accumulate, offset, .. } = delta;
         let out = reader.whole("out", delta.out)?;
         out.expect_shape(&[Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + S·N")])?;

@@ -134,7 +134,7 @@ pub enum Source {
 
 impl Source {
     pub fn read(
-        reader: &Reader<'_, '_>,
+        reader: &Reader<'_>,
         routing: &Routing<'_, '_>,
         tokens: usize,
         top_k: usize,

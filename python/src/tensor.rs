@@ -13,7 +13,7 @@ use moe_lora::{Device, Rows, RowsMut, View, ViewMut};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyCapsule, PyCapsuleMethods, PyDict};
+use pyo3::types::{PyCapsule, PyCapsuleMethods, PyDict, PyType, PyTypeMethods};
 use std::ffi::CStr;
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -135,9 +135,9 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Reads the argument `name`.
-    pub fn read(name: Name, object: &Bound<'_, PyAny>) -> Outcome<Self> {
-        if let Some(api) = exchange_api(object)?
+    /// Reads the argument `name`. `exchange` is of the call's first tensor, and so most often of this one's type.
+    pub fn read(name: Name, object: &Bound<'_, PyAny>, exchange: &Exchange<'_>) -> Outcome<Self> {
+        if let Some(api) = exchange.of(object)?
             && let Some(read) = api.dltensor_from_py_object_no_sync
         {
             let mut tensor = MaybeUninit::<DLTensor>::uninit();
@@ -257,18 +257,38 @@ fn pack(shape: &[i64], strides: &mut [i64; MAX_DIMS]) {
     }
 }
 
-/// DLPack's C functions of the object's type, if it has them in a version that this crate knows.
-pub fn exchange_api<'py>(object: &Bound<'py, PyAny>) -> Outcome<Option<&'py DLPackExchangeAPI>> {
-    const API: &CStr = c"dlpack_exchange_api";
-    let kind = object.get_type();
-    let Some(capsule) = kind.getattr_opt(intern!(object.py(), "__dlpack_c_exchange_api__"))? else {
-        return Ok(None);
-    };
-    let Ok(capsule) = capsule.cast::<PyCapsule>() else { return Ok(None) };
-    let api: NonNull<DLPackExchangeAPI> = capsule.pointer_checked(Some(API))?.cast();
-    // SAFETY: a capsule of this name holds the table, which lives as long as the process.
-    let api = unsafe { api.as_ref() };
-    Ok((api.header.version.major == DLPACK_MAJOR_VERSION).then_some(api))
+/// DLPack's C functions of a type of tensors, if it has them in a version that this crate knows.
+pub struct Exchange<'py> {
+    kind: Bound<'py, PyType>,
+    pub api: Option<&'static DLPackExchangeAPI>,
+}
+
+impl<'py> Exchange<'py> {
+    /// Those of the object's type.
+    pub fn new(object: &Bound<'py, PyAny>) -> Outcome<Self> {
+        const API: &CStr = c"dlpack_exchange_api";
+        let kind = object.get_type();
+        let capsule = kind.getattr_opt(intern!(object.py(), "__dlpack_c_exchange_api__"))?;
+        let Some(capsule) = capsule.and_then(|capsule| capsule.cast_into::<PyCapsule>().ok()) else {
+            return Ok(Exchange { kind, api: None });
+        };
+        let api: NonNull<DLPackExchangeAPI> = capsule.pointer_checked(Some(API))?.cast();
+        // SAFETY: a capsule of this name holds the table, which lives as long as the process.
+        let api = unsafe { api.as_ref() };
+        Ok(Exchange { kind, api: (api.header.version.major == DLPACK_MAJOR_VERSION).then_some(api) })
+    }
+
+    pub fn py(&self) -> Python<'py> {
+        self.kind.py()
+    }
+
+    /// Those of another object's type.
+    fn of(&self, object: &Bound<'_, PyAny>) -> Outcome<Option<&'static DLPackExchangeAPI>> {
+        if object.get_type_ptr() == self.kind.as_type_ptr() {
+            return Ok(self.api);
+        }
+        Ok(Exchange::new(object)?.api)
+    }
 }
 
 /// A C function reported a failure and raised nothing.

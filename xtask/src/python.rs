@@ -142,40 +142,41 @@ impl Environment {
     }
 }
 
-/// Builds and tests the package, where there is a Python. Where there is none, the tests are listed as skipped.
+/// Builds and tests the package, where there are a Python and the tools. Where there are none, its tests are
+/// listed as skipped.
 pub fn test(skip_log: &Path) -> Result<()> {
-    match find() {
-        Ok(_) => {
-            let environment = Environment::new()?;
-            let wheel = environment.wheel()?;
-            environment.test(&wheel, skip_log)
-        }
+    match Environment::new() {
+        Ok(environment) => environment.test(&environment.wheel()?, skip_log),
         Err(reason) => {
+            let reason = format!("{reason:#}").replace('\n', " ");
             let mut log = std::fs::OpenOptions::new().append(true).open(skip_log)?;
             Ok(writeln!(log, "python/tests: {reason}")?)
         }
     }
 }
 
-/// Puts the wheel and its tests into a folder, where there is a Python to build the wheel with.
+/// Puts the wheel and its tests into a folder, where there is what builds it.
 pub fn copy(to: &Path) -> Result<()> {
-    if let Err(reason) = find() {
-        eprintln!("without the Python package: {reason}");
-        return Ok(());
-    }
-    let wheel = Environment::new()?.wheel()?;
+    let environment = match Environment::new() {
+        Ok(environment) => environment,
+        Err(reason) => {
+            eprintln!("without the Python package: {reason:#}");
+            return Ok(());
+        }
+    };
+    let wheel = environment.wheel()?;
     copy_tree(&workspace_root().join("python/tests"), &to.join("tests"))?;
     let name = wheel.file_name().context("a wheel has a name")?;
     std::fs::copy(&wheel, to.join(name)).with_context(|| format!("cannot copy {}", wheel.display()))?;
     Ok(())
 }
 
-/// Checks the package's types, where there is a Python.
+/// Checks the package's types, where there is what checks them.
 pub fn check() -> Result<()> {
-    match find() {
-        Ok(_) => Environment::new()?.check(),
+    match Environment::new() {
+        Ok(environment) => environment.check(),
         Err(reason) => {
-            println!("\nSkipped: checking the types of the Python package.\n{reason}");
+            println!("\nSkipped: checking the types of the Python package.\n{reason:#}");
             Ok(())
         }
     }
