@@ -30,6 +30,10 @@ pub struct Args {}
 /// Carries the command out.
 pub fn run(_: &Args) -> Result<()> {
     setup::compiler()?;
+    // With the assembler at hand, the wheel carries cubins, and its users' drivers have nothing to compile.
+    if let Err(reason) = setup::ptxas(true) {
+        eprintln!("no cubins, the driver will compile the PTX: {reason:#}");
+    }
     let wheel = Environment::new()?.wheel()?;
     println!("{}", wheel.display());
     Ok(())
