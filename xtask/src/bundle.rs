@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use moe_lora_codegen::{Arch, workspace_root};
 use serde_json::Value;
 
-use crate::ptx;
-use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir};
+use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
+use crate::{ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be.
 const LARGEST: u64 = 60_000_000;
@@ -19,7 +19,7 @@ const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
 /// Gather all that a GPU machine without Rust needs in one folder.
 ///
 /// The folder holds the program moe-lora, the examples, every test of moe-lora-tests with its
-/// fixtures, libmoe_lora.so with its header and its tests, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
+/// fixtures, libmoe_lora.so with its header and its tests, the Python package with its tests, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
 /// architecture, and run ./run-tests.sh there.
 #[derive(clap::Args)]
 pub struct Args {
@@ -60,6 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
     copy_capi(&out.join("capi"))?;
+    python::copy(&out.join("python"))?;
 
     let total = print_sizes(&out)?;
     ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
@@ -103,20 +104,6 @@ fn copy_capi(to: &Path) -> Result<()> {
 fn strip(program: &Path) -> Result<()> {
     if installed("strip") {
         run_command(Command::new("strip").arg(program))?;
-    }
-    Ok(())
-}
-
-fn copy_tree(from: &Path, to: &Path) -> Result<()> {
-    std::fs::create_dir_all(to)?;
-    for entry in std::fs::read_dir(from).with_context(|| format!("{}", from.display()))? {
-        let entry = entry?;
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        if entry.file_type()?.is_dir() {
-            copy_tree(&from, &to)?;
-        } else {
-            std::fs::copy(&from, &to).with_context(|| format!("{}", from.display()))?;
-        }
     }
     Ok(())
 }

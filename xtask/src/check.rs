@@ -4,11 +4,11 @@ use anyhow::Result;
 use moe_lora_codegen::Arch;
 
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{header, ptx, setup};
+use crate::{header, ptx, python, setup};
 
-/// Check format, lints, documentation, the C header, and every kernel for every architecture.
+/// Check format, lints, documentation, the C header, Python's types, and every kernel for every architecture.
 ///
-/// Warnings of rustfmt, clippy, rustdoc and ptxas are errors. The kernels are assembled for sm_80,
+/// Warnings of rustfmt, clippy, rustdoc, mypy and ptxas are errors. The kernels are assembled for sm_80,
 /// sm_90a, sm_100 and sm_120, with a ptxas that is downloaded where none is installed; a kernel
 /// that spills registers or has a stack frame is an error too.
 #[derive(clap::Args)]
@@ -29,6 +29,7 @@ pub fn run(_: &Args) -> Result<()> {
     run_command(
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
+    python::check()?;
     let assembled = ptx::build(&Arch::ALL, &target_dir()?.join("ptx"), true)?;
     match assembled {
         Ok(()) => println!("\nEverything was checked."),

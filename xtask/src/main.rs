@@ -5,6 +5,7 @@ mod check;
 mod debian;
 mod header;
 mod ptx;
+mod python;
 mod setup;
 mod shell;
 mod test;
@@ -32,6 +33,7 @@ enum Task {
     Test(test::Args),
     Check(check::Args),
     Header(header::Args),
+    Wheel(python::Args),
     Bundle(bundle::Args),
 }
 
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Check(args) => check::run(&args),
         Task::Header(args) => header::run(&args),
+        Task::Wheel(args) => python::run(&args),
         Task::Bundle(args) => bundle::run(&args),
     };
     match done {

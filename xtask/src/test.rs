@@ -6,13 +6,13 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use moe_lora_codegen::workspace_root;
 
-use crate::setup;
 use crate::shell::{cargo, empty_dir, run as run_command, target_dir};
+use crate::{python, setup};
 
 /// The tests append a line to the file that this names whenever they skip something.
 pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
 
-/// Run every test, and a crate elsewhere that depends on moe-lora by path.
+/// Run every test, the Python package's among them, and a crate elsewhere that depends on moe-lora by path.
 ///
 /// Tests of the GPU back end run where there is a GPU and are listed as skipped where there is
 /// none; everything else runs everywhere. `cargo xtask bundle` takes the tests to a GPU machine
@@ -40,9 +40,11 @@ pub fn run(args: &Args) -> Result<()> {
         test.args(["--workspace", "--no-fail-fast"]);
     }
     let tested = run_command(test.args(&args.cargo_test));
+    let python = if all { python::test(&skip_log) } else { Ok(()) };
     let skipped = std::fs::read_to_string(&skip_log)?;
     print_skipped(&skipped);
     tested?;
+    python?;
     if all {
         path_dependency()?;
     }

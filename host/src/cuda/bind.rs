@@ -79,6 +79,7 @@ driver_functions! {
     cuStreamDestroy_v2 cuStreamEndCapture cuStreamGetFlags cuStreamGetPriority cuStreamSynchronize
     cuStreamWaitEvent cuSurfObjectCreate cuSurfObjectDestroy cuSurfObjectGetResourceDesc cuTexObjectCreate
     cuTexObjectDestroy cuTexObjectGetResourceDesc cuTexObjectGetResourceViewDesc
+    cuThreadExchangeStreamCaptureMode
 }
 
 /// Opens the driver library and fills the slots, once. What a driver does not have stays unbound.

@@ -7,7 +7,7 @@ use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
-use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUstream};
+use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
 use moe_lora_kernels::entry::CLUSTERS_SINCE;
 use moe_lora_kernels::{ENTRIES, Entry};
 use std::{fmt, ptr};
@@ -135,9 +135,7 @@ impl Gpu {
     /// # Errors
     /// As for [`Gpu::new`].
     pub fn with_kernels(ordinal: u32, kernels: &'static [Embedded]) -> Result<Self> {
-        bind::require()?;
-        let no_device = |error: cust::error::CudaError| Error::NoDevice { reason: format!("{error:?}") };
-        cust::init(cust::CudaFlags::empty()).map_err(no_device)?;
+        start_driver()?;
         let device = Device::get_device(ordinal).map_err(no_device)?;
         let info = DeviceInfo::new(device)?;
         if !bind::has_launch_kernel_ex() {
@@ -246,6 +244,32 @@ impl Gpu {
     pub(super) fn overlaps_launches(&self) -> bool {
         self.embedded.sm >= 90
     }
+}
+
+/// Why a device cannot be had.
+fn no_device(error: cust::error::CudaError) -> Error {
+    Error::NoDevice { reason: format!("{error:?}") }
+}
+
+/// Starts the driver, as must be done before anything else is asked of it.
+pub(super) fn start_driver() -> Result<()> {
+    bind::require()?;
+    cust::init(cust::CudaFlags::empty()).map_err(no_device)
+}
+
+/// The number of the device that the memory at `address` belongs to.
+///
+/// # Errors
+/// [`Error::NoDevice`] without a driver, [`Error::Driver`] for an address that the driver does not know.
+pub fn device_of(address: u64) -> Result<u32> {
+    start_driver()?;
+    let mut ordinal = 0u32;
+    // SAFETY: writes one integer.
+    status("cuPointerGetAttribute", unsafe {
+        let ordinal = ptr::from_mut(&mut ordinal).cast();
+        sys::cuPointerGetAttribute(ordinal, CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+    })?;
+    Ok(ordinal)
 }
 
 /// The context that was current on this thread, made current again when this is dropped: for a library that

@@ -1,6 +1,7 @@
 //! Calls recorded once and replayed often.
 
 use crate::backend::Backend;
+use crate::cuda::gpu::start_driver;
 use crate::cuda::{Queue, status};
 use crate::error::Result;
 use cust::sys::{self, CUevent, CUgraphExec, CUstreamCaptureMode};
@@ -75,6 +76,38 @@ impl Drop for Graph<'_> {
         // SAFETY: instantiated by `capture`, and dropped once. A failure here has nobody to go to.
         let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
     }
+}
+
+/// Lets this thread allocate, free and load modules until it is dropped, whatever is being captured meanwhile: a
+/// library that prepares itself at its first call, which may be made within a capture. What is done so is done
+/// once, at the call, and is no part of the graph.
+pub struct AllowAllocation(CUstreamCaptureMode);
+
+impl AllowAllocation {
+    /// Begins the stretch.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoDevice`] without a driver or device, [`crate::Error::Driver`] when the driver refuses.
+    pub fn begin() -> Result<Self> {
+        start_driver()?;
+        Ok(AllowAllocation(exchange_mode(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?))
+    }
+}
+
+impl Drop for AllowAllocation {
+    fn drop(&mut self) {
+        // A failure here has nobody to go to.
+        let _ = exchange_mode(self.0);
+    }
+}
+
+/// Makes `mode` this thread's, and returns what was.
+fn exchange_mode(mut mode: CUstreamCaptureMode) -> Result<CUstreamCaptureMode> {
+    // SAFETY: reads and writes one value.
+    status("cuThreadExchangeStreamCaptureMode", unsafe {
+        sys::cuThreadExchangeStreamCaptureMode(&mut mode)
+    })?;
+    Ok(mode)
 }
 
 /// An event, on any stream: cust's own records on its own streams alone.

@@ -7,6 +7,7 @@
 //! | [`DeviceBuffer`] | memory that is freed when dropped | `cuMemAlloc` |
 //! | [`Workspace`] | scratch memory of calls | `cuMemAlloc` |
 //! | [`Graph`] | calls recorded once, replayed often | stream capture, graph |
+//! | [`AllowAllocation`] | a stretch in which a stream may be captured and memory allocated | relaxed capture mode |
 //!
 //! The driver is bound when it is first used, so a program with this back end starts on a machine without
 //! a GPU and is told [`crate::Error::NoDevice`].
@@ -19,8 +20,8 @@ mod queue;
 mod workspace;
 
 pub use crate::plan::{IndexWidth, Options, TileKind};
-pub use gpu::{CallersContext, DeviceInfo, EMBEDDED, Embedded, Gpu};
-pub use graph::Graph;
+pub use gpu::{CallersContext, DeviceInfo, EMBEDDED, Embedded, Gpu, device_of};
+pub use graph::{AllowAllocation, Graph};
 pub use queue::{DeviceBuffer, Queue};
 pub use workspace::Workspace;
 

@@ -17,10 +17,30 @@ pub struct Workspace {
 
 impl Workspace {
     pub(super) fn new(projections: &[Projection], max_tokens: usize) -> Result<Self> {
-        let scratch = Scratch::new(projections, max_tokens)?;
+        Self::with(Scratch::new(projections, max_tokens)?)
+    }
+
+    fn with(scratch: Scratch) -> Result<Self> {
         // SAFETY: every part is written by the kernel that comes before its reader.
         let memory = unsafe { DeviceBuffer::uninitialized(scratch.bytes()) }.map_err(failed("cuMemAlloc"))?;
         Ok(Workspace { memory, scratch })
+    }
+
+    /// Another workspace, on the device whose context is current, with room for whatever this one has room for
+    /// and for calls of up to `max_tokens` tokens on `projection`. It keeps no route.
+    ///
+    /// # Errors
+    /// As for [`Backend::workspace`](crate::Backend::workspace).
+    pub fn grown(&self, projection: &Projection, max_tokens: usize) -> Result<Self> {
+        Self::with(self.scratch.grown(projection, max_tokens)?)
+    }
+
+    /// Checks that a call of `tokens` tokens on `projection` fits.
+    ///
+    /// # Errors
+    /// [`crate::Error::WorkspaceTooSmall`] when it does not, [`crate::Error::SizeTooLarge`] when it fits none.
+    pub fn check_room(&self, projection: &Projection, tokens: usize) -> Result<()> {
+        self.scratch.check_room(projection, tokens)
     }
 
     /// Bytes of device memory that this workspace takes.

@@ -76,6 +76,31 @@ impl Room {
         })
     }
 
+    /// Room for whatever fits either.
+    fn max(self, other: Self) -> Self {
+        Room {
+            pairs: self.pairs.max(other.pairs),
+            listed: self.listed.max(other.listed),
+            tiles: self.tiles.max(other.tiles),
+            scratch_bytes: self.scratch_bytes.max(other.scratch_bytes),
+        }
+    }
+
+    /// Refuses what needs more.
+    fn check(&self, needed: &Room) -> Result<()> {
+        for (what, limit, got) in [
+            ("pairs", self.pairs, needed.pairs),
+            ("listed pairs", self.listed, needed.listed),
+            ("tiles", self.tiles, needed.tiles),
+            ("bytes of h", self.scratch_bytes, needed.scratch_bytes),
+        ] {
+            if got > limit {
+                return Err(Error::WorkspaceTooSmall { what, limit, got });
+            }
+        }
+        Ok(())
+    }
+
     /// The parts from `base` on, and the bytes of all of them.
     fn parts(&self, base: u64) -> (Parts, usize) {
         let mut end = 0;
@@ -100,13 +125,21 @@ impl Scratch {
     pub fn new(projections: &[Projection], max_tokens: usize) -> Result<Self> {
         let mut room = Room::default();
         for projection in projections {
-            let Room { pairs, listed, tiles, scratch_bytes } = Room::of(projection, max_tokens)?;
-            room.pairs = room.pairs.max(pairs);
-            room.listed = room.listed.max(listed);
-            room.tiles = room.tiles.max(tiles);
-            room.scratch_bytes = room.scratch_bytes.max(scratch_bytes);
+            room = room.max(Room::of(projection, max_tokens)?);
         }
         Ok(Scratch { room, kept: None })
+    }
+
+    /// Room for what fits here, and for calls of up to `max_tokens` tokens on `projection`.
+    #[cfg(feature = "cuda")]
+    pub fn grown(&self, projection: &Projection, max_tokens: usize) -> Result<Self> {
+        Ok(Scratch { room: self.room.max(Room::of(projection, max_tokens)?), kept: None })
+    }
+
+    /// Checks that a call of `tokens` tokens fits.
+    #[cfg(feature = "cuda")]
+    pub fn check_room(&self, projection: &Projection, tokens: usize) -> Result<()> {
+        self.room.check(&Room::of(projection, tokens)?)
     }
 
     /// Bytes of memory that the parts take.
@@ -149,17 +182,7 @@ impl Scratch {
         plan: &Plan,
         base: u64,
     ) -> Result<Parts> {
-        let Room { pairs, listed, tiles, scratch_bytes } = Room::of(projection, tokens)?;
-        for (what, limit, got) in [
-            ("pairs", self.room.pairs, pairs),
-            ("listed pairs", self.room.listed, listed),
-            ("tiles", self.room.tiles, tiles),
-            ("bytes of h", self.room.scratch_bytes, scratch_bytes),
-        ] {
-            if got > limit {
-                return Err(Error::WorkspaceTooSmall { what, limit, got });
-            }
-        }
+        self.room.check(&Room::of(projection, tokens)?)?;
         self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
         Ok(self.room.parts(base).0)
     }

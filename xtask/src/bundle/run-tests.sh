@@ -13,6 +13,22 @@ for test in "$here"/tests/*; do
     "$test" "$@" || failed="$failed ${test##*/}"
 done
 
+if [ -d "$here/python" ]; then
+    echo "== python"
+    python=${MOE_LORA_PYTHON:-python3}
+    if "$python" -c 'import pytest' 2>/dev/null; then
+        site=$(mktemp -d) || exit 1
+        "$python" -m zipfile -e "$here"/python/*.whl "$site"
+        (cd "$here/python/tests" && PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$site" \
+            "$python" -m pytest -q -p no:cacheprovider ${1:+-k "$1"})
+        # 5: no test has that name.
+        case $? in 0 | 5) ;; *) failed="$failed python" ;; esac
+        rm -r "$site"
+    else
+        echo "python: $python has no pytest" >> "$MOE_LORA_SKIP_LOG"
+    fi
+fi
+
 echo "== skipped:"
 cat "$MOE_LORA_SKIP_LOG"
 rm -f "$MOE_LORA_SKIP_LOG"

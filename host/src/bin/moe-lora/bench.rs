@@ -10,12 +10,14 @@ use rand::rngs::StdRng;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
+use std::time::Instant;
 
 #[derive(clap::Args)]
 #[command(after_help = "\
 time   of shrink and expand: the median over replays of a CUDA graph that calls the operator on one set of
        weights after another, together larger than the L2 cache, as the layers of a model would
 route  what routing adds to that
+host   what a call with its routing costs the thread that makes it, outside a graph
 floor  the bytes that must move (each touched weight once, x once, out read and written) at 3.0 TB/s, or the
        operations at 790 TFLOP/s, whichever takes longer: an H100's
 error  distance from float64 at randomly drawn pairs; a wrong result is not timed
@@ -94,6 +96,8 @@ const MIN_CALLS: usize = 8;
 /// Replays: first some that are not timed.
 const WARM_UP: usize = 3;
 const REPLAYS: usize = 15;
+/// Calls that are made one after another while the host is timed: few enough for the driver to queue them all.
+const QUEUED: usize = 16;
 /// Sequences of a batch; each has one adapter.
 const SEQUENCES: usize = 16;
 /// Pairs whose output is checked.
@@ -191,6 +195,8 @@ struct Times {
     kernels: f64,
     /// What routing adds.
     route: f64,
+    /// What a call costs the host.
+    host: f64,
     floor: f64,
     error: f64,
 }
@@ -198,6 +204,19 @@ struct Times {
 fn median(mut times: Vec<f64>) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+/// Microseconds that a call takes the host, which waits for nothing.
+fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<()>) -> moe_lora::Result<f64> {
+    let mut times = Vec::new();
+    for _ in 0..WARM_UP + REPLAYS {
+        queue.synchronize()?;
+        let start = Instant::now();
+        (0..QUEUED).try_for_each(|_| call())?;
+        times.push(start.elapsed().as_secs_f64() * 1e6 / QUEUED as f64);
+    }
+    queue.synchronize()?;
+    Ok(median(times.split_off(WARM_UP)))
 }
 
 /// Time that no implementation can go below.
@@ -237,7 +256,7 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
     };
     let mut out = queue.upload(&vec![T::from_f32(0.0); pairs * projection.out_width()])?;
     let mut workspace = queue.workspace(&[projection], case.tokens)?;
-    let mut call = |queue: &Queue<'_>, set: usize, kept: bool| {
+    let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
         let (a, b) = (views(&weights[set].0), views(&weights[set].1));
         let routing = RoutingTensors {
             topk_ids: topk_ids.view(),
@@ -264,15 +283,15 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
     };
 
     // Twice, on a fresh and on a kept route: out was zero, so it now holds twice the delta.
-    call(queue, 0, false)?;
-    call(queue, 0, true)?;
+    call(queue, &mut out, 0, false)?;
+    call(queue, &mut out, 0, true)?;
     // The graphs: the calls' times do not depend on what out holds, as long as it stays finite.
     let calls = MIN_CALLS.div_ceil(sets) * sets;
     let mut graphs = Vec::new();
     for kept in [true, false] {
         // SAFETY: every buffer outlives the graphs.
         graphs.push(unsafe {
-            queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, i % sets, kept)))
+            queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, &mut out, i % sets, kept)))
         }?);
     }
     let result = queue.download(&out)?;
@@ -295,21 +314,22 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
         anyhow::bail!("wrong result: error {error:.1e}, at most {tolerance:.1e} is allowed");
     }
 
+    let host = host_time(queue, || call(queue, &mut out, 0, false))?;
     let mut measured = Vec::new();
     for graph in &graphs {
         queue.time(graph, WARM_UP)?;
         measured.push(median(queue.time(graph, REPLAYS)?) / calls as f64);
     }
     let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
-    Ok(Times { kernels, route: routed - kernels, floor: floor(&projection, &inputs), error })
+    Ok(Times { kernels, route: routed - kernels, host, floor: floor(&projection, &inputs), error })
 }
 
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
     println!("{}", gpu.info());
     let queue = gpu.queue(Options { index: None, tile: args.tile })?;
-    println!("| model | op | T | R | adapters | floor µs | time µs | × floor | route µs | error |");
-    println!("|---|---|---|---|---|---|---|---|---|---|");
+    println!("| model | op | T | R | adapters | floor µs | time µs | × floor | route µs | host µs | error |");
+    println!("|---|---|---|---|---|---|---|---|---|---|---|");
     let wanted = |case: &Case| {
         (args.tokens.is_empty() || args.tokens.contains(&case.tokens))
             && args.op.as_deref().is_none_or(|op| op == case.op)
@@ -321,11 +341,11 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         };
         let Case { model, op, tokens, rank, loras } = case;
         let name = model.name;
-        let Times { kernels, route, floor, error } =
+        let Times { kernels, route, host, floor, error } =
             timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
         let ratio = kernels / floor;
         println!(
-            "| {name} | {op} | {tokens} | {rank} | {loras} | {floor:.1} | {kernels:.1} | {ratio:.2} | {route:.1} | {error:.1e} |"
+            "| {name} | {op} | {tokens} | {rank} | {loras} | {floor:.1} | {kernels:.1} | {ratio:.2} | {route:.1} | {host:.2} | {error:.1e} |"
         );
     }
     Ok(())

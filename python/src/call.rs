@@ -1,0 +1,407 @@
+//! From the tensors of a call to the library's call: every shape is checked against the others, and the sizes of
+//! the projection follow from them.
+
+use crate::fault::Outcome;
+use crate::place::{self, Place, Workspace};
+use crate::read::{Delta, Optional, Output, Reader, Slices, element, x_rows};
+use crate::routing::{FLAGS, Routing, Source, Tokens, enabled};
+use crate::tensor::{Dim, Tensor, Type};
+use half::{bf16, f16};
+use moe_lora::cuda::{self, Queue};
+use moe_lora::{
+    Backend, BlockShape, DType, Device, Element, Error, Expand, ExpertWeights, Forward, Projection,
+    ProjectionSizes, Route, Shrink, XRows,
+};
+use pyo3::prelude::*;
+
+/// What all calls take: who goes where, and where it runs.
+#[derive(Clone, Copy)]
+pub struct Arguments<'a, 'py> {
+    pub routing: Routing<'a, 'py>,
+    pub experts: Option<usize>,
+    pub workspace: Option<&'a Bound<'py, Workspace>>,
+    pub stream: Optional<'a, 'py>,
+}
+
+/// Work that is queued for elements of a type.
+trait Queued {
+    /// # Safety
+    /// `T` is the type of the call's tensors, which outlive what is queued.
+    unsafe fn run<T: Element>(
+        &self,
+        queue: &Queue<'_>,
+        workspace: &mut cuda::Workspace,
+        projection: &Projection,
+    ) -> moe_lora::Result<()>;
+}
+
+/// Finds the place, and queues the work there.
+fn run(
+    reader: &Reader<'_>,
+    arguments: &Arguments<'_, '_>,
+    sizes: ProjectionSizes,
+    tokens: usize,
+    kept: bool,
+    work: &impl Queued,
+) -> Outcome<()> {
+    let projection = Projection::new(sizes)?;
+    let stream = place::stream(arguments.stream, reader)?;
+    let place = Place { ordinal: reader.ordinal, stream, workspace: arguments.workspace };
+    place.run(&projection, tokens, kept, |queue, workspace| {
+        // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their memory
+        // does so in the order of the stream, as for any work that is queued on it.
+        unsafe {
+            match sizes.dtype {
+                DType::Bf16 => work.run::<bf16>(queue, workspace, &projection),
+                DType::F16 => work.run::<f16>(queue, workspace, &projection),
+            }
+        }
+    })
+}
+
+/// A whole call.
+pub fn forward<'py>(
+    x: &Bound<'py, PyAny>,
+    a: &Bound<'py, PyAny>,
+    b: &Bound<'py, PyAny>,
+    delta: &Delta<'_, 'py>,
+    arguments: &Arguments<'_, 'py>,
+) -> Outcome<()> {
+    struct Call {
+        x: Tensor,
+        x_stride: usize,
+        a: Slices,
+        b: Slices,
+        output: Output,
+        source: Source,
+    }
+    impl Queued for Call {
+        unsafe fn run<T: Element>(
+            &self,
+            queue: &Queue<'_>,
+            workspace: &mut cuda::Workspace,
+            projection: &Projection,
+        ) -> moe_lora::Result<()> {
+            let Call { x, x_stride, a, b, output, source } = self;
+            // SAFETY: as the caller promises.
+            unsafe {
+                let call = Forward::<Device, T> {
+                    tokens: output.tokens(),
+                    route: source.route(),
+                    x: x.rows(*x_stride),
+                    a: &a.views(),
+                    b: &b.views(),
+                    topk_weights: output.weights(),
+                    out: output.rows(),
+                    offset: output.offset,
+                    accumulate: output.accumulate,
+                };
+                queue.forward(workspace, projection, call)
+            }
+        }
+    }
+    let (reader, x) = Reader::first("x", x)?;
+    let dtype = element(&x)?;
+    let output = Output::read(&reader, delta)?;
+    let (tokens, top_k) = (output.tokens(), output.top_k());
+    let a = reader.slices(
+        "a",
+        a,
+        x.dtype(),
+        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("R"), Dim::Named("K")],
+    )?;
+    let [slots, a_experts, max_rank, in_dim] = a.sizes;
+    let b = reader.slices(
+        "b",
+        b,
+        x.dtype(),
+        [Dim::Is(slots), Dim::Named("E or 1"), Dim::Named("N"), Dim::Is(max_rank)],
+    )?;
+    let [_, b_experts, out_dim, _] = b.sizes;
+    if a.tensors.len() != b.tensors.len() {
+        return Err(Error::SliceCount { tensor: "b", expected: a.tensors.len(), got: b.tensors.len() }.into());
+    }
+    let slices = a.tensors.len();
+    output.check(x.dtype(), slices, out_dim)?;
+    let experts = arguments.experts.unwrap_or(a_experts.max(b_experts));
+    let sizes = ProjectionSizes {
+        dtype,
+        top_k,
+        experts,
+        slots,
+        max_rank,
+        slices,
+        in_dim,
+        out_dim,
+        x_rows: x_rows(&x, tokens, top_k, in_dim)?,
+        a_experts: a.experts(experts)?,
+        b_experts: b.experts(experts)?,
+    };
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
+    let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
+    run(&reader, arguments, sizes, tokens, kept, &Call { x, x_stride, a, b, output, source })
+}
+
+/// The tokens and choices that the pairs of `h`, `[S, T, k, R]` or `[S, P, R]`, stand for. The shorter form says
+/// only how many pairs there are, so `topk_ids` must say the rest.
+fn tokens_of(reader: &Reader<'_>, h: &Tensor, arguments: &Arguments<'_, '_>) -> Outcome<(usize, usize)> {
+    match *h.shape() {
+        [_, tokens, top_k, _] => Ok((tokens, top_k)),
+        [_, pairs, _] => {
+            let Routing::Tokens(Tokens { topk_ids: Some(topk_ids), .. }) = arguments.routing else {
+                return Err(h.wrong_shape("[S, T, k, R], as there is no topk_ids to tell T from k"));
+            };
+            match *reader.whole("topk_ids", topk_ids)?.shape() {
+                [tokens, top_k] if tokens * top_k == pairs => Ok((tokens, top_k)),
+                [tokens, top_k] => Err(h.wrong_shape(format_args!("[S, {}, R]", tokens * top_k))),
+                _ => Err(h.wrong_shape("[S, T, k, R]")),
+            }
+        }
+        _ => Err(h.wrong_shape("[S, T, k, R] or [S, P, R]")),
+    }
+}
+
+/// Checks `h` against the sizes of the projection.
+fn check_h(h: &Tensor, dtype: Type, slices: usize, max_rank: usize) -> Outcome<()> {
+    h.expect_type(&[dtype])?;
+    let mut expected = h.shape().iter().map(|&size| Dim::Is(size)).collect::<Vec<_>>();
+    expected[0] = Dim::Is(slices);
+    *expected.last_mut().expect("it has three dimensions or four") = Dim::Is(max_rank);
+    h.expect_shape(&expected)?;
+    h.expect_contiguous()
+}
+
+/// The first half of a call.
+pub fn shrink<'py>(
+    x: &Bound<'py, PyAny>,
+    a: &Bound<'py, PyAny>,
+    h: &Bound<'py, PyAny>,
+    arguments: &Arguments<'_, 'py>,
+) -> Outcome<()> {
+    struct Call {
+        tokens: usize,
+        x: Tensor,
+        x_stride: usize,
+        a: Slices,
+        h: Tensor,
+        source: Source,
+    }
+    impl Queued for Call {
+        unsafe fn run<T: Element>(
+            &self,
+            queue: &Queue<'_>,
+            workspace: &mut cuda::Workspace,
+            projection: &Projection,
+        ) -> moe_lora::Result<()> {
+            let &Call { tokens, x_stride, .. } = self;
+            // SAFETY: as the caller promises.
+            unsafe {
+                let (x, h) = (self.x.rows(x_stride), self.h.view_mut());
+                let call =
+                    Shrink::<Device, T> { tokens, route: self.source.route(), x, a: &self.a.views(), h };
+                queue.shrink(workspace, projection, call)
+            }
+        }
+    }
+    let (reader, x) = Reader::first("x", x)?;
+    let dtype = element(&x)?;
+    let h = reader.whole("h", h)?;
+    let (tokens, top_k) = tokens_of(&reader, &h, arguments)?;
+    let a = reader.slices(
+        "a",
+        a,
+        x.dtype(),
+        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("R"), Dim::Named("K")],
+    )?;
+    let [slots, a_experts, max_rank, in_dim] = a.sizes;
+    let slices = a.tensors.len();
+    check_h(&h, x.dtype(), slices, max_rank)?;
+    let experts = arguments.experts.unwrap_or(a_experts);
+    let sizes = ProjectionSizes {
+        dtype,
+        top_k,
+        experts,
+        slots,
+        max_rank,
+        slices,
+        in_dim,
+        out_dim: 1,
+        x_rows: x_rows(&x, tokens, top_k, in_dim)?,
+        a_experts: a.experts(experts)?,
+        b_experts: ExpertWeights::Shared,
+    };
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
+    let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
+    run(&reader, arguments, sizes, tokens, kept, &Call { tokens, x, x_stride, a, h, source })
+}
+
+/// The second half of a call.
+pub fn expand<'py>(
+    h: &Bound<'py, PyAny>,
+    b: &Bound<'py, PyAny>,
+    delta: &Delta<'_, 'py>,
+    arguments: &Arguments<'_, 'py>,
+) -> Outcome<()> {
+    struct Call {
+        h: Tensor,
+        b: Slices,
+        output: Output,
+        source: Source,
+    }
+    impl Queued for Call {
+        unsafe fn run<T: Element>(
+            &self,
+            queue: &Queue<'_>,
+            workspace: &mut cuda::Workspace,
+            projection: &Projection,
+        ) -> moe_lora::Result<()> {
+            let Call { h, b, output, source } = self;
+            // SAFETY: as the caller promises.
+            unsafe {
+                let call = Expand::<Device, T> {
+                    tokens: output.tokens(),
+                    route: source.route(),
+                    h: h.view(),
+                    b: &b.views(),
+                    topk_weights: output.weights(),
+                    out: output.rows(),
+                    offset: output.offset,
+                    accumulate: output.accumulate,
+                };
+                queue.expand(workspace, projection, call)
+            }
+        }
+    }
+    let (reader, h) = Reader::first("h", h)?;
+    let dtype = element(&h)?;
+    let output = Output::read(&reader, delta)?;
+    let (tokens, top_k) = (output.tokens(), output.top_k());
+    let b = reader.slices(
+        "b",
+        b,
+        h.dtype(),
+        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("N"), Dim::Named("R")],
+    )?;
+    let [slots, b_experts, out_dim, max_rank] = b.sizes;
+    let slices = b.tensors.len();
+    match *h.shape() {
+        [_, t, k, _] if (t, k) == (tokens, top_k) => {}
+        [_, pairs, _] if pairs == tokens * top_k => {}
+        _ => {
+            let pairs = tokens * top_k;
+            return Err(h.wrong_shape(format_args!(
+                "[{slices}, {tokens}, {top_k}, {max_rank}] or [{slices}, {pairs}, {max_rank}]"
+            )));
+        }
+    }
+    check_h(&h, h.dtype(), slices, max_rank)?;
+    output.check(h.dtype(), slices, out_dim)?;
+    let experts = arguments.experts.unwrap_or(b_experts);
+    let sizes = ProjectionSizes {
+        dtype,
+        top_k,
+        experts,
+        slots,
+        max_rank,
+        slices,
+        in_dim: 1,
+        out_dim,
+        x_rows: XRows::Token,
+        a_experts: ExpertWeights::Shared,
+        b_experts: b.experts(experts)?,
+    };
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
+    let kept = source.is_kept();
+    run(&reader, arguments, sizes, tokens, kept, &Call { h, b, output, source })
+}
+
+/// The routing alone.
+pub fn route<'py>(
+    topk_ids: &Bound<'py, PyAny>,
+    slots: usize,
+    max_rank: usize,
+    experts: usize,
+    arguments: &Arguments<'_, 'py>,
+) -> Outcome<()> {
+    struct Call {
+        tokens: usize,
+        source: Source,
+    }
+    impl Queued for Call {
+        unsafe fn run<T: Element>(
+            &self,
+            queue: &Queue<'_>,
+            workspace: &mut cuda::Workspace,
+            projection: &Projection,
+        ) -> moe_lora::Result<()> {
+            // SAFETY: as the caller promises.
+            match unsafe { self.source.route() } {
+                Route::From(routing) => queue.route(workspace, projection, self.tokens, routing),
+                // Routing alone is of tokens.
+                Route::Sorted(_) | Route::Kept => Ok(()),
+            }
+        }
+    }
+    let (reader, ids) = Reader::first("topk_ids", topk_ids)?;
+    ids.expect_shape(&[Dim::Named("T"), Dim::Named("k")])?;
+    let (tokens, top_k) = (ids.shape()[0], ids.shape()[1]);
+    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
+    let sizes = *place::layer(top_k, experts, slots, max_rank, 1)?.sizes();
+    run(&reader, arguments, sizes, tokens, false, &Call { tokens, source })
+}
+
+/// The sorting of pairs into blocks. Names and shapes are vLLM's.
+pub struct Align<'a, 'py> {
+    pub topk_ids: &'a Bound<'py, PyAny>,
+    pub token_lora_mapping: &'a Bound<'py, PyAny>,
+    pub experts: usize,
+    pub slots: usize,
+    pub shape: BlockShape,
+    pub sorted_token_ids: &'a Bound<'py, PyAny>,
+    pub expert_ids: &'a Bound<'py, PyAny>,
+    pub num_tokens_post_pad: &'a Bound<'py, PyAny>,
+    pub adapter_enabled: &'a Bound<'py, PyAny>,
+    pub lora_ids: &'a Bound<'py, PyAny>,
+    pub expert_map: Optional<'a, 'py>,
+}
+
+/// Sorts pairs into blocks.
+pub fn align<'py>(call: &Align<'_, 'py>, stream: Optional<'_, 'py>) -> Outcome<()> {
+    let (reader, topk_ids) = Reader::first("topk_ids", call.topk_ids)?;
+    topk_ids.expect_type(&[Type::I32])?;
+    topk_ids.expect_shape(&[Dim::Named("T"), Dim::Named("k")])?;
+    topk_ids.expect_contiguous()?;
+    let &Align { experts, slots, shape, .. } = call;
+    let (tokens, top_k) = (topk_ids.shape()[0], topk_ids.shape()[1]);
+    let list = |name, object, least| reader.array(name, object, &[Type::I32], &[Dim::AtLeast(least)]);
+    let token_lora = list("token_lora_mapping", call.token_lora_mapping, tokens)?;
+    let lora_ids = list("lora_ids", call.lora_ids, 0)?;
+    let expert_map = call.expert_map.map(|map| list("expert_map", map, 1)).transpose()?;
+    let adapter_enabled =
+        reader.array("adapter_enabled", call.adapter_enabled, &FLAGS, &[Dim::AtLeast(slots)])?;
+    // Flat or in rows, as long as all of it is there: the library sees to that.
+    let sorted_token_ids = reader.packed("sorted_token_ids", call.sorted_token_ids, Type::I32)?;
+    let expert_ids = reader.packed("expert_ids", call.expert_ids, Type::I32)?;
+    let num_tokens_post_padded = reader.packed("num_tokens_post_pad", call.num_tokens_post_pad, Type::I32)?;
+    let stream = place::stream(stream, &reader)?;
+    Place { ordinal: reader.ordinal, stream, workspace: None }.run_alone(|queue| {
+        // SAFETY: the types were checked. The caller holds the tensors, as for the other calls.
+        unsafe {
+            queue.align(moe_lora::Align {
+                tokens,
+                top_k,
+                experts,
+                slots,
+                shape,
+                topk_ids: topk_ids.view(),
+                token_lora: token_lora.view(),
+                adapter_enabled: enabled(Some(&adapter_enabled)),
+                lora_ids: lora_ids.view(),
+                expert_map: expert_map.as_ref().map(|map| map.view()),
+                sorted_token_ids: sorted_token_ids.view_mut(),
+                expert_ids: expert_ids.view_mut(),
+                num_tokens_post_padded: num_tokens_post_padded.view_mut(),
+            })
+        }
+    })
+}

@@ -1,0 +1,187 @@
+//! `cargo xtask wheel`, and the tests of the Python package
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use moe_lora_codegen::workspace_root;
+
+use crate::setup;
+use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
+use crate::test::SKIP_LOG_VAR;
+
+/// Names the Python to use, for example one that has PyTorch.
+const PYTHON_VAR: &str = "MOE_LORA_PYTHON";
+
+/// The oldest Python that the package is for: minor version of 3.
+const OLDEST: u32 = 10;
+
+/// What the package is built, checked and tested with, the same everywhere.
+const TOOLS: [&str; 3] = ["maturin==1.16.0", "mypy==2.4.1", "pytest==9.2.0"];
+
+/// Build the Python package, one wheel for Python 3.10 and later, into target/wheels.
+///
+/// Uses the Python that MOE_LORA_PYTHON names or a python3 of the PATH, and puts maturin into a virtual
+/// environment in target/.
+#[derive(clap::Args)]
+pub struct Args {}
+
+/// Carries the command out.
+pub fn run(_: &Args) -> Result<()> {
+    setup::compiler()?;
+    // With the assembler at hand, the wheel carries cubins, and its users' drivers have nothing to compile.
+    if let Err(reason) = setup::ptxas(true) {
+        eprintln!("no cubins, the driver will compile the PTX: {reason:#}");
+    }
+    let wheel = Environment::new()?.wheel()?;
+    println!("{}", wheel.display());
+    Ok(())
+}
+
+/// A Python that the package is for.
+fn find() -> Result<PathBuf> {
+    let named = std::env::var_os(PYTHON_VAR).filter(|name| !name.is_empty());
+    let candidates = match &named {
+        Some(name) => vec![PathBuf::from(name)],
+        None => ["python3", "python3.13", "python3.12", "python3.11", "python3.10"].map(PathBuf::from).into(),
+    };
+    let suits = format!("import sys; sys.exit(sys.version_info < (3, {OLDEST}))");
+    let found = candidates.iter().find(|python| read(Command::new(python).args(["-c", &suits])).is_ok());
+    match (found, named) {
+        (Some(python), _) => Ok(python.clone()),
+        (None, Some(name)) => {
+            bail!("{PYTHON_VAR}={} is not a Python 3.{OLDEST} or newer", name.display())
+        }
+        (None, None) => bail!(
+            "no Python 3.{OLDEST} or newer was found: install one (Debian: apt-get install python3-venv), \
+             or name one in {PYTHON_VAR}"
+        ),
+    }
+}
+
+/// A virtual environment in target/ with the tools in it. It sees the packages of the Python that it was made
+/// with, PyTorch among them if that has it.
+struct Environment {
+    dir: PathBuf,
+}
+
+impl Environment {
+    /// Makes it, unless it is there.
+    fn new() -> Result<Self> {
+        let python = find()?;
+        let version =
+            read(Command::new(&python).args(["-c", "import sys; print(sys.executable, sys.version)"]))?;
+        let made_from = format!("{version}{}\n", TOOLS.join("\n"));
+        let dir = target_dir()?.join("python");
+        let stamp = dir.join("made-from.txt");
+        let environment = Environment { dir };
+        if std::fs::read_to_string(&stamp).is_ok_and(|text| text == made_from) {
+            return Ok(environment);
+        }
+        remove_dir(&environment.dir)?;
+        step(&format!("installing {} for Python", TOOLS.join(", ")), || {
+            let venv = ["-m", "venv", "--system-site-packages"];
+            read(Command::new(&python).args(venv).arg(&environment.dir)).with_context(|| {
+                format!("{} has no venv (Debian: apt-get install python3-venv)", python.display())
+            })?;
+            read(environment.python().args(["-m", "pip", "install", "--quiet"]).args(TOOLS))
+        })?;
+        std::fs::write(&stamp, made_from)?;
+        Ok(environment)
+    }
+
+    /// Its interpreter.
+    fn python(&self) -> Command {
+        Command::new(self.program("python"))
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        let folder = if cfg!(windows) { "Scripts" } else { "bin" };
+        self.dir.join(folder).join(name)
+    }
+
+    /// Builds the wheel, and returns where it is.
+    fn wheel(&self) -> Result<PathBuf> {
+        let out = target_dir()?.join("wheels");
+        empty_dir(&out)?;
+        run_command(
+            Command::new(self.program("maturin"))
+                .args(["build", "--release", "--locked", "--manifest-path", "python/Cargo.toml", "--out"])
+                .arg(&out)
+                // Here, where .cargo/config.toml is found.
+                .current_dir(workspace_root()),
+        )?;
+        let mut wheels = out.read_dir()?.collect::<std::io::Result<Vec<_>>>()?;
+        match wheels.pop() {
+            Some(wheel) if wheels.is_empty() => Ok(wheel.path()),
+            _ => bail!("expected one wheel in {}", out.display()),
+        }
+    }
+
+    /// Runs the tests of the package as it comes out of `wheel`; those that are skipped are listed in `skip_log`.
+    fn test(&self, wheel: &Path, skip_log: &Path) -> Result<()> {
+        let install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--force-reinstall"];
+        run_command(self.python().args(install).arg(wheel))?;
+        run_command(
+            self.python()
+                .args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider"])
+                // Not in python/, whose folder moe_lora has no extension module and would hide the wheel's.
+                .current_dir(workspace_root().join("python/tests"))
+                // The folder is copied into bundles.
+                .env("PYTHONDONTWRITEBYTECODE", "1")
+                .env(SKIP_LOG_VAR, skip_log),
+        )
+    }
+
+    /// Checks the package's types.
+    fn check(&self) -> Result<()> {
+        let cache = target_dir()?.join("mypy");
+        run_command(
+            self.python()
+                .args(["-m", "mypy", "--cache-dir"])
+                .arg(cache)
+                .current_dir(workspace_root().join("python")),
+        )
+    }
+}
+
+/// Builds and tests the package, where there are a Python and the tools. Where there are none, its tests are
+/// listed as skipped.
+pub fn test(skip_log: &Path) -> Result<()> {
+    match Environment::new() {
+        Ok(environment) => environment.test(&environment.wheel()?, skip_log),
+        Err(reason) => {
+            let reason = format!("{reason:#}").replace('\n', " ");
+            let mut log = std::fs::OpenOptions::new().append(true).open(skip_log)?;
+            Ok(writeln!(log, "python/tests: {reason}")?)
+        }
+    }
+}
+
+/// Puts the wheel and its tests into a folder, where there is what builds it.
+pub fn copy(to: &Path) -> Result<()> {
+    let environment = match Environment::new() {
+        Ok(environment) => environment,
+        Err(reason) => {
+            eprintln!("without the Python package: {reason:#}");
+            return Ok(());
+        }
+    };
+    let wheel = environment.wheel()?;
+    copy_tree(&workspace_root().join("python/tests"), &to.join("tests"))?;
+    let name = wheel.file_name().context("a wheel has a name")?;
+    std::fs::copy(&wheel, to.join(name)).with_context(|| format!("cannot copy {}", wheel.display()))?;
+    Ok(())
+}
+
+/// Checks the package's types, where there is what checks them.
+pub fn check() -> Result<()> {
+    match Environment::new() {
+        Ok(environment) => environment.check(),
+        Err(reason) => {
+            println!("\nSkipped: checking the types of the Python package.\n{reason:#}");
+            Ok(())
+        }
+    }
+}
