@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use moe_lora_codegen::ptxas::{Report, Usage};
 use moe_lora_codegen::{Arch, CompileError, Compiler, Ptxas};
 
 use crate::setup;
-use crate::shell::target_dir;
+use crate::shell::{remove_file, target_dir};
 
 /// Compile the kernels to PTX and show what each one costs.
 ///
@@ -19,12 +19,18 @@ use crate::shell::target_dir;
 /// registers, stack, spills and static shared memory of every kernel; spills, a stack frame or a
 /// ptxas warning are errors too.
 ///
+/// moe-lora embeds the kernels as cubins too when ptxas is found at its own build, so that the driver has
+/// nothing to compile.
+///
 /// To read the machine code: cuobjdump -sass target/ptx/sm_90a.cubin
 #[derive(clap::Args)]
 pub struct Args {
     /// Architectures, separated by commas: sm_80, sm_90a, sm_100, sm_120
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = Arch::EMBEDDED)]
     arch: Vec<Arch>,
+    /// Architectures whose cubin must come out: without a ptxas, one is downloaded
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    cubin: Vec<Arch>,
     /// Folder to write to [default: target/ptx]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
@@ -39,8 +45,11 @@ pub fn run(args: &Args) -> Result<()> {
         Some(out) => out.clone(),
         None => target_dir()?.join("ptx"),
     };
-    let assembled = build(&args.arch, &out, args.fetch_ptxas)?;
+    let arches: BTreeSet<_> = args.arch.iter().chain(&args.cubin).copied().collect();
+    let arches: Vec<_> = arches.into_iter().collect();
+    let assembled = build(&arches, &out, args.fetch_ptxas || !args.cubin.is_empty())?;
     if let Err(reason) = assembled {
+        ensure!(args.cubin.is_empty(), "no cubin without ptxas: {reason}");
         println!("\nnot assembled: {reason}");
         println!("With --fetch-ptxas this command downloads one; a CUDA toolkit 12.8 or later has one too.");
     }
@@ -106,12 +115,17 @@ fn build_one(compiler: &Compiler, ptxas: Option<&Ptxas>, arch: Arch, out: &Path)
     std::fs::write(&ptx, &module.ptx).with_context(|| format!("cannot write {}", ptx.display()))?;
 
     let start = Instant::now();
+    let cubin = out.join(format!("{arch}.cubin"));
     let assembled = match ptxas {
         Some(ptxas) => {
-            let report = ptxas.assemble(&ptx, arch, &out.join(format!("{arch}.cubin")))?;
+            let report = ptxas.assemble(&ptx, arch, &cubin)?;
             Some((ptxas.version.clone(), start.elapsed(), report))
         }
-        None => None,
+        None => {
+            // One of an earlier build would be taken for this one's.
+            remove_file(&cubin)?;
+            None
+        }
     };
     Ok(Built { arch, ptx, warnings: module.warnings, compiled_in, assembled })
 }

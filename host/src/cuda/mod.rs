@@ -19,7 +19,7 @@ mod queue;
 mod workspace;
 
 pub use crate::plan::{IndexWidth, Options, TileKind};
-pub use gpu::{CallersContext, DeviceInfo, EMBEDDED, Embedded, Gpu};
+pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom};
 pub use graph::Graph;
 pub use queue::{DeviceBuffer, Queue};
 pub use workspace::Workspace;
