@@ -25,7 +25,10 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::{env, fs};
 
-    use moe_lora_codegen::{Arch, Compiler, Ptxas, Search, compile, lint, ptxas, toolchain};
+    use moe_lora_codegen::{
+        Arch, Compiler, Generator, Ptxas, compile, cuda_tools, generator, lint, nvvm, ptxas, rust_cuda,
+        toolchain,
+    };
 
     /// Names a folder with `sm_80.ptx` and `sm_90a.ptx`, as `cargo xtask build-ptx` writes them, to
     /// embed instead of compiling the kernels here.
@@ -58,6 +61,10 @@ mod cuda {
             PTX_DIR_VAR,
             CUBINS_VAR,
             ptxas::PTXAS_VAR,
+            generator::CODEGEN_VAR,
+            nvvm::LIBNVVM_VAR,
+            rust_cuda::BACKEND_VAR,
+            rust_cuda::TOOLCHAIN_VAR,
             toolchain::RUSTC_VAR,
             toolchain::SEARCH_VAR,
             "RUSTUP_HOME",
@@ -79,10 +86,9 @@ mod cuda {
     }
 
     fn compile_modules(out: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {
-        let toolchain = Search::from_env()?.find()?;
         // `core` is kept beside Cargo's own output, so that a rebuild does not compile it again.
         let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
-        let compiler = Compiler::new(toolchain, &cache)?;
+        let compiler = Compiler::new(Generator::from_env()?, &cache)?;
         let compile = |arch| {
             let module = compiler.compile(arch)?;
             for line in module.warnings.lines() {
@@ -111,9 +117,10 @@ mod cuda {
     fn assembler() -> Result<Option<Ptxas>, Box<dyn Error>> {
         let wanted = env::var(CUBINS_VAR).unwrap_or_default();
         // One that is fetched later counts too. Cargo can watch an empty folder, but not one that is
-        // missing; where the sources are read-only, nothing will be fetched into them either.
-        let project = Ptxas::project_program();
-        if let Some(dir) = project.parent().filter(|dir| fs::create_dir_all(dir).is_ok()) {
+        // missing. `target` itself is left for Cargo to make, which then marks it as its own.
+        let dir = cuda_tools::project_dir();
+        let _ = fs::create_dir(&dir);
+        if dir.is_dir() {
             println!("cargo::rerun-if-changed={}", dir.display());
         }
         match (wanted.as_str(), Ptxas::find()) {

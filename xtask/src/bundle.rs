@@ -8,6 +8,7 @@ use moe_lora_codegen::{Arch, workspace_root};
 use serde_json::Value;
 
 use crate::ptx;
+use crate::setup::CodegenArgs;
 use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir};
 
 /// A bundle has to travel: more than this and something is in it that should not be.
@@ -26,6 +27,8 @@ pub struct Args {
     /// Folder to write to, emptied first [default: target/bundle]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    codegen: CodegenArgs,
 }
 
 /// Carries the command out.
@@ -43,7 +46,7 @@ pub fn run(args: &Args) -> Result<()> {
     std::fs::write(out.join("README.txt"), README)?;
 
     // With the assembler at hand, the programs built below carry cubins as well.
-    if let Err(reason) = ptx::build(&Arch::EMBEDDED, &out.join("ptx"), true)? {
+    if let Err(reason) = ptx::build(&args.codegen, &Arch::EMBEDDED, &out.join("ptx"), true)? {
         eprintln!("no cubins, the driver will compile the PTX: {reason}");
     }
     for (folder, build) in [
@@ -53,14 +56,14 @@ pub fn run(args: &Args) -> Result<()> {
     ] {
         let dir = out.join(folder);
         std::fs::create_dir_all(&dir)?;
-        for (name, program) in executables(build)? {
+        for (name, program) in executables(build, &args.codegen)? {
             let copy = dir.join(name);
             std::fs::copy(&program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
             strip(&copy)?;
         }
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
-    copy_capi(&out.join("capi"))?;
+    copy_capi(&out.join("capi"), &args.codegen)?;
 
     let total = print_sizes(&out)?;
     ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
@@ -68,12 +71,13 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Builds with Cargo, and returns the name and the path of every program that came out.
-fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+fn executables(build: &[&str], codegen: &CodegenArgs) -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo();
     cargo
         .args(build)
         .args(["--release", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
+    codegen.pass_to(&mut cargo);
     let messages = step(&format!("cargo {} --release", build.join(" ")), || read(&mut cargo))?;
     let mut found = Vec::new();
     for line in messages.lines() {
@@ -88,12 +92,14 @@ fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
 }
 
 /// The C interface, in the layout that its tests expect: the library, the header, the example.
-fn copy_capi(to: &Path) -> Result<()> {
+fn copy_capi(to: &Path, codegen: &CodegenArgs) -> Result<()> {
     let capi = workspace_root().join("capi");
     for folder in ["include", "examples"] {
         copy_tree(&capi.join(folder), &to.join(folder))?;
     }
-    run_command(cargo().args(["build", "-p", "moe-lora-capi", "--lib", "--release"]))?;
+    let mut build = cargo();
+    build.args(["build", "-p", "moe-lora-capi", "--lib", "--release"]);
+    run_command(codegen.pass_to(&mut build))?;
     let (library, copy) = (target_dir()?.join("release/libmoe_lora.so"), to.join("lib/libmoe_lora.so"));
     std::fs::create_dir_all(to.join("lib"))?;
     std::fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;

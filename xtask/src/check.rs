@@ -3,8 +3,9 @@
 use anyhow::Result;
 use moe_lora_codegen::Arch;
 
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{header, ptx, setup};
+use crate::{header, ptx};
 
 /// Check format, lints, documentation, the C header, and every kernel for every architecture.
 ///
@@ -16,7 +17,7 @@ pub struct Args {}
 
 /// Carries the command out.
 pub fn run(_: &Args) -> Result<()> {
-    setup::compiler()?;
+    setup::compiler(&CodegenArgs::default())?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
     header::check()?;
     // In the release profile, as the tests are built: what both need is then compiled once.
@@ -29,7 +30,7 @@ pub fn run(_: &Args) -> Result<()> {
     run_command(
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
-    let assembled = ptx::build(&Arch::ALL, &target_dir()?.join("ptx"), true)?;
+    let assembled = ptx::build(&CodegenArgs::default(), &Arch::ALL, &target_dir()?.join("ptx"), true)?;
     match assembled {
         Ok(()) => println!("\nEverything was checked."),
         Err(reason) => println!(

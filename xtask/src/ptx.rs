@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use moe_lora_codegen::ptxas::{Report, Usage};
 use moe_lora_codegen::{Arch, CompileError, Compiler, Ptxas};
 
-use crate::setup;
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{remove_file, target_dir};
 
 /// Compile the kernels to PTX and show what each one costs.
@@ -34,6 +34,8 @@ pub struct Args {
     /// Folder to write to [default: target/ptx]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    codegen: CodegenArgs,
     /// Download ptxas into target/cuda-tools where none is installed (needs python3 with pip)
     #[arg(long)]
     fetch_ptxas: bool,
@@ -47,7 +49,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let arches: BTreeSet<_> = args.arch.iter().chain(&args.cubin).copied().collect();
     let arches: Vec<_> = arches.into_iter().collect();
-    let assembled = build(&arches, &out, args.fetch_ptxas || !args.cubin.is_empty())?;
+    let assembled = build(&args.codegen, &arches, &out, args.fetch_ptxas || !args.cubin.is_empty())?;
     if let Err(reason) = assembled {
         ensure!(args.cubin.is_empty(), "no cubin without ptxas: {reason}");
         println!("\nnot assembled: {reason}");
@@ -60,8 +62,8 @@ pub fn run(args: &Args) -> Result<()> {
 pub type Assembled = Result<(), String>;
 
 /// Builds `arches` into `out` and prints what every kernel costs.
-pub fn build(arches: &[Arch], out: &Path, fetch_ptxas: bool) -> Result<Assembled> {
-    let compiler = setup::compiler()?;
+pub fn build(codegen: &CodegenArgs, arches: &[Arch], out: &Path, fetch_ptxas: bool) -> Result<Assembled> {
+    let compiler = setup::compiler(codegen)?;
     let ptxas = setup::ptxas(fetch_ptxas);
     std::fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
 
@@ -154,7 +156,7 @@ impl Built {
     fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
         if !self.warnings.is_empty() {
-            faults.push(format!("{}: rustc warns", self.arch));
+            faults.push(format!("{}: the compiler warns", self.arch));
         }
         if let Some((_, _, report)) = &self.assembled {
             let costly = report.kernels.iter().filter(|kernel| kernel.uses_local_memory());
