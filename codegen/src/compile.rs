@@ -45,6 +45,8 @@ pub struct Module {
     pub arch: Arch,
     /// The text: stamped, checked, and with [`made_by`] as its first line.
     pub ptx: String,
+    /// Who compiled them: `rustc 1.96.0, LLVM 22.1.8`.
+    pub compilers: String,
     /// What rustc and libNVVM had to say on the way; empty when they were content.
     pub warnings: String,
 }
@@ -153,7 +155,7 @@ impl Compiler {
         entries: &[Entry],
         arch: Arch,
     ) -> Result<Module, CompileError> {
-        let (asm, warnings, compiled_by) = match &self.generator {
+        let (asm, warnings, compilers) = match &self.generator {
             Generator::Llvm(toolchain) => {
                 let (asm, warnings) = self.rustc(toolchain, name, source, arch, "asm")?;
                 let Toolchain { release, llvm, .. } = toolchain;
@@ -174,10 +176,10 @@ impl Compiler {
             }
         };
         let this = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-        let made_by = format!("{this}, codegen {}, {compiled_by}, {arch}", self.generator.name());
+        let made_by = format!("{this}, codegen {}, {compilers}, {arch}", self.generator.name());
         let ptx = format!("// {made_by}\n{}", stamp(&asm, entries));
         match lint(&ptx, entries) {
-            Ok(()) => Ok(Module { arch, ptx, warnings }),
+            Ok(()) => Ok(Module { arch, ptx, compilers, warnings }),
             Err(faults) => Err(CompileError::Refused { arch, faults, ptx }),
         }
     }

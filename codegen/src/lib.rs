@@ -12,6 +12,9 @@
 //! lint        local memory, calls and unknown entry points are errors
 //!    ↓
 //! ptxas       machine code, and what every kernel costs, where NVIDIA's assembler is present
+//!    ↓
+//! budget      the costs are those that were agreed upon
+//! sass        the machine code has what makes it fast
 //! ```
 //!
 //! Build scripts and `cargo xtask` are its only callers; nothing here runs at run time. What each
@@ -29,6 +32,7 @@
 //! ```
 
 mod arch;
+pub mod budget;
 pub mod compile;
 pub mod cuda_tools;
 pub mod generator;
@@ -36,17 +40,20 @@ pub mod lint;
 pub mod nvvm;
 pub mod ptxas;
 pub mod rust_cuda;
+pub mod sass;
 pub mod stamp;
 pub mod toolchain;
 
 use std::path::Path;
 
 pub use arch::{Arch, UnknownArch};
+pub use budget::{Budget, BudgetError, Cost};
 pub use compile::{CompileError, Compiler, Module};
 pub use generator::{CodeGenerator, Generator, GeneratorError};
 pub use nvvm::{Nvvm, NvvmError};
 pub use ptxas::{Ptxas, PtxasError};
 pub use rust_cuda::{RustCuda, RustCudaError};
+pub use sass::{Nvdisasm, NvdisasmError};
 pub use toolchain::{Search, Toolchain, ToolchainError};
 
 /// The entry points that a module for `arch` must have.

@@ -8,7 +8,7 @@ use moe_lora_codegen::{Arch, workspace_root};
 use serde_json::Value;
 
 use crate::ptx;
-use crate::setup::CodegenArgs;
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir};
 
 /// A bundle has to travel: more than this and something is in it that should not be.
@@ -46,7 +46,8 @@ pub fn run(args: &Args) -> Result<()> {
     std::fs::write(out.join("README.txt"), README)?;
 
     // With the assembler at hand, the programs built below carry cubins as well.
-    if let Err(reason) = ptx::build(&args.codegen, &Arch::EMBEDDED, &out.join("ptx"), true)? {
+    let compiler = setup::compiler(&args.codegen)?;
+    if let Err(reason) = ptx::build(&compiler, &Arch::EMBEDDED, &out.join("ptx"), true)? {
         eprintln!("no cubins, the driver will compile the PTX: {reason}");
     }
     for (folder, build) in [

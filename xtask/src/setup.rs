@@ -8,8 +8,8 @@ use moe_lora_codegen::generator::CODEGEN_VAR;
 use moe_lora_codegen::rust_cuda::{BACKEND_VAR, TOOLCHAIN_VAR};
 use moe_lora_codegen::toolchain::{Place, TARGET};
 use moe_lora_codegen::{
-    CodeGenerator, Compiler, Generator, Nvvm, Ptxas, RustCuda, Search, Toolchain, ToolchainError, cuda_tools,
-    workspace_root,
+    CodeGenerator, Compiler, Generator, Nvdisasm, Nvvm, Ptxas, RustCuda, Search, Toolchain, ToolchainError,
+    cuda_tools, workspace_root,
 };
 
 use crate::debian;
@@ -31,6 +31,11 @@ pub struct CodegenArgs {
 }
 
 impl CodegenArgs {
+    /// A code generator that needs nothing but its name.
+    pub fn named(codegen: CodeGenerator) -> Self {
+        Self { codegen: Some(codegen), ..Self::default() }
+    }
+
     /// The code generator that is asked for, by argument or by environment.
     pub fn codegen(&self) -> Result<CodeGenerator> {
         match self.codegen {
@@ -143,6 +148,8 @@ struct Tool {
 
 const PTXAS: Tool =
     Tool { wheel: "nvidia-cuda-nvcc==13.0.88", member: "nvidia/cu13/bin/ptxas", megabytes: 40 };
+const NVDISASM: Tool =
+    Tool { wheel: "nvidia-cuda-nvdisasm==13.5.37", member: "nvidia/cu13/bin/nvdisasm", megabytes: 5 };
 const LIBNVVM: Tool =
     Tool { wheel: "nvidia-nvvm==13.5.37", member: "nvidia/cu13/lib/libnvvm.so.4", megabytes: 75 };
 
@@ -152,6 +159,17 @@ pub fn ptxas(fetch: bool) -> Result<Ptxas> {
         Err(_) if fetch => {
             PTXAS.fetch()?;
             Ok(Ptxas::find()?)
+        }
+        found => Ok(found?),
+    }
+}
+
+/// A disassembler, likewise.
+pub fn nvdisasm(fetch: bool) -> Result<Nvdisasm> {
+    match Nvdisasm::find() {
+        Err(_) if fetch => {
+            NVDISASM.fetch()?;
+            Ok(Nvdisasm::find()?)
         }
         found => Ok(found?),
     }
