@@ -1,5 +1,6 @@
-//! Compiles the GPU kernels and embeds their PTX, and satisfies the linker's `-lcuda` on machines
-//! without CUDA. Without the feature `cuda` there is nothing to do.
+//! Compiles the GPU kernels and embeds them, as PTX and, where NVIDIA's assembler is at hand, as
+//! cubins too; and satisfies the linker's `-lcuda` on machines without CUDA. Without the feature `cuda`
+//! there is nothing to do.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -24,11 +25,18 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::{env, fs};
 
-    use moe_lora_codegen::{Arch, Compiler, Search, compile, lint, toolchain};
+    use moe_lora_codegen::{
+        Arch, Compiler, Generator, Ptxas, compile, cuda_tools, generator, lint, nvvm, ptxas, rust_cuda,
+        toolchain,
+    };
 
     /// Names a folder with `sm_80.ptx` and `sm_90a.ptx`, as `cargo xtask build-ptx` writes them, to
     /// embed instead of compiling the kernels here.
     const PTX_DIR_VAR: &str = "MOE_LORA_PTX_DIR";
+
+    /// Whether cubins are embedded beside the PTX: `always` (an error where no ptxas is found), `never`,
+    /// or, when unset, if a ptxas is found.
+    const CUBINS_VAR: &str = "MOE_LORA_CUBINS";
 
     /// What to do about it, printed below any error.
     pub fn alternatives() -> String {
@@ -47,9 +55,20 @@ mod cuda {
             Some(dir) => read_modules(Path::new(&dir))?,
             None => compile_modules(&out)?,
         };
-        embed(&out, &modules)?;
+        embed(&out, &modules, assembler()?.as_ref())?;
         write_driver_archive(&out)?;
-        for variable in [PTX_DIR_VAR, toolchain::RUSTC_VAR, toolchain::SEARCH_VAR, "RUSTUP_HOME"] {
+        for variable in [
+            PTX_DIR_VAR,
+            CUBINS_VAR,
+            ptxas::PTXAS_VAR,
+            generator::CODEGEN_VAR,
+            nvvm::LIBNVVM_VAR,
+            rust_cuda::BACKEND_VAR,
+            rust_cuda::TOOLCHAIN_VAR,
+            toolchain::RUSTC_VAR,
+            toolchain::SEARCH_VAR,
+            "RUSTUP_HOME",
+        ] {
             println!("cargo::rerun-if-env-changed={variable}");
         }
         println!("cargo::rerun-if-changed={}", moe_lora_codegen::kernel_sources().display());
@@ -57,7 +76,7 @@ mod cuda {
     }
 
     /// The linker wants a libcuda for `cust_raw`; the functions themselves are looked up in the
-    /// driver at run time (`src/driver`). An archive with nothing in it contents the linker.
+    /// driver at run time (`src/cuda/bind.rs`). An archive with nothing in it contents the linker.
     fn write_driver_archive(out: &Path) -> Result<(), Box<dyn Error>> {
         let dir = out.join("cuda-stub");
         fs::create_dir_all(&dir)?;
@@ -67,10 +86,9 @@ mod cuda {
     }
 
     fn compile_modules(out: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {
-        let toolchain = Search::from_env()?.find()?;
         // `core` is kept beside Cargo's own output, so that a rebuild does not compile it again.
         let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
-        let compiler = Compiler::new(toolchain, &cache)?;
+        let compiler = Compiler::new(Generator::from_env()?, &cache)?;
         let compile = |arch| {
             let module = compiler.compile(arch)?;
             for line in module.warnings.lines() {
@@ -95,18 +113,51 @@ mod cuda {
         Arch::EMBEDDED.into_iter().map(read).collect()
     }
 
-    /// Writes the modules, and `embedded.rs`: a slice of `Embedded` that `src/driver/module.rs`
-    /// includes.
-    fn embed(out: &Path, modules: &[(Arch, String)]) -> Result<(), Box<dyn Error>> {
+    /// The assembler for cubins; `None` where there is none, or none is wanted.
+    fn assembler() -> Result<Option<Ptxas>, Box<dyn Error>> {
+        let wanted = env::var(CUBINS_VAR).unwrap_or_default();
+        // One that is fetched later counts too. Cargo can watch an empty folder, but not one that is
+        // missing. `target` itself is left for Cargo to make, which then marks it as its own.
+        let dir = cuda_tools::project_dir();
+        let _ = fs::create_dir(&dir);
+        if dir.is_dir() {
+            println!("cargo::rerun-if-changed={}", dir.display());
+        }
+        match (wanted.as_str(), Ptxas::find()) {
+            ("never", _) | ("", Err(_)) => Ok(None),
+            ("" | "always", Ok(ptxas)) => Ok(Some(ptxas)),
+            ("always", Err(error)) => Err(format!("{CUBINS_VAR}=always: {error}").into()),
+            (other, _) => Err(format!("{CUBINS_VAR} is `{other}`, expected `always` or `never`").into()),
+        }
+    }
+
+    /// Writes the modules, and `embedded.rs`: a slice of `Embedded` that `src/cuda/gpu.rs` includes.
+    fn embed(
+        out: &Path,
+        modules: &[(Arch, String)],
+        assembler: Option<&Ptxas>,
+    ) -> Result<(), Box<dyn Error>> {
         let mut rows = String::from("&[\n");
         for (arch, ptx) in modules {
-            fs::write(out.join(format!("{arch}.ptx")), ptx)?;
+            let path = out.join(format!("{arch}.ptx"));
+            fs::write(&path, ptx)?;
+            let cubin = match assembler {
+                Some(ptxas) => {
+                    ptxas.assemble(&path, *arch, &out.join(format!("{arch}.cubin")))?;
+                    format!(
+                        "Some(Cubin {{ image: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{arch}.cubin\")), \
+                         ptxas: {:?} }})",
+                        ptxas.version
+                    )
+                }
+                None => "None".to_owned(),
+            };
             let sm = arch.capability();
             let made_by = compile::made_by(ptx);
             writeln!(
                 rows,
                 "    Embedded {{ sm: {sm}, arch: \"{arch}\", made_by: {made_by:?}, \
-                 ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{arch}.ptx\")) }},"
+                 ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{arch}.ptx\")), cubin: {cubin} }},"
             )?;
         }
         rows.push_str("]\n");

@@ -46,14 +46,19 @@ impl Arch {
         }
     }
 
-    /// The PTX version to emit, as rustc's target feature: the oldest that has every instruction
-    /// in use (8.0 for `wgmma`) and knows the architecture (8.7 for `sm_120`), so that the
-    /// module loads on the oldest driver possible.
-    pub fn ptx_feature(self) -> &'static str {
+    /// The PTX version to emit: the oldest that has every instruction in use (8.0 for `wgmma`) and
+    /// knows the architecture (8.7 for `sm_120`), so that the module loads on the oldest driver
+    /// possible.
+    pub fn ptx_version(self) -> &'static str {
         match self {
-            Self::Sm80 | Self::Sm90a => "ptx80",
-            Self::Sm100 | Self::Sm120 => "ptx87",
+            Self::Sm80 | Self::Sm90a => "8.0",
+            Self::Sm100 | Self::Sm120 => "8.7",
         }
+    }
+
+    /// The same as rustc's target feature: `ptx80`.
+    pub fn ptx_feature(self) -> String {
+        format!("ptx{}", self.ptx_version().replace('.', ""))
     }
 
     /// The Cargo features of `moe-lora-kernels` that are switched on for this architecture.

@@ -1,10 +1,9 @@
-//! Runs rustc over the kernels.
+//! Runs rustc, and after it a code generator, over the kernels.
 //!
 //! The crate goes to rustc directly, not through Cargo: it has no dependencies on the device, and
 //! a plain rustc needs neither a nightly Cargo (`-Zbuild-std`) nor a registry. `core` is compiled
 //! once for each version of rustc and kept in a cache that builds share.
 
-use std::fmt;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -16,7 +15,7 @@ use moe_lora_kernels::Entry;
 use crate::lint::{LintError, lint};
 use crate::stamp::stamp;
 use crate::toolchain::{Core, TARGET, Toolchain};
-use crate::{Arch, kernel_sources};
+use crate::{Arch, Generator, NvvmError, RustCudaError, kernel_sources};
 
 /// `core` is compiled for the oldest architecture; that serves every later one, since what is
 /// inlined from it is compiled again with the kernels.
@@ -29,10 +28,10 @@ const CORE_RECIPE: u32 = 1;
 /// rest for NVPTX itself.
 const COMPILER_BUILTINS: &str = "#![feature(compiler_builtins)]\n#![compiler_builtins]\n#![no_std]\n";
 
-/// A toolchain made ready to compile the kernels.
+/// A code generator made ready to compile the kernels.
 #[derive(Clone, Debug)]
 pub struct Compiler {
-    toolchain: Toolchain,
+    generator: Generator,
     /// Where `core` lies, unless the toolchain has its own.
     core_dir: Option<PathBuf>,
     /// Where there is room for temporary files.
@@ -46,7 +45,9 @@ pub struct Module {
     pub arch: Arch,
     /// The text: stamped, checked, and with [`made_by`] as its first line.
     pub ptx: String,
-    /// What rustc had to say on the way; empty when it was content.
+    /// Who compiled them: `rustc 1.96.0, LLVM 22.1.8`.
+    pub compilers: String,
+    /// What rustc and libNVVM had to say on the way; empty when they were content.
     pub warnings: String,
 }
 
@@ -68,6 +69,22 @@ pub enum CompileError {
         arch: Arch,
         /// What rustc wrote.
         message: String,
+    },
+    /// libNVVM gave no PTX.
+    #[error("libNVVM does not compile the kernels for {arch}")]
+    Nvvm {
+        /// The architecture.
+        arch: Arch,
+        /// Why not.
+        source: NvvmError,
+    },
+    /// rust-cuda's back end gave no PTX.
+    #[error("no kernels for {arch}")]
+    RustCuda {
+        /// The architecture.
+        arch: Arch,
+        /// Why not.
+        source: RustCudaError,
     },
     /// The PTX was refused.
     #[error("the PTX for {arch} is refused:\n{faults}")]
@@ -95,37 +112,38 @@ impl Compiler {
         matches!(toolchain.core, Core::Sources(_)) && !core_dir(toolchain, cache).is_dir()
     }
 
-    /// Makes a toolchain ready, compiling `core` into `cache` where it is not there yet. Several
+    /// Makes a code generator ready, compiling `core` into `cache` where it is not there yet. Several
     /// processes may share a cache.
     ///
     /// # Errors
     ///
     /// [`CompileError::Core`] or [`CompileError::Io`].
-    pub fn new(toolchain: Toolchain, cache: &Path) -> Result<Self, CompileError> {
-        let core_dir = match &toolchain.core {
-            Core::ReadyMade => None,
-            Core::Sources(library) => {
-                let dir = core_dir(&toolchain, cache);
+    pub fn new(generator: Generator, cache: &Path) -> Result<Self, CompileError> {
+        let core_dir = match generator.toolchain() {
+            Some(toolchain @ Toolchain { core: Core::Sources(library), .. }) => {
+                let dir = core_dir(toolchain, cache);
                 if !dir.is_dir() {
-                    build_core(&toolchain, library, &dir)?;
+                    build_core(toolchain, library, &dir)?;
                 }
                 Some(dir)
             }
+            _ => None,
         };
-        Ok(Self { toolchain, core_dir, cache: cache.to_owned() })
+        Ok(Self { generator, core_dir, cache: cache.to_owned() })
     }
 
-    /// The toolchain in use.
-    pub fn toolchain(&self) -> &Toolchain {
-        &self.toolchain
+    /// The code generator in use.
+    pub fn generator(&self) -> &Generator {
+        &self.generator
     }
 
     /// Compiles the kernels for `arch`, stamps their launch bounds and checks the result.
     ///
     /// # Errors
     ///
-    /// [`CompileError::Kernels`] when rustc finds fault with the source, [`CompileError::Refused`]
-    /// when [`lint`] finds fault with the PTX.
+    /// [`CompileError::Kernels`] when rustc finds fault with the source, [`CompileError::Nvvm`] or
+    /// [`CompileError::RustCuda`] when another code generator does, [`CompileError::Refused`] when
+    /// [`lint`] finds fault with the PTX.
     pub fn compile(&self, arch: Arch) -> Result<Module, CompileError> {
         self.compile_crate("moe_lora_kernels", &kernel_sources().join("lib.rs"), &entries(arch), arch)
     }
@@ -137,23 +155,64 @@ impl Compiler {
         entries: &[Entry],
         arch: Arch,
     ) -> Result<Module, CompileError> {
+        let (asm, warnings, compilers) = match &self.generator {
+            Generator::Llvm(toolchain) => {
+                let (asm, warnings) = self.rustc(toolchain, name, source, arch, "asm")?;
+                let Toolchain { release, llvm, .. } = toolchain;
+                (asm, warnings, format!("rustc {release}, LLVM {llvm}"))
+            }
+            Generator::Nvvm(toolchain, nvvm) => {
+                let (ir, mut warnings) = self.rustc(toolchain, name, source, arch, "llvm-ir")?;
+                let compiled =
+                    nvvm.compile(&ir, arch).map_err(|source| CompileError::Nvvm { arch, source })?;
+                warnings.push_str(compiled.log.trim());
+                (compiled.ptx, warnings, format!("rustc {}, libNVVM {}", toolchain.release, compiled.version))
+            }
+            Generator::RustCuda(rust_cuda) => {
+                let asm = rust_cuda
+                    .compile(arch, &self.cache.join("rust-cuda"))
+                    .map_err(|source| CompileError::RustCuda { arch, source })?;
+                (asm, String::new(), rust_cuda.toolchain.clone())
+            }
+        };
+        let this = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+        let made_by = format!("{this}, codegen {}, {compilers}, {arch}", self.generator.name());
+        let ptx = format!("// {made_by}\n{}", stamp(&asm, entries));
+        match lint(&ptx, entries) {
+            Ok(()) => Ok(Module { arch, ptx, compilers, warnings }),
+            Err(faults) => Err(CompileError::Refused { arch, faults, ptx }),
+        }
+    }
+
+    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`;
+    /// and its warnings.
+    fn rustc(
+        &self,
+        toolchain: &Toolchain,
+        name: &str,
+        source: &Path,
+        arch: Arch,
+        emit: &str,
+    ) -> Result<(String, String), CompileError> {
         // rustc names its own temporary files after the crate alone.
         let scratch = Scratch::new(&self.cache)?;
-        let asm = scratch.0.join("kernels.ptx");
-        let mut rustc = self.toolchain.command();
+        let emitted = scratch.0.join("kernels");
+        let mut rustc = toolchain.command();
         rustc
             .args(["--crate-name", name, "--crate-type", "cdylib"])
             .arg(source)
             .args(common_flags(arch))
             .arg(format!("-Ctarget-feature=+{}", arch.ptx_feature()))
             // One module, and nothing kept that no entry point uses.
-            .args(["-Ccodegen-units=1", "-Clto=fat", "--emit=asm", "-o"])
-            .arg(&asm)
+            .args(["-Ccodegen-units=1", "-Clto=fat"])
+            .arg(format!("--emit={emit}"))
+            .arg("-o")
+            .arg(&emitted)
             .args([
                 "--check-cfg",
                 "cfg(test)",
                 "--check-cfg",
-                "cfg(feature, values(\"sm_90\", \"emulate\"))",
+                "cfg(feature, values(\"sm_90\", \"emulate\", \"rust_cuda\"))",
             ]);
         for feature in arch.kernel_features() {
             rustc.arg("--cfg").arg(format!("feature=\"{feature}\""));
@@ -167,18 +226,8 @@ impl Compiler {
         if !output.status.success() {
             return Err(CompileError::Kernels { arch, message: stderr.trim_end().to_owned() });
         }
-        let asm = std::fs::read_to_string(&asm).map_err(io(&asm))?;
-        let ptx = format!("// {}\n{}", self.made_by(arch), stamp(&asm, entries));
-        match lint(&ptx, entries) {
-            Ok(()) => Ok(Module { arch, ptx, warnings: warnings(&stderr) }),
-            Err(faults) => Err(CompileError::Refused { arch, faults, ptx }),
-        }
-    }
-
-    fn made_by(&self, arch: Arch) -> impl fmt::Display {
-        let Toolchain { release, llvm, .. } = &self.toolchain;
-        let codegen = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-        format!("{codegen}, rustc {release}, LLVM {llvm}, {arch}")
+        let emitted = std::fs::read_to_string(&emitted).map_err(io(&emitted))?;
+        Ok((emitted, warnings(&stderr)))
     }
 }
 
@@ -317,7 +366,7 @@ mod tests {
             let toolchain = Search::from_env().unwrap().find().ok()?;
             let program = std::env::current_exe().unwrap();
             let cache = target_dir_around(&program).unwrap().join("kernel-core");
-            Some(Compiler::new(toolchain, &cache).unwrap())
+            Some(Compiler::new(Generator::Llvm(toolchain), &cache).unwrap())
         });
         if COMPILER.is_none() {
             eprintln!("skipped: no toolchain compiles for {TARGET}");
@@ -403,8 +452,27 @@ mod tests {
     }
 
     #[test]
+    fn entry_points_for_rust_cuda_compile_with_any_code_generator() {
+        let Some(compiler) = compiler() else { return };
+        let toolchain = compiler.generator().toolchain().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut rustc = toolchain.command();
+        rustc
+            .args(["--crate-name", "moe_lora_kernels", "--crate-type", "rlib", "--emit=metadata"])
+            .arg(kernel_sources().join("lib.rs"))
+            .args(common_flags(Arch::Sm90a))
+            .args(["--cfg", "feature=\"sm_90\"", "--cfg", "feature=\"rust_cuda\"", "--out-dir"])
+            .arg(dir.path());
+        if let Some(dir) = &compiler.core_dir {
+            rustc.arg("-L").arg(dir);
+        }
+        let output = rustc.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    #[test]
     fn a_module_tells_what_made_it() {
-        let line = "moe-lora-codegen 0.1.0, rustc 1.96.0, LLVM 22.1.8, sm_80";
+        let line = "moe-lora-codegen 0.1.0, codegen llvm, rustc 1.96.0, LLVM 22.1.8, sm_80";
         assert_eq!(made_by(&format!("// {line}\n//\n.version 8.0\n")), line);
         assert_eq!(made_by(".version 8.0\n"), "unknown");
         assert_eq!(made_by(""), "unknown");

@@ -3,25 +3,28 @@
 //!
 //! ```text
 //! toolchain   which rustc, and where `core` for nvptx64-nvidia-cuda comes from
+//! generator   what turns LLVM IR into PTX: rustc's own LLVM, `nvvm`, or `rust_cuda`
 //!    ↓
-//! compile     rustc → LLVM → PTX, one architecture at a time; `core` is built once and kept
+//! compile     rustc → LLVM IR → PTX, one architecture at a time; `core` is built once and kept
 //!    ↓
 //! stamp       `.maxntid` and `.minnctapersm` from `moe_lora_kernels::ENTRIES`
 //!    ↓
 //! lint        local memory, calls and unknown entry points are errors
 //!    ↓
-//! ptxas       registers, spills and stack of every kernel, where NVIDIA's assembler is present
+//! ptxas       machine code, and what every kernel costs, where NVIDIA's assembler is present
+//!    ↓
+//! budget      the costs are those that were agreed upon
+//! sass        the machine code has what makes it fast
 //! ```
 //!
 //! Build scripts and `cargo xtask` are its only callers; nothing here runs at run time. What each
 //! step guards against is told in `docs/CODEGEN.md`.
 //!
 //! ```no_run
-//! use moe_lora_codegen::{Arch, Compiler, Search};
+//! use moe_lora_codegen::{Arch, Compiler, Generator};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let toolchain = Search::from_env()?.find()?;
-//! let compiler = Compiler::new(toolchain, "target/kernel-core".as_ref())?;
+//! let compiler = Compiler::new(Generator::from_env()?, "target/kernel-core".as_ref())?;
 //! let module = compiler.compile(Arch::Sm90a)?;
 //! println!("{}", module.ptx);
 //! # Ok(())
@@ -29,17 +32,28 @@
 //! ```
 
 mod arch;
+pub mod budget;
 pub mod compile;
+pub mod cuda_tools;
+pub mod generator;
 pub mod lint;
+pub mod nvvm;
 pub mod ptxas;
+pub mod rust_cuda;
+pub mod sass;
 pub mod stamp;
 pub mod toolchain;
 
 use std::path::Path;
 
 pub use arch::{Arch, UnknownArch};
+pub use budget::{Budget, BudgetError, Cost};
 pub use compile::{CompileError, Compiler, Module};
+pub use generator::{CodeGenerator, Generator, GeneratorError};
+pub use nvvm::{Nvvm, NvvmError};
 pub use ptxas::{Ptxas, PtxasError};
+pub use rust_cuda::{RustCuda, RustCudaError};
+pub use sass::{Nvdisasm, NvdisasmError};
 pub use toolchain::{Search, Toolchain, ToolchainError};
 
 /// The entry points that a module for `arch` must have.

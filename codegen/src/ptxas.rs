@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::Arch;
+use crate::{Arch, cuda_tools};
 
 /// The oldest ptxas that knows every architecture in [`Arch::ALL`], as (major, minor).
 pub const OLDEST_PTXAS: (u32, u32) = (12, 8);
@@ -62,8 +62,8 @@ pub struct Report {
 pub enum PtxasError {
     /// No usable ptxas is installed.
     #[error(
-        "found no ptxas {}.{} or later. Looked at:{}", OLDEST_PTXAS.0, OLDEST_PTXAS.1,
-        .looked.iter().map(|(program, reason)| format!("\n  {}: {reason}", program.display())).collect::<String>()
+        "found no ptxas {}.{} or later. Looked at:{}",
+        OLDEST_PTXAS.0, OLDEST_PTXAS.1, cuda_tools::list(looked)
     )]
     NotFound {
         /// What was looked at, and why it will not do.
@@ -92,38 +92,21 @@ pub enum PtxasError {
 }
 
 impl Ptxas {
-    /// The first ptxas that is new enough: `$PTXAS`, the `PATH`, `/usr/local/cuda*`, and then
+    /// The first ptxas that is new enough: `$PTXAS`, the `PATH`, the CUDA toolkits, and then
     /// `target/cuda-tools` of this project.
     ///
     /// # Errors
     ///
     /// [`PtxasError::NotFound`], with everything that was looked at.
     pub fn find() -> Result<Self, PtxasError> {
-        let mut candidates: Vec<PathBuf> = Vec::new();
-        if let Some(named) = std::env::var_os(PTXAS_VAR).filter(|name| !name.is_empty()) {
-            candidates.push(named.into());
-        } else {
-            let path = std::env::var_os("PATH").unwrap_or_default();
-            candidates.extend(
-                std::env::split_paths(&path).map(|dir| dir.join("ptxas")).filter(|program| program.is_file()),
-            );
-            candidates.extend(toolkits().into_iter().map(|dir| dir.join("bin/ptxas")));
-            candidates.push(Self::project_program());
-        }
-
         let mut looked = Vec::new();
-        for program in candidates {
+        for program in cuda_tools::candidates(PTXAS_VAR, "ptxas") {
             match Self::probe(&program) {
                 Ok(ptxas) => return Ok(ptxas),
                 Err(reason) => looked.push((program, reason)),
             }
         }
         Err(PtxasError::NotFound { looked })
-    }
-
-    /// Where this project keeps a ptxas of its own.
-    pub fn project_program() -> PathBuf {
-        crate::workspace_root().join("target/cuda-tools/ptxas")
     }
 
     /// Looks at one ptxas; an error tells in words why it will not do.
@@ -136,7 +119,7 @@ impl Ptxas {
             .output()
             .map_err(|error| format!("does not run: {error}"))?;
         let text = String::from_utf8_lossy(&output.stdout);
-        let version = parse_version(&text).ok_or("does not tell its version")?;
+        let version = cuda_tools::parse_version(&text).ok_or("does not tell its version")?;
         let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
         if (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) < OLDEST_PTXAS {
             return Err(format!("is {version}"));
@@ -170,26 +153,6 @@ impl Ptxas {
             })
         }
     }
-}
-
-/// The CUDA toolkits under `/usr/local`, the newest first as far as names tell.
-fn toolkits() -> Vec<PathBuf> {
-    let mut dirs: Vec<_> = std::fs::read_dir("/usr/local")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("cuda")))
-        .collect();
-    dirs.sort();
-    dirs.reverse();
-    dirs
-}
-
-/// `13.0.88` from `Cuda compilation tools, release 13.0, V13.0.88`.
-fn parse_version(text: &str) -> Option<&str> {
-    let (_, version) = text.split_once("release ")?.1.split_once(", V")?;
-    version.split_whitespace().next()
 }
 
 /// Reads what `ptxas --verbose` writes.
@@ -275,13 +238,5 @@ ptxas info    : Used 255 registers, used 1 barriers, 128 bytes cumulative stack 
     #[test]
     fn an_empty_module_has_no_kernels() {
         assert_eq!(parse_report("ptxas info    : 0 bytes gmem\n"), Report::default());
-    }
-
-    #[test]
-    fn versions_parse() {
-        let text = "ptxas: NVIDIA (R) Ptx optimizing assembler\n\
-                    Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/compiler.36424714_0\n";
-        assert_eq!(parse_version(text), Some("13.0.88"));
-        assert_eq!(parse_version("no such"), None);
     }
 }

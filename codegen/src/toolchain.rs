@@ -20,6 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::str::FromStr;
 
+use crate::cuda_tools;
+
 /// The oldest rustc that will do, as (major, minor): the first with LLVM 22, whose NVPTX back end
 /// knows every architecture in [`crate::Arch::ALL`].
 pub const OLDEST_RUSTC: (u32, u32) = (1, 95);
@@ -66,6 +68,11 @@ impl Toolchain {
         let mut command = command(&self.rustc, &self.libraries);
         command.env("RUSTC_BOOTSTRAP", "1");
         command
+    }
+
+    /// The major version of its LLVM; 0 where it does not tell.
+    pub fn llvm_major(&self) -> u32 {
+        self.llvm.split('.').next().and_then(|major| major.parse().ok()).unwrap_or(0)
     }
 
     /// Looks at one rustc.
@@ -195,7 +202,6 @@ impl Search {
     ///
     /// [`ToolchainError::UnknownPlace`] when `MOE_LORA_KERNEL_SEARCH` has a word that is no place.
     pub fn from_env() -> Result<Self, ToolchainError> {
-        let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let places = match std::env::var(SEARCH_VAR) {
             Ok(list) if !list.trim().is_empty() => {
                 list.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>()?
@@ -205,7 +211,7 @@ impl Search {
         Ok(Self {
             named: path(RUSTC_VAR),
             places,
-            rustup_home: path("RUSTUP_HOME").or_else(|| Some(path("HOME")?.join(".rustup"))),
+            rustup_home: rustup_home(),
             system_rustc: PathBuf::from("/usr/bin/rustc"),
             project_dir: crate::workspace_root().join("target/kernel-toolchain"),
         })
@@ -299,6 +305,16 @@ pub enum ToolchainError {
     },
 }
 
+/// A path that the environment names.
+fn path(variable: &str) -> Option<PathBuf> {
+    cuda_tools::set(variable).map(PathBuf::from)
+}
+
+/// Where rustup keeps its toolchains.
+pub(crate) fn rustup_home() -> Option<PathBuf> {
+    path("RUSTUP_HOME").or_else(|| Some(path("HOME")?.join(".rustup")))
+}
+
 fn oldest() -> String {
     format!("{}.{}", OLDEST_RUSTC.0, OLDEST_RUSTC.1)
 }
@@ -376,7 +392,7 @@ fn command(rustc: &Path, libraries: &[PathBuf]) -> Command {
 }
 
 /// What lies in a folder, sorted; nothing when there is no such folder.
-fn folder(dir: &Path) -> Vec<PathBuf> {
+pub(crate) fn folder(dir: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<_> =
         std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
     paths.sort();

@@ -108,6 +108,21 @@ impl Entry {
     }
 }
 
+/// A function as an entry point: by its calling convention, or, for rust-cuda's back end, by an attribute.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! entry_point {
+    (#[$symbol:meta] fn $name:ident($p:ident: $Params:ty) $body:block) => {
+        #[$symbol]
+        #[cfg(not(feature = "rust_cuda"))]
+        unsafe extern "ptx-kernel" fn $name($p: $Params) $body
+
+        #[$symbol]
+        #[cfg(feature = "rust_cuda")]
+        #[nvvm_internal::kernel]
+        unsafe extern "C" fn $name($p: $Params) $body
+    };
+}
+
 macro_rules! entries {
     ($($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*) => {
         /// Every entry point of the module.
@@ -169,17 +184,21 @@ macro_rules! entries {
             use super::TileKind;
             use crate::arch::mma::{Bf16, F16};
 
-            #[unsafe(no_mangle)]
-            unsafe extern "ptx-kernel" fn route(p: crate::params::RouteParams) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { crate::route::route::<1>(p) }
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn route(p: crate::params::RouteParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::route::route::<1>(p) }
+                }
             }
 
             #[cfg(feature = "sm_90")]
-            #[unsafe(no_mangle)]
-            unsafe extern "ptx-kernel" fn route_cluster(p: crate::params::RouteParams) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { crate::route::route::<{ crate::route::CLUSTER }>(p) }
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn route_cluster(p: crate::params::RouteParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::route::route::<{ crate::route::CLUSTER }>(p) }
+                }
             }
 
             #[unsafe(no_mangle)]
@@ -243,10 +262,12 @@ macro_rules! entries {
     };
     (@stamp $kernel:ident $Params:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident) => {
         const _: () = {
-            #[unsafe(export_name = concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile))]
-            unsafe extern "ptx-kernel" fn entry(p: crate::params::$Params) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { entries!(@call $kernel $E $I $Tile p) }
+            entry_point! {
+                #[unsafe(export_name = concat!(stringify!($kernel), "_", $dtype, "_", $index, "_", $tile))]
+                fn entry(p: crate::params::$Params) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { entries!(@call $kernel $E $I $Tile p) }
+                }
             }
         };
     };

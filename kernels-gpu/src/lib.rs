@@ -13,6 +13,9 @@
 #![cfg_attr(target_arch = "nvptx64", no_std)]
 #![cfg_attr(target_arch = "nvptx64", feature(abi_ptx, asm_experimental_arch))]
 #![cfg_attr(target_arch = "nvptx64", allow(clippy::missing_safety_doc))]
+// rust-cuda's back end looks for attributes of a tool of this name; every other one skips over them.
+#![cfg_attr(all(target_arch = "nvptx64", feature = "rust_cuda"), feature(register_tool))]
+#![cfg_attr(all(target_arch = "nvptx64", feature = "rust_cuda"), register_tool(nvvm_internal))]
 
 pub mod adopt;
 pub mod align;

@@ -27,7 +27,7 @@ mod wide;
 mod gpu {
     use super::{blocks, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
+    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, IndexWidth, LoadedFrom, Options, Queue, TileKind};
     use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
@@ -62,6 +62,23 @@ mod gpu {
         test("kernels_of_the_oldest_generation_pass_too", |_| {
             let oldest = EMBEDDED.iter().position(|kernels| kernels.sm == 80).expect("sm_80 is embedded");
             all_pass(&Gpu::with_kernels(0, &EMBEDDED[oldest..=oldest])?, &full_grid())
+        });
+        test("kernels_load_from_their_cubin_and_without_it_from_ptx", |gpu| {
+            let kernels = *gpu.embedded();
+            let has_cubin = kernels.cubin.is_some();
+            assert_eq!(*gpu.loaded_from() == LoadedFrom::Cubin, has_cubin, "{:?}", gpu.loaded_from());
+            let broken = Cubin { image: b"no machine code", ptxas: "0.0.0" };
+            for cubin in [None, Some(broken)] {
+                // As static as those of the program.
+                let kernels = Box::leak(Box::new([Embedded { cubin, ..kernels }]));
+                let gpu = Gpu::with_kernels(0, kernels)?;
+                match gpu.loaded_from() {
+                    LoadedFrom::Ptx { cubin_refused } => assert_eq!(cubin_refused.is_some(), cubin.is_some()),
+                    LoadedFrom::Cubin => panic!("loaded a cubin where none will do"),
+                }
+                pass(&gpu, vec![Options::default()], &quick_grid())?;
+            }
+            Ok(())
         });
         // As planned: its adapters are large, and each way would upload them again.
         test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use moe_lora_codegen::{Arch, workspace_root};
 use serde_json::Value;
 
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
 use crate::{ptx, python};
 
@@ -26,6 +27,8 @@ pub struct Args {
     /// Folder to write to, emptied first [default: target/bundle]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    codegen: CodegenArgs,
 }
 
 /// Carries the command out.
@@ -42,8 +45,10 @@ pub fn run(args: &Args) -> Result<()> {
     write_script(&out.join("run-tests.sh"), RUN_TESTS)?;
     std::fs::write(out.join("README.txt"), README)?;
 
-    if let Err(reason) = ptx::build(&Arch::EMBEDDED, &out.join("ptx"), false)? {
-        eprintln!("not assembled: {reason}");
+    // With the assembler at hand, the programs built below carry cubins as well.
+    let compiler = setup::compiler(&args.codegen)?;
+    if let Err(reason) = ptx::build(&compiler, &Arch::EMBEDDED, &out.join("ptx"), true)? {
+        eprintln!("no cubins, the driver will compile the PTX: {reason}");
     }
     for (folder, build) in [
         (".", &["build", "-p", "moe-lora", "--bins"][..]),
@@ -52,14 +57,14 @@ pub fn run(args: &Args) -> Result<()> {
     ] {
         let dir = out.join(folder);
         std::fs::create_dir_all(&dir)?;
-        for (name, program) in executables(build)? {
+        for (name, program) in executables(build, &args.codegen)? {
             let copy = dir.join(name);
             std::fs::copy(&program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
             strip(&copy)?;
         }
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
-    copy_capi(&out.join("capi"))?;
+    copy_capi(&out.join("capi"), &args.codegen)?;
     python::copy(&out.join("python"))?;
 
     let total = print_sizes(&out)?;
@@ -68,12 +73,13 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Builds with Cargo, and returns the name and the path of every program that came out.
-fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+fn executables(build: &[&str], codegen: &CodegenArgs) -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo();
     cargo
         .args(build)
         .args(["--release", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
+    codegen.pass_to(&mut cargo);
     let messages = step(&format!("cargo {} --release", build.join(" ")), || read(&mut cargo))?;
     let mut found = Vec::new();
     for line in messages.lines() {
@@ -88,12 +94,14 @@ fn executables(build: &[&str]) -> Result<Vec<(String, PathBuf)>> {
 }
 
 /// The C interface, in the layout that its tests expect: the library, the header, the example.
-fn copy_capi(to: &Path) -> Result<()> {
+fn copy_capi(to: &Path, codegen: &CodegenArgs) -> Result<()> {
     let capi = workspace_root().join("capi");
     for folder in ["include", "examples"] {
         copy_tree(&capi.join(folder), &to.join(folder))?;
     }
-    run_command(cargo().args(["build", "-p", "moe-lora-capi", "--lib", "--release"]))?;
+    let mut build = cargo();
+    build.args(["build", "-p", "moe-lora-capi", "--lib", "--release"]);
+    run_command(codegen.pass_to(&mut build))?;
     let (library, copy) = (target_dir()?.join("release/libmoe_lora.so"), to.join("lib/libmoe_lora.so"));
     std::fs::create_dir_all(to.join("lib"))?;
     std::fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;

@@ -1,22 +1,30 @@
 //! `cargo xtask check`
 
-use anyhow::Result;
-use moe_lora_codegen::Arch;
+use anyhow::{Context, Result, ensure};
+use moe_lora_codegen::{Arch, Budget, CodeGenerator};
 
+use crate::ptx::{self, Judged};
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{header, ptx, python, setup};
+use crate::{header, python};
 
 /// Check format, lints, documentation, the C header, Python's types, and every kernel for every architecture.
 ///
-/// Warnings of rustfmt, clippy, rustdoc, mypy and ptxas are errors. The kernels are assembled for sm_80,
-/// sm_90a, sm_100 and sm_120, with a ptxas that is downloaded where none is installed; a kernel
-/// that spills registers or has a stack frame is an error too.
+/// Warnings of rustfmt, clippy, rustdoc, mypy and ptxas are errors. The kernels are compiled by the code
+/// generators llvm and nvvm, assembled for sm_80, sm_90a, sm_100 and sm_120, and disassembled, with
+/// tools of NVIDIA's that are downloaded where they are not installed. A kernel that spills registers or
+/// has a stack frame is an error too, and so is one that costs other than codegen/budget.txt says, or
+/// whose machine code lacks what makes it fast.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Make what the kernels cost now the budget (codegen/budget.txt) that later checks compare with
+    #[arg(long)]
+    bless_budget: bool,
+}
 
 /// Carries the command out.
-pub fn run(_: &Args) -> Result<()> {
-    setup::compiler()?;
+pub fn run(args: &Args) -> Result<()> {
+    setup::compiler(&CodegenArgs::default())?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
     header::check()?;
     // In the release profile, as the tests are built: what both need is then compiled once.
@@ -30,12 +38,72 @@ pub fn run(_: &Args) -> Result<()> {
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
     python::check()?;
-    let assembled = ptx::build(&Arch::ALL, &target_dir()?.join("ptx"), true)?;
-    match assembled {
-        Ok(()) => println!("\nEverything was checked."),
-        Err(reason) => println!(
-            "\nSkipped: assembling the kernels with ptxas.\n{reason}\n\nEverything else was checked."
-        ),
+
+    let mut measured = Budget::default();
+    let mut skipped = Vec::new();
+    for codegen in CodeGenerator::CHECKED {
+        let compiler = match setup::compiler(&CodegenArgs::named(codegen)) {
+            Err(error) if codegen != CodeGenerator::default() => {
+                skipped.push(format!("the kernels by code generator {codegen}: {error:#}"));
+                continue;
+            }
+            compiler => compiler?,
+        };
+        println!("\nCode generator {codegen}");
+        let out = target_dir()?.join("ptx").join(codegen.name());
+        match ptx::build(&compiler, &Arch::ALL, &out, true)? {
+            Ok(Judged { budget, unread }) => {
+                measured.update(budget);
+                skipped.extend(unread.map(|reason| format!("reading machine code ({codegen}): {reason}")));
+            }
+            Err(reason) => skipped.push(format!("assembling the kernels ({codegen}): {reason}")),
+        }
     }
+    match args.bless_budget {
+        true => bless(measured)?,
+        false => skipped.extend(compare(&measured)?),
+    }
+
+    match skipped.is_empty() {
+        true => println!("\nEverything was checked."),
+        false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", skipped.join("\n- ")),
+    }
+    Ok(())
+}
+
+fn read_budget() -> Result<Budget> {
+    let path = Budget::path();
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    text.parse().with_context(|| format!("{}", path.display()))
+}
+
+/// Fails if a kernel costs other than its budget says; returns what could not be compared.
+fn compare(measured: &Budget) -> Result<Vec<String>> {
+    let budget = read_budget()?;
+    let differences = budget.differences(measured);
+    ensure!(
+        differences.is_empty(),
+        "kernels cost other than {} says (registers, static shared memory, stack, spills):\n{}\n\
+         If that is meant, run `cargo xtask check --bless-budget` and commit the file.",
+        Budget::path().display(),
+        differences.join("\n")
+    );
+    let other_compilers = |(&codegen, compilers): (&CodeGenerator, &String)| {
+        let of = budget.compilers.get(&codegen).map_or("nothing", String::as_str);
+        (!budget.is_comparable(measured, codegen)).then(|| {
+            format!("the budget of code generator {codegen}: it was taken with {of}, and this is {compilers}")
+        })
+    };
+    Ok(measured.compilers.iter().filter_map(other_compilers).collect())
+}
+
+/// Makes what was measured the budget.
+fn bless(measured: Budget) -> Result<()> {
+    let mut budget = read_budget().unwrap_or_default();
+    let differences = budget.differences(&measured);
+    budget.update(measured);
+    let path = Budget::path();
+    std::fs::write(&path, budget.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
+    println!("\n{} is written.\n{}", path.display(), differences.join("\n"));
     Ok(())
 }

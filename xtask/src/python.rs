@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use moe_lora_codegen::workspace_root;
 
-use crate::setup;
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
 use crate::test::SKIP_LOG_VAR;
 
@@ -29,7 +29,7 @@ pub struct Args {}
 
 /// Carries the command out.
 pub fn run(_: &Args) -> Result<()> {
-    setup::compiler()?;
+    setup::compiler(&CodegenArgs::default())?;
     // With the assembler at hand, the wheel carries cubins, and its users' drivers have nothing to compile.
     if let Err(reason) = setup::ptxas(true) {
         eprintln!("no cubins, the driver will compile the PTX: {reason:#}");

@@ -6,8 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use moe_lora_codegen::workspace_root;
 
+use crate::python;
+use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, empty_dir, run as run_command, target_dir};
-use crate::{python, setup};
 
 /// The tests append a line to the file that this names whenever they skip something.
 pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
@@ -22,6 +23,8 @@ pub struct Args {
     /// Fail if any test was skipped: for machines that have a GPU
     #[arg(long)]
     require_gpu: bool,
+    #[command(flatten)]
+    codegen: CodegenArgs,
     /// Arguments for `cargo test`, for example: -p moe-lora-tests --test cuda -- i64
     #[arg(last = true, value_name = "CARGO TEST ARGUMENTS")]
     cargo_test: Vec<String>,
@@ -29,12 +32,12 @@ pub struct Args {
 
 /// Carries `test` out.
 pub fn run(args: &Args) -> Result<()> {
-    setup::compiler()?;
+    setup::compiler(&args.codegen)?;
     let skip_log = target_dir()?.join("skipped-tests.txt");
     std::fs::write(&skip_log, "").with_context(|| format!("cannot write {}", skip_log.display()))?;
 
     let mut test = cargo();
-    test.args(["test", "--release"]).env(SKIP_LOG_VAR, &skip_log);
+    args.codegen.pass_to(&mut test).args(["test", "--release"]).env(SKIP_LOG_VAR, &skip_log);
     let all = args.cargo_test.is_empty();
     if all {
         test.args(["--workspace", "--no-fail-fast"]);
@@ -104,6 +107,8 @@ fn path_dependency() -> Result<()> {
 /// the result against the float64 reference.
 #[derive(clap::Args)]
 pub struct DemoArgs {
+    #[command(flatten)]
+    codegen: CodegenArgs,
     /// Arguments for `moe-lora demo`; --help lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "DEMO ARGUMENTS")]
     demo: Vec<String>,
@@ -111,9 +116,11 @@ pub struct DemoArgs {
 
 /// Carries `demo` out.
 pub fn demo(args: &DemoArgs) -> Result<()> {
-    setup::compiler()?;
+    setup::compiler(&args.codegen)?;
+    let mut run = cargo();
     run_command(
-        cargo()
+        args.codegen
+            .pass_to(&mut run)
             .args(["run", "--release", "-p", "moe-lora", "--bin", "moe-lora", "--", "demo"])
             .args(&args.demo),
     )

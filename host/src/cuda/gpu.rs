@@ -12,7 +12,7 @@ use moe_lora_kernels::entry::CLUSTERS_SINCE;
 use moe_lora_kernels::{ENTRIES, Entry};
 use std::{fmt, ptr};
 
-/// The kernels as PTX, for one generation of devices.
+/// The kernels for one generation of devices.
 #[derive(Clone, Copy, Debug)]
 pub struct Embedded {
     /// Least compute capability, times ten: 80, 90.
@@ -21,17 +21,61 @@ pub struct Embedded {
     pub arch: &'static str,
     /// The PTX module.
     pub ptx: &'static str,
-    /// Which code generator and compiler made it.
+    /// The same module as machine code, where the build found an assembler.
+    pub cubin: Option<Cubin>,
+    /// Which code generator and compiler made the PTX.
     pub made_by: &'static str,
 }
 
-/// The modules that were built into this program.
+/// Kernels that were assembled when the program was built: they load at once, while PTX is first compiled by
+/// the driver.
+#[derive(Clone, Copy, Debug)]
+pub struct Cubin {
+    /// The ELF image.
+    pub image: &'static [u8],
+    /// Version of the ptxas that made it, for example `13.0.88`. A driver older than that CUDA release may
+    /// refuse it.
+    pub ptxas: &'static str,
+}
+
+/// What the kernels that a [`Gpu`] runs were loaded from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoadedFrom {
+    /// The cubin.
+    Cubin,
+    /// The PTX, compiled by the driver.
+    Ptx {
+        /// What the driver said of the cubin, where there is one for the device.
+        cubin_refused: Option<String>,
+    },
+}
+
+/// The kernels that were built into this program.
 pub static EMBEDDED: &[Embedded] = include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
 
 impl Embedded {
     /// True when a device of this compute capability can run the module.
     fn runs_on(&self, capability: u32) -> bool {
         if self.arch.ends_with('a') { capability == self.sm } else { capability >= self.sm }
+    }
+
+    /// The cubin, if a device of this compute capability can run it: machine code is good for later minor
+    /// versions, PTX for later major ones too (CUDA programming guide, "Binary Compatibility").
+    fn cubin_for(&self, capability: u32) -> Option<Cubin> {
+        self.cubin.filter(|_| self.runs_on(capability) && capability / 10 == self.sm / 10)
+    }
+
+    /// Loads the module into the current context: from its cubin where that will do, otherwise from PTX.
+    fn load(&self, capability: u32) -> Result<(Module, LoadedFrom)> {
+        let mut cubin_refused = None;
+        if let Some(cubin) = self.cubin_for(capability) {
+            match Module::from_cubin(cubin.image, &[]) {
+                Ok(module) => return Ok((module, LoadedFrom::Cubin)),
+                Err(error) => cubin_refused = Some(format!("{error:?}")),
+            }
+        }
+        let module = Module::from_ptx(self.ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
+        Ok((module, LoadedFrom::Ptx { cubin_refused }))
     }
 }
 
@@ -109,6 +153,7 @@ pub struct Gpu {
     _module: Module,
     context: Context,
     embedded: &'static Embedded,
+    loaded_from: LoadedFrom,
     info: DeviceInfo,
 }
 
@@ -153,7 +198,7 @@ impl Gpu {
                 needed: "8.0",
             })?;
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let module = Module::from_ptx(embedded.ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
+        let (module, loaded_from) = embedded.load(capability)?;
         let functions = ENTRIES
             .iter()
             .map(|entry| {
@@ -170,7 +215,7 @@ impl Gpu {
                 Ok(Some(function))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Gpu { functions, _module: module, context, embedded, info })
+        Ok(Gpu { functions, _module: module, context, embedded, loaded_from, info })
     }
 
     /// What the driver says of the device.
@@ -181,6 +226,11 @@ impl Gpu {
     /// The module that was loaded.
     pub fn embedded(&self) -> &'static Embedded {
         self.embedded
+    }
+
+    /// Whether that was its cubin or its PTX.
+    pub fn loaded_from(&self) -> &LoadedFrom {
+        &self.loaded_from
     }
 
     /// What plans need to know of the device.
@@ -293,5 +343,40 @@ impl Drop for CallersContext {
         // SAFETY: null stands for none; a context that was destroyed meanwhile is refused. A failure here has
         // nobody to go to.
         let _ = unsafe { sys::cuCtxSetCurrent(self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cubin_is_for_devices_of_its_major_version() {
+        let cubin = Some(Cubin { image: &[], ptxas: "13.0.88" });
+        let kernels = |arch, sm| Embedded { sm, arch, ptx: "", cubin, made_by: "" };
+        let (ampere, hopper) = (kernels("sm_80", 80), kernels("sm_90a", 90));
+        let runs = |kernels: &Embedded, capability| {
+            (kernels.runs_on(capability), kernels.cubin_for(capability).is_some())
+        };
+        for (capability, expected) in [(75, (false, false)), (80, (true, true)), (89, (true, true))] {
+            assert_eq!(runs(&ampere, capability), expected, "{capability}");
+            assert_eq!(runs(&hopper, capability), (false, false), "{capability}");
+        }
+        for (capability, expected) in [(90, (true, true)), (100, (false, false)), (120, (false, false))] {
+            assert_eq!(runs(&ampere, capability), (true, false), "{capability}");
+            assert_eq!(runs(&hopper, capability), expected, "{capability}");
+        }
+        assert!(Embedded { cubin: None, ..ampere }.cubin_for(80).is_none());
+    }
+
+    #[test]
+    fn both_generations_are_built_in() {
+        assert_eq!(EMBEDDED.iter().map(|kernels| kernels.sm).collect::<Vec<_>>(), [80, 90]);
+        for kernels in EMBEDDED {
+            assert!(kernels.ptx.contains(&format!("\n.target {}\n", kernels.arch)));
+            if let Some(cubin) = kernels.cubin {
+                assert!(cubin.image.starts_with(b"\x7fELF"), "{}", kernels.arch);
+            }
+        }
     }
 }

@@ -182,7 +182,10 @@ impl Scratch {
         plan: &Plan,
         base: u64,
     ) -> Result<Parts> {
-        self.room.check(&Room::of(projection, tokens)?)?;
+        let mut needed = Room::of(projection, tokens)?;
+        // Blocks smaller than any tile make more tiles than any other route.
+        needed.tiles = needed.tiles.max(plan.route_tiles as usize);
+        self.room.check(&needed)?;
         self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
         Ok(self.room.parts(base).0)
     }

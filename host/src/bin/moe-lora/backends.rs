@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use moe_lora::cuda::{EMBEDDED, Gpu, IndexWidth, Options, Queue, TileKind};
+use moe_lora::cuda::{EMBEDDED, Embedded, Gpu, IndexWidth, LoadedFrom, Options, Queue, TileKind};
 #[cfg(feature = "cuda")]
 use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::verify::{Case, Failure, Outcome, check_each};
@@ -101,7 +101,7 @@ impl Machine {
     /// The kernels in this program: who compiled them, for what.
     pub fn kernels() -> Vec<String> {
         #[cfg(feature = "cuda")]
-        return EMBEDDED.iter().map(|m| format!("{}, {} KiB of PTX", m.made_by, m.ptx.len() >> 10)).collect();
+        return EMBEDDED.iter().map(describe).collect();
         #[cfg(not(feature = "cuda"))]
         Vec::new()
     }
@@ -173,7 +173,16 @@ impl fmt::Display for Machine {
             Ok(gpu) => {
                 let (info, module) = (gpu.info(), gpu.embedded());
                 writeln!(f, "cuda     {info}, {} MiB L2", info.l2_bytes >> 20)?;
-                writeln!(f, "         runs the {} kernels", module.arch)?;
+                let from = match gpu.loaded_from() {
+                    LoadedFrom::Cubin => "from their cubin".to_owned(),
+                    LoadedFrom::Ptx { cubin_refused: None } => {
+                        "compiled by the driver from their PTX".to_owned()
+                    }
+                    LoadedFrom::Ptx { cubin_refused: Some(reason) } => {
+                        format!("compiled by the driver from their PTX; it refused the cubin: {reason}")
+                    }
+                };
+                writeln!(f, "         runs the {} kernels, {from}", module.arch)?;
             }
             Err(reason) => writeln!(f, "cuda     {reason}")?,
         }
@@ -181,6 +190,17 @@ impl fmt::Display for Machine {
         writeln!(f, "cuda     {}", self.missing().unwrap_or_default())?;
         Ok(())
     }
+}
+
+/// One generation's kernels in a line: who made them, and how large they are.
+#[cfg(feature = "cuda")]
+fn describe(kernels: &Embedded) -> String {
+    let Embedded { made_by, ptx, cubin, .. } = kernels;
+    let cubin = match cubin {
+        Some(cubin) => format!("{} KiB of cubin by ptxas {}", cubin.image.len() >> 10, cubin.ptxas),
+        None => "no cubin".to_owned(),
+    };
+    format!("{made_by}: {} KiB of PTX, {cubin}", ptx.len() >> 10)
 }
 
 /// A back end that knows how long its work takes.
