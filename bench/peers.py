@@ -1,0 +1,244 @@
+"""vLLM's fused MoE-LoRA operators, straight from the files of vLLM's own wheels.
+
+``cargo xtask bench --fetch`` (or fetch.py) brings the files into a folder that git ignores:
+
+``v017``
+    release 0.17.1: the two-kernel operator of pull request 32770 (shrink, then expand)
+``v033``
+    release 0.33.0: one-shot and small-batch kernels, chosen by vLLM's own dispatch, and the compiled
+    library that has vLLM's routing step, ``moe_lora_align_block_size``
+
+An operator's file is loaded as it is. Only the vLLM modules that it imports are stood in for, so torch
+and triton are all that must be installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import Case
+from .data import Projection, Routing
+
+#: Block sizes that a tuned configuration could choose from.
+BLOCK_SIZES = (16, 32, 64, 128)
+#: vLLM routes nothing when it has so many times more (adapter, expert) than pairs.
+SPARSITY = 8
+
+
+def _module(name: str, **attributes: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    sys.modules[name] = module
+    return module
+
+
+def _not_registered(**_: Any) -> None:
+    raise AttributeError("operators are called directly here")
+
+
+def load_operator(folder: Path) -> types.ModuleType:
+    """One release's ``fused_moe_lora_op.py``, with stand-ins for the modules of vLLM that it imports."""
+    import triton
+    import triton.language
+
+    device = torch.cuda.get_device_properties(0)
+    _module("vllm")
+    _module("vllm.distributed", tensor_model_parallel_all_gather=None, tensor_model_parallel_all_reduce=None)
+    _module(
+        "vllm.platforms",
+        current_platform=types.SimpleNamespace(
+            num_compute_units=lambda _=0: device.multi_processor_count,
+            is_xpu=lambda: False,
+            is_rocm=lambda: False,
+            is_cuda=lambda: True,
+            is_cuda_alike=lambda: True,
+            has_device_capability=lambda wanted: (device.major, device.minor) >= divmod(wanted, 10),
+        ),
+    )
+    _module("vllm.triton_utils", tl=triton.language, triton=triton)
+    _module(
+        "vllm.triton_utils.allocation",
+        set_triton_allocator=lambda device: triton.set_allocator(
+            lambda size, _align, _stream: torch.empty(size, device=device, dtype=torch.int8)
+        ),
+    )
+    _module("vllm.utils")
+    _module(
+        "vllm.utils.mem_utils",
+        get_max_shared_memory_bytes=lambda _=0: device.shared_memory_per_block_optin,
+    )
+    _module(
+        "vllm.utils.torch_utils",
+        direct_register_custom_op=_not_registered,
+        async_tensor_h2d=lambda data, dtype, device: torch.tensor(data, dtype=dtype, device=device),
+    )
+    package = f"vllm_{folder.name}"
+    _module(package).__path__ = [str(folder)]
+    is_hopper_or_later = device.major >= 9
+    _module(
+        f"{package}.utils",
+        supports_pdl=lambda _=None: is_hopper_or_later,
+        supports_tma=lambda _=None: is_hopper_or_later,
+    )
+    spec = importlib.util.spec_from_file_location(f"{package}.op", folder / "fused_moe_lora_op.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Vllm:
+    """Both releases' operators, and the routing step that serves both."""
+
+    def __init__(self, folder: Path) -> None:
+        for name in ("v017/fused_moe_lora_op.py", "v033/fused_moe_lora_op.py", "v033/_moe_C.so"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name}: fetch vLLM's files with python -m bench.fetch")
+        self.operators = {
+            "pr32770": load_operator(folder / "v017"),
+            "vllm033": load_operator(folder / "v033"),
+        }
+        torch.ops.load_library(str(folder / "v033/_moe_C.so"))
+
+    def peer(self, name: str, routing: Routing, rank: int, block_m: int | None = None) -> Peer:
+        """One release's operator; ``block_m`` other than None overrides the block size it ships with."""
+        return Peer(self.operators[name], routing, rank, name == "vllm033", block_m)
+
+
+def default_block_m(tokens: int) -> int:
+    """BLOCK_SIZE_M that vLLM takes where it has no tuned file."""
+    return 16 if tokens <= 32 else 32 if tokens <= 96 else 64 if tokens <= 512 else 128
+
+
+def default_config(tokens: int, experts: int, rank: int, kernel: str) -> list[int]:
+    """BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, warps, stages and SPLIT_K where vLLM has no tuned file.
+
+    It reads warps and stages by names in capitals that its defaults leave out, so they stay at 4 and 3.
+    """
+    n, k = (64, 128) if tokens <= 64 else (128, 64)
+    padded_rank = 1 << (rank - 1).bit_length()
+    if kernel == "shrink":
+        n = min(n, padded_rank)
+    else:
+        k = max(16, min(k, padded_rank))
+    group = 16 if tokens // max(experts, 1) > 128 else 1
+    return [default_block_m(tokens), n, k, group, 4, 3, 1]
+
+
+def is_naive(tokens: int, top_k: int, experts: int, adapters: int) -> bool:
+    """Whether vLLM leaves pairs unsorted, a block of the grid for each, and does without a routing step."""
+    return tokens * top_k * SPARSITY <= experts * adapters
+
+
+class Peer:
+    """One operator of vLLM's on one routing, which is read anew by each :meth:`route`."""
+
+    def __init__(
+        self,
+        operator: types.ModuleType,
+        routing: Routing,
+        rank: int,
+        can_overwrite: bool,
+        block_m: int | None,
+    ) -> None:
+        self.operator, self.routing, self.rank, self.can_overwrite = operator, routing, rank, can_overwrite
+        tokens, experts = routing.tokens, routing.experts
+        self.shrink = default_config(tokens, experts, rank, "shrink")
+        self.expand = default_config(tokens, experts, rank, "expand")
+        if block_m is not None:
+            self.shrink[0] = self.expand[0] = block_m
+        self.naive = is_naive(tokens, routing.top_k, experts, routing.adapters)
+        slots = routing.adapters
+        self.enabled = torch.ones(slots + 1, dtype=torch.int32, device="cuda")
+        self.lora_ids = torch.arange(slots + 1, dtype=torch.int32, device="cuda")
+        self.lora_ids[min(slots, tokens) :] = -1
+        self.active = torch.tensor([min(slots, tokens)], dtype=torch.int32)
+        if self.naive:
+            self.sorted_ids = self.padded = None
+            self.expert_ids = routing.topk_ids.view(-1)
+        else:
+            block, pairs = self.shrink[0], routing.topk_ids.numel()
+            self.room = pairs * block if pairs < experts else pairs + experts * (block - 1)
+            self.blocks = -(-self.room // block)
+            integers = dict(dtype=torch.int32, device="cuda")
+            self.sorted_ids = torch.empty(slots, self.room, **integers)
+            self.expert_ids = torch.full((slots, self.blocks), -1, **integers)
+            self.padded = torch.zeros(slots, **integers)
+
+    def prepare(self, *projections: Projection) -> None:
+        """Uploads the tables of addresses that a call looks up, which a capture into a graph could not."""
+        for projection in projections:
+            for matrices in (*projection.weights.a, *projection.weights.b):
+                self.operator._get_ptr(matrices, projection.x.device)
+
+    def use(self, routing: Routing) -> None:
+        """Another routing, of the same sizes, from the next call on."""
+        self.routing = routing
+        if self.naive:
+            self.expert_ids = routing.topk_ids.view(-1)
+
+    def route(self) -> None:
+        """vLLM's routing step: nothing where pairs stay unsorted."""
+        if self.naive:
+            return
+        routing = self.routing
+        torch.ops._moe_C.moe_lora_align_block_size(
+            routing.topk_ids,
+            routing.token_lora,
+            routing.experts,
+            self.shrink[0],
+            routing.adapters,
+            self.room,
+            self.blocks,
+            self.sorted_ids,
+            self.expert_ids,
+            self.padded,
+            self.enabled,
+            self.lora_ids,
+            None,
+        )
+
+    def forward(self, projection: Projection, chosen: int, accumulate: bool = True) -> None:
+        """Both products, on the routing that :meth:`route` left."""
+        mode = {"add_inputs": accumulate} if self.can_overwrite else {}
+        self.operator._fused_moe_lora(
+            projection.out,
+            projection.x,
+            projection.weights.a[chosen],
+            projection.weights.b[chosen],
+            self.routing.topk_weights,
+            self.sorted_ids,
+            self.expert_ids,
+            self.padded,
+            self.routing.token_lora,
+            self.rank,
+            self.routing.top_k,
+            self.lora_ids,
+            self.active,
+            self.enabled,
+            *self.shrink,
+            *self.expand,
+            projection.weighted,
+            False,  # fully_sharded
+            0,  # offset
+            **mode,
+        )
+
+    def routed(self, projection: Projection, chosen: int) -> None:
+        """Routing and both products."""
+        self.route()
+        self.forward(projection, chosen)
+
+
+def tuned_blocks(case: Case) -> tuple[int, ...]:
+    """The block sizes to try for a case: none where pairs stay unsorted and there is nothing to choose."""
+    model = case.model
+    naive = is_naive(case.tokens, model.top_k, model.experts, case.adapters)
+    return () if naive else BLOCK_SIZES
