@@ -3,6 +3,8 @@
 ``python -m bench --help`` lists what it does; ``cargo xtask bench`` prepares all that it needs.
 
 ==============  =====================================================================
+fetch           vLLM's files, out of its wheels
+probe           whether this machine can measure
 cases           which calls are measured: models, sizes, sets of cases, JSON
 floors          the fewest bytes and operations of a call
 data            a case's tensors, and what the operator must compute

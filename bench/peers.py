@@ -46,6 +46,7 @@ def load_operator(folder: Path) -> types.ModuleType:
     """One release's ``fused_moe_lora_op.py``, with stand-ins for the modules of vLLM that it imports."""
     import triton
     import triton.language
+    import triton.tools.tensor_descriptor  # The operators use it without importing it.
 
     device = torch.cuda.get_device_properties(0)
     _module("vllm")

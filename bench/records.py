@@ -35,6 +35,10 @@ class Sink:
         self.failures += sum("failed" in result for result in fields.get("results", {}).values())
         self.file.write(json.dumps({"kind": kind, **fields}) + "\n")
         self.file.flush()
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line on the terminal alone."""
         print(f"{self.seconds:6.1f} s  {line}", flush=True)
 
     @property

@@ -37,9 +37,21 @@ TOLERANCE = 1.5e-2
 REFERENCE_TOKENS = 80
 
 
+def workload(quick: bool) -> Workload:
+    """The serving run that is replayed."""
+    return Workload(requests=160) if quick else Workload()
+
+
+def cases(quick: bool) -> list[Case]:
+    """Every call of the replay."""
+    load = workload(quick)
+    sizes = {schedule.tokens(step) for step in schedule.steps(load)}
+    return [Case(QWEN3, op, size, RANK, load.adapters) for size in sorted(sizes) for op in ("w13", "w2")]
+
+
 def run(sink: Sink, vllm: Vllm, quick: bool) -> None:
     """Runs the whole schedule and writes one record."""
-    load = Workload(requests=160) if quick else Workload()
+    load = workload(quick)
     steps = schedule.steps(load)
     sizes = sorted({schedule.tokens(step) for step in steps}, reverse=True)
     batch = Batch(sizes[0], load.adapters)
@@ -48,10 +60,12 @@ def run(sink: Sink, vllm: Vllm, quick: bool) -> None:
     failures: dict[str, str] = {}
     for size in sizes:
         graphs[size] = batch.record(vllm, size, tuned, failures)
+    sink.say(f"captured steps of {len(sizes)} sizes")
     names = [name for name in ("ours", "pr32770", "vllm033", "tuned") if name not in failures]
     for size in (sizes[0], REFERENCE_TOKENS):
         failures |= batch.check(next(s for s in steps if schedule.tokens(s) == size), graphs[size])
     names = [name for name in names if name not in failures]
+    sink.say("checked the results of two steps")
 
     times: dict[str, list[float]] = {name: [] for name in names}
     for number, step in enumerate(steps):

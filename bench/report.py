@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 
-from . import chart
+from . import cases, chart
 from .cases import QWEN3, Case
 from .records import NAMES, Record, Results, read
 
@@ -53,7 +53,7 @@ def page(results: Results, picture: str) -> str:
         f"![time over tokens]({picture})",
     ]
     for name, section in SECTIONS.items():
-        if text := section(results):
+        if section not in (machine, selected) and (text := section(results)):
             parts += [f"## {name.capitalize()}", text]
     return "\n\n".join(parts) + "\n"
 
@@ -80,7 +80,12 @@ def with_routing(results: Results) -> str:
     return _case_table(results, "routed_us", floor=False)
 
 
-def _case_table(results: Results, key: str, floor: bool) -> str:
+def selected(results: Results) -> str:
+    """The operator on a kept route, in the cases that a document has room for."""
+    return _case_table(results, "us", floor=True, only=cases.design())
+
+
+def _case_table(results: Results, key: str, floor: bool, only: Sequence[Case] | None = None) -> str:
     head = ["model", "op", "T", "R", "adapters"]
     head += ["floor", "moe-lora", "of the floor", "GB/s"] if floor else ["moe-lora"]
     rows = []
@@ -88,6 +93,8 @@ def _case_table(results: Results, key: str, floor: bool) -> str:
     records = sorted(results.of("case"), key=lambda record: _order(Case.from_json(record["case"])))
     for record in records:
         case = Case.from_json(record["case"])
+        if only is not None and case not in only:
+            continue
         ours = record["results"].get("ours", {})
         row = [case.model.name, case.op, str(case.tokens), _rank(case), str(case.adapters)]
         if floor:
@@ -207,6 +214,22 @@ def serving(results: Results) -> str:
     return _table(["", *columns.values()], rows)
 
 
+def accuracy(results: Results) -> str:
+    """The largest error of each implementation over all cases, by type."""
+    worst: dict[str, dict[str, float]] = {}
+    for record in results.of("case"):
+        for name, result in record["results"].items():
+            if "error" in result:
+                errors = worst.setdefault(record["case"]["dtype"], {})
+                errors[name] = max(errors.get(name, 0.0), result["error"])
+    names = ("ours", *PEERS)
+    rows = [
+        [dtype, *(f"{errors[name]:.1e}" if name in errors else "–" for name in names)]
+        for dtype, errors in worst.items()
+    ]
+    return _table(["", *(NAMES[name] for name in names)], rows)
+
+
 def failures(results: Results) -> str:
     """Every result that is missing, and why."""
     lines = []
@@ -223,6 +246,7 @@ def failures(results: Results) -> str:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": machine,
     "means": means,
+    "selected cases": selected,
     "operator": operator,
     "operator with routing": with_routing,
     "layers": layers,
@@ -230,6 +254,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "host time": host,
     "first result": first_result,
     "serving": serving,
+    "largest errors": accuracy,
     "failures": failures,
 }
 

@@ -42,7 +42,11 @@ def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, par
 
     listed = list(chosen) if chosen is not None else cases.quick() if quick else cases.everything()
     layers = cases.layers(quick)
-    needed = [*(listed if "cases" in parts else ()), *(case for pair in layers for case in pair)]
+    needed = [
+        *(listed if "cases" in parts else ()),
+        *(case for pair in layers if "layers" in parts for case in pair),
+        *(replay.cases(quick) if "replay" in parts else ()),
+    ]
     precompile.run(sink, list(dict.fromkeys(needed)), peers)
 
     vllm = Vllm(peers)
