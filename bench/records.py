@@ -68,8 +68,13 @@ class Results:
 
     @property
     def slug(self) -> str:
-        """The device's name as a file name: NVIDIA H100 80GB HBM3 is h100-80gb-hbm3."""
+        """The device's name as a file name: NVIDIA H100 80GB HBM3 is h100-80gb-hbm3.
+
+        Results of a part of the benchmark have another, so that they replace nothing in the documents.
+        """
         words = re.findall(r"[a-z0-9]+", self.machine["device"].lower())
+        if self.machine.get("partial"):
+            words.append("partial")
         return "-".join(word for word in words if word != "nvidia")
 
 

@@ -33,7 +33,7 @@ def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, par
         "machine",
         f"{torch.cuda.get_device_name()}: copy {ceilings.bandwidth / 1e12:.2f} TB/s, "
         f"bf16 matmul {ceilings.operations / 1e12:.0f} TFLOP/s",
-        quick=quick,
+        partial=quick or chosen is not None or set(parts) != set(PARTS),
         **_machine(ceilings),
     )
     # Before anything else is compiled or runs beside it.

@@ -112,7 +112,6 @@ def test_results_of_something_else_are_refused() -> None:
 
 
 def test_files_are_named_for_the_device_and_come_out_the_same_twice(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     source = tmp_path / "results.jsonl"
     source.write_text("\n".join(json.dumps(record) for record in RECORDS))
     document = tmp_path / "PERFORMANCE.md"
