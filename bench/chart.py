@@ -11,6 +11,9 @@ from .records import NAMES, Record, Results
 #: Okabe and Ito's colours, which those who confuse red and green tell apart.
 COLOURS = {"ours": "#0072B2", "pr32770": "#D55E00", "vllm033": "#009E73", "tuned": "#CC79A7"}
 
+#: Tokens that are written at the axis.
+TICKS = [1, 4, 16, 64, 256, 1024, 4096, 16384]
+
 
 def draw(results: Results, path: Path) -> None:
     """Time over tokens of the plain Qwen3 cases: on a kept route above, with routing below."""
@@ -54,7 +57,9 @@ def _lines(axis: Any, results: Results, op: str, key: str) -> None:
             points[case.tokens] = record
     tokens = sorted(points)
     axis.set_xscale("log", base=2)
+    axis.set_xticks(TICKS, labels=[str(tick) for tick in TICKS])
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     floors = [points[t]["floor_us"] for t in tokens]
     axis.plot(tokens, floors, color="#666666", linestyle="--", linewidth=1, label="floor")
     for name, colour in COLOURS.items():
