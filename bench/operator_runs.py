@@ -155,7 +155,8 @@ def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceiling
     projection.out.zero_()
     recordings: dict[str, measure.Recording] = {}
     for label, implementation in ready.items():
-        implementation.route()
+        # Not route(): a route is kept as the call needs it that it comes with, as w13's is for w2.
+        implementation.routed(projection, 0)
         call = partial(implementation.forward, projection)
         recordings[label] = measure.Recording.of(measure.rotation(call, sets))
     _note(results, "us", measure.in_turns(recordings))
