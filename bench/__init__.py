@@ -9,6 +9,7 @@ cases           which calls are measured: models, sizes, sets of cases, JSON
 floors          the fewest bytes and operations of a call
 data            a case's tensors, and what the operator must compute
 peers           vLLM's operators, out of vLLM's own wheels
+vllm_defaults   what vLLM launches them with
 ours            this project, through its Python package
 measure         CUDA graphs, timed in turns; the machine's ceilings
 precompile      Triton's compilations, in parallel and ahead of the measurements

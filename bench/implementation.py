@@ -19,8 +19,8 @@ class Implementation(Protocol):
     def route(self) -> None:
         """The routing step alone."""
 
-    def forward(self, projection: Projection, chosen: int, accumulate: bool = True) -> None:
-        """Both products with one set of weights, on the routing that was read last."""
+    def forward(self, projection: Projection, chosen: int) -> None:
+        """Both products with one set of weights, on the routing that was read last, added to ``out``."""
 
     def routed(self, projection: Projection, chosen: int) -> None:
-        """Routing and both products, added to what ``out`` holds."""
+        """Routing and both products."""

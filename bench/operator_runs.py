@@ -14,8 +14,9 @@ from .data import Projection, Routing, Weights, sets_needed
 from .floors import Ceilings, floor
 from .implementation import Implementation
 from .ours import Ours
-from .peers import Vllm, tuned_blocks
+from .peers import Vllm
 from .records import Sink, show
+from .vllm_defaults import tuned_blocks
 
 Make = Callable[[], Implementation]
 Results = dict[str, dict[str, Any]]
@@ -104,7 +105,7 @@ def check(implementation: Implementation, projection: Projection, reference: tor
     return error
 
 
-def check_overwriting(ours: Implementation, projection: Projection, reference: torch.Tensor) -> None:
+def check_overwriting(ours: Ours, projection: Projection, reference: torch.Tensor) -> None:
     """A call that overwrites leaves nothing of the poison that ``out`` held."""
     projection.out.fill_(float("nan"))
     ours.route()
@@ -123,10 +124,10 @@ def make_checked(
     results: Results = {}
     for label, make in makers.items():
 
-        def checked(label: str = label, make: Make = make) -> tuple[Implementation, float]:
+        def checked(make: Make = make) -> tuple[Implementation, float]:
             made = make()
             made.prepare(projection)
-            if label == "ours":
+            if isinstance(made, Ours):
                 check_overwriting(made, projection, reference)
             return made, check(made, projection, reference)
 

@@ -22,13 +22,8 @@ from typing import Any
 
 import torch
 
-from .cases import Case
 from .data import Projection, Routing
-
-#: Block sizes that a tuned configuration could choose from.
-BLOCK_SIZES = (16, 32, 64, 128)
-#: vLLM routes nothing when it has so many times more (adapter, expert) than pairs.
-SPARSITY = 8
+from .vllm_defaults import default_config, is_naive
 
 
 def _module(name: str, **attributes: Any) -> types.ModuleType:
@@ -110,46 +105,14 @@ class Vllm:
 
     def peer(self, name: str, routing: Routing, rank: int, block_m: int | None = None) -> Peer:
         """One release's operator; ``block_m`` other than None overrides the block size it ships with."""
-        return Peer(self.operators[name], routing, rank, name == "vllm033", block_m)
-
-
-def default_block_m(tokens: int) -> int:
-    """BLOCK_SIZE_M that vLLM takes where it has no tuned file."""
-    return 16 if tokens <= 32 else 32 if tokens <= 96 else 64 if tokens <= 512 else 128
-
-
-def default_config(tokens: int, experts: int, rank: int, kernel: str) -> list[int]:
-    """BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, warps, stages and SPLIT_K where vLLM has no tuned file.
-
-    It reads warps and stages by names in capitals that its defaults leave out, so they stay at 4 and 3.
-    """
-    n, k = (64, 128) if tokens <= 64 else (128, 64)
-    padded_rank = 1 << (rank - 1).bit_length()
-    if kernel == "shrink":
-        n = min(n, padded_rank)
-    else:
-        k = max(16, min(k, padded_rank))
-    group = 16 if tokens // max(experts, 1) > 128 else 1
-    return [default_block_m(tokens), n, k, group, 4, 3, 1]
-
-
-def is_naive(tokens: int, top_k: int, experts: int, adapters: int) -> bool:
-    """Whether vLLM leaves pairs unsorted, a block of the grid for each, and does without a routing step."""
-    return tokens * top_k * SPARSITY <= experts * adapters
+        return Peer(self.operators[name], routing, rank, block_m)
 
 
 class Peer:
     """One operator of vLLM's on one routing, which is read anew by each :meth:`route`."""
 
-    def __init__(
-        self,
-        operator: types.ModuleType,
-        routing: Routing,
-        rank: int,
-        can_overwrite: bool,
-        block_m: int | None,
-    ) -> None:
-        self.operator, self.routing, self.rank, self.can_overwrite = operator, routing, rank, can_overwrite
+    def __init__(self, operator: types.ModuleType, routing: Routing, rank: int, block_m: int | None) -> None:
+        self.operator, self.routing, self.rank = operator, routing, rank
         tokens, experts = routing.tokens, routing.experts
         self.shrink = default_config(tokens, experts, rank, "shrink")
         self.expand = default_config(tokens, experts, rank, "expand")
@@ -206,9 +169,8 @@ class Peer:
             None,
         )
 
-    def forward(self, projection: Projection, chosen: int, accumulate: bool = True) -> None:
+    def forward(self, projection: Projection, chosen: int) -> None:
         """Both products, on the routing that :meth:`route` left."""
-        mode = {"add_inputs": accumulate} if self.can_overwrite else {}
         self.operator._fused_moe_lora(
             projection.out,
             projection.x,
@@ -229,17 +191,9 @@ class Peer:
             projection.weighted,
             False,  # fully_sharded
             0,  # offset
-            **mode,
         )
 
     def routed(self, projection: Projection, chosen: int) -> None:
         """Routing and both products."""
         self.route()
         self.forward(projection, chosen)
-
-
-def tuned_blocks(case: Case) -> tuple[int, ...]:
-    """The block sizes to try for a case: none where pairs stay unsorted and there is nothing to choose."""
-    model = case.model
-    naive = is_naive(case.tokens, model.top_k, model.experts, case.adapters)
-    return () if naive else BLOCK_SIZES

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .cases import Case
 from .records import Sink
+from .vllm_defaults import tuned_blocks
 
 if TYPE_CHECKING:
     from .peers import Vllm
@@ -27,8 +28,6 @@ PROCESSES = max(1, min(14, (os.cpu_count() or 1) - 1))
 
 def run(sink: Sink, cases: list[Case], peers: Path) -> None:
     """Compiles what the peers need for these cases, as they ship and at every block size."""
-    from .peers import tuned_blocks
-
     begun = sink.seconds
 
     # One task for each set of constants that may differ, as far as it is known from here: then no two

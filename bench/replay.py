@@ -10,7 +10,6 @@ the device, one implementation after the other within each step.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -75,7 +74,7 @@ def run(sink: Sink, vllm: Vllm, quick: bool) -> None:
             times[name].append(took)
     results: dict[str, Any] = {name: {"failed": why} for name, why in failures.items()}
     for name in names:
-        results[name] = summary(steps, times[name], load)
+        results[name] = schedule.summary(steps, times[name], load)
     line = ", ".join(
         f"{name} " + (why["failed"] if "failed" in why else f"{why['total_s']:.2f} s")
         for name, why in results.items()
@@ -91,18 +90,6 @@ def run(sink: Sink, vllm: Vllm, quick: bool) -> None:
         tuned={str(size): of for size, of in tuned.items()},
         results=results,
     )
-
-
-def summary(steps: Sequence[Sequence[Chunk]], times: Sequence[float], load: Workload) -> dict[str, float]:
-    """What requests wait for, of one implementation's step times in milliseconds."""
-    waits = schedule.latency(steps, times, load)
-    return {
-        "token_ms_mean": statistics.fmean(waits.later_tokens),
-        "token_ms_p99": schedule.percentile(waits.later_tokens, 0.99),
-        "first_ms_mean": statistics.fmean(waits.first_token),
-        "first_ms_p99": schedule.percentile(waits.first_token, 0.99),
-        "total_s": sum(times) / 1e3,
-    }
 
 
 class Batch:

@@ -12,6 +12,7 @@ Needs neither torch nor a GPU.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -114,3 +115,17 @@ def latency(schedule: Sequence[Sequence[Chunk]], times: Sequence[float], load: W
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least this share of all values do not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def summary(
+    schedule: Sequence[Sequence[Chunk]], milliseconds: Sequence[float], load: Workload
+) -> dict[str, float]:
+    """What requests wait for, of the times of the steps."""
+    waits = latency(schedule, milliseconds, load)
+    return {
+        "token_ms_mean": statistics.fmean(waits.later_tokens),
+        "token_ms_p99": percentile(waits.later_tokens, 0.99),
+        "first_ms_mean": statistics.fmean(waits.first_token),
+        "first_ms_p99": percentile(waits.first_token, 0.99),
+        "total_s": sum(milliseconds) / 1e3,
+    }

@@ -73,6 +73,17 @@ def test_every_token_waits() -> None:
     assert len(waits.later_tokens) == 800 * 99
 
 
+def test_summary_by_hand() -> None:
+    load = Workload(requests=3, prompt=3, output=2, concurrency=2, step_tokens=4)
+    assert schedule.summary(schedule.steps(load), [10.0, 20.0, 40.0, 80.0], load) == {
+        "token_ms_mean": pytest.approx(140 / 3),
+        "token_ms_p99": 80.0,
+        "first_ms_mean": pytest.approx(80 / 3),
+        "first_ms_p99": 40.0,
+        "total_s": pytest.approx(0.15),
+    }
+
+
 def test_percentile() -> None:
     values = [float(value) for value in range(100, 0, -1)]
     assert schedule.percentile(values, 0.99) == 99.0
