@@ -73,16 +73,19 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
         return None, f"{type(error).__name__}: {error}"[:300]
 
 
-def fold_tuned(results: Results, key: str) -> None:
-    """Replaces all block sizes by one entry, ``tuned``: the fastest, a release as it ships included."""
-    peers = {label: result for label, result in results.items() if label != "ours" and key in result}
+def fold_tuned(results: Results) -> None:
+    """Replaces all block sizes by one entry, ``tuned``: each time the fastest, those that ship included."""
+    peers = {label: result for label, result in results.items() if label != "ours"}
     for label in [label for label in results if "/" in label]:
-        fault = results.pop(label).get("failed")
-        if fault is not None:
-            results.setdefault("tuned", {}).setdefault("left_out", {})[label] = fault
-    if peers:
-        best = min(peers, key=lambda label: peers[label][key])
-        results["tuned"] = {**results.get("tuned", {}), "of": best, **peers[best]}
+        del results[label]
+    tuned: dict[str, Any] = {"of": {}, "left_out": {}}
+    for label, result in peers.items():
+        if "/" in label and "failed" in result:
+            tuned["left_out"][label] = result["failed"]
+        for key in ("us", "routed_us"):
+            if key in result and result[key] <= tuned.get(key, result[key]):
+                tuned[key], tuned["of"][key] = result[key], label
+    results["tuned"] = tuned
 
 
 def _distance(got: torch.Tensor, reference: torch.Tensor) -> float:
@@ -154,27 +157,20 @@ def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceiling
 
     routing.draw(seed=case.tokens)
     projection.out.zero_()
-    recordings: dict[str, measure.Recording] = {}
-    for label, implementation in ready.items():
+    for implementation in ready.values():
         # Not route(): a route is kept as the call needs it that it comes with, as w13's is for w2.
         implementation.routed(projection, 0)
-        call = partial(implementation.forward, projection)
-        recordings[label] = measure.Recording.of(measure.rotation(call, sets))
-    _note(results, "us", measure.in_turns(recordings))
-    fold_tuned(results, "us")
-
-    recordings = {}
-    for label in ("ours", *vllm.operators, "tuned"):
-        of = results.get(label, {}).get("of", label)
-        if of in ready:
-            call = partial(ready[of].routed, projection)
-            recordings[label] = measure.Recording.of(measure.rotation(call, sets))
-    _note(results, "routed_us", measure.in_turns(recordings))
+    kept = {label: partial(made.forward, projection) for label, made in ready.items()}
+    routed = {label: partial(made.routed, projection) for label, made in ready.items()}
+    for key, calls in (("us", kept), ("routed_us", routed)):
+        recordings = {
+            label: measure.Recording.of(measure.rotation(call, sets)) for label, call in calls.items()
+        }
+        _note(results, key, measure.in_turns(recordings))
+    fold_tuned(results)
     if case.tokens in HOST_TOKENS:
-        for label in ("ours", *vllm.operators):
-            if label in ready:
-                call = partial(ready[label].routed, projection)
-                results[label]["host_us"] = measure.host_time(call, sets)
+        shown = {label: call for label, call in routed.items() if label in results}
+        _note(results, "host_us", {label: measure.host_time(call, sets) for label, call in shown.items()})
 
     least = floor(case, segments)
     floor_us = least.microseconds(ceilings)
@@ -218,7 +214,7 @@ def run_layer(sink: Sink, vllm: Vllm, w13: Case, w2: Case, ceilings: Ceilings) -
         if fault is None:
             recordings[label] = recording
     _note(results, "us", measure.in_turns(recordings))
-    fold_tuned(results, "us")
+    fold_tuned(results)
     sink.write(
         "layer",
         f"layer of {w13.tokens} tokens: floor {floor_us:.1f}, {_line(results)}",
