@@ -13,9 +13,9 @@ from .cases import Case
 from .data import Projection, Routing, Weights, sets_needed
 from .floors import Ceilings, floor
 from .implementation import Implementation
-from .ours import Ours
+from .ours import Ours, stand_in
 from .peers import Vllm
-from .records import Sink, show
+from .records import OURS, Sink, show
 from .vllm_defaults import tuned_blocks
 
 Make = Callable[[], Implementation]
@@ -56,8 +56,11 @@ class Shelf:
 
 
 def implementations(vllm: Vllm, case: Case, routing: Routing) -> dict[str, Make]:
-    """How to make each: ours, both releases as shipped, and each at every block size."""
-    makers: dict[str, Make] = {"ours": partial(Ours, routing, case.rank)}
+    """How to make each: ours in both forms, both releases as shipped, and each at every block size."""
+    makers: dict[str, Make] = {
+        "ours": partial(Ours, routing, case.rank),
+        "standin": partial(stand_in, routing, case.rank),
+    }
     for name in vllm.operators:
         makers[name] = partial(vllm.peer, name, routing, case.rank)
         for block in tuned_blocks(case):
@@ -75,7 +78,7 @@ def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
 
 def fold_tuned(results: Results) -> None:
     """Replaces all block sizes by one entry, ``tuned``: each time the fastest, those that ship included."""
-    peers = {label: result for label, result in results.items() if label != "ours"}
+    peers = {label: result for label, result in results.items() if label not in OURS}
     for label in [label for label in results if "/" in label]:
         del results[label]
     tuned: dict[str, Any] = {"of": {}, "left_out": {}}

@@ -5,6 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .data import Projection, Routing
+from .peers import Operator, Peer
+
+
+def stand_in(routing: Routing, rank: int) -> Peer:
+    """The package's operators with vLLM's arguments, called as vLLM would call its own."""
+    import moe_lora.vllm as vllm
+
+    operator = Operator(vllm.fused_moe_lora, vllm.moe_lora_align_block_size, upload=None)
+    return Peer(operator, routing, rank, block_m=None)
 
 
 class Ours:

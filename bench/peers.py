@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,18 @@ def load_operator(folder: Path) -> types.ModuleType:
     return module
 
 
+@dataclass(frozen=True)
+class Operator:
+    """Functions with the arguments of vLLM's."""
+
+    #: ``fused_moe_lora``.
+    forward: Callable[..., None]
+    #: ``moe_lora_align_block_size``, the routing step.
+    align: Callable[..., None]
+    #: Uploads the table of some matrices' addresses, which a capture could not; where it has one.
+    upload: Callable[[list[torch.Tensor], torch.device], object] | None
+
+
 class Vllm:
     """Both releases' operators, and the routing step that serves both."""
 
@@ -97,11 +111,15 @@ class Vllm:
         for name in ("v017/fused_moe_lora_op.py", "v033/fused_moe_lora_op.py", "v033/_moe_C.so"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name}: fetch vLLM's files with python -m bench.fetch")
-        self.operators = {
-            "pr32770": load_operator(folder / "v017"),
-            "vllm033": load_operator(folder / "v033"),
-        }
         torch.ops.load_library(str(folder / "v033/_moe_C.so"))
+        align = torch.ops._moe_C.moe_lora_align_block_size
+        self.operators = {
+            name: Operator(module._fused_moe_lora, align, module._get_ptr)
+            for name, module in (
+                ("pr32770", load_operator(folder / "v017")),
+                ("vllm033", load_operator(folder / "v033")),
+            )
+        }
 
     def peer(self, name: str, routing: Routing, rank: int, block_m: int | None = None) -> Peer:
         """One release's operator; ``block_m`` other than None overrides the block size it ships with."""
@@ -109,9 +127,9 @@ class Vllm:
 
 
 class Peer:
-    """One operator of vLLM's on one routing, which is read anew by each :meth:`route`."""
+    """An operator with vLLM's arguments on one routing, which is read anew by each :meth:`route`."""
 
-    def __init__(self, operator: types.ModuleType, routing: Routing, rank: int, block_m: int | None) -> None:
+    def __init__(self, operator: Operator, routing: Routing, rank: int, block_m: int | None) -> None:
         self.operator, self.routing, self.rank = operator, routing, rank
         tokens, experts = routing.tokens, routing.experts
         self.shrink = default_config(tokens, experts, rank, "shrink")
@@ -137,10 +155,11 @@ class Peer:
             self.padded = torch.zeros(slots, **integers)
 
     def prepare(self, *projections: Projection) -> None:
-        """Uploads the tables of addresses that a call looks up, which a capture into a graph could not."""
+        """Sets up what a call inside the capture of a graph could not."""
         for projection in projections:
             for matrices in (*projection.weights.a, *projection.weights.b):
-                self.operator._get_ptr(matrices, projection.x.device)
+                if self.operator.upload is not None:
+                    self.operator.upload(matrices, projection.x.device)
 
     def use(self, routing: Routing) -> None:
         """Another routing, of the same sizes, from the next call on."""
@@ -153,7 +172,7 @@ class Peer:
         if self.naive:
             return
         routing = self.routing
-        torch.ops._moe_C.moe_lora_align_block_size(
+        self.operator.align(
             routing.topk_ids,
             routing.token_lora,
             routing.experts,
@@ -171,7 +190,7 @@ class Peer:
 
     def forward(self, projection: Projection, chosen: int) -> None:
         """Both products, on the routing that :meth:`route` left."""
-        self.operator._fused_moe_lora(
+        self.operator.forward(
             projection.out,
             projection.x,
             projection.weights.a[chosen],

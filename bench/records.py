@@ -14,10 +14,13 @@ Record = dict[str, Any]
 #: What readers know the implementations by.
 NAMES = {
     "ours": "moe-lora",
+    "standin": "in vLLM's place",
     "pr32770": "PR 32770",
     "vllm033": "vLLM 0.33.0",
     "tuned": "tuned",
 }
+#: This project's: as it is, and with the arguments and the routing arrays of vLLM's operators.
+OURS = ("ours", "standin")
 
 
 class Sink:

@@ -23,7 +23,7 @@ from .data import Projection, Routing, Weights
 from .implementation import Implementation
 from .operator_runs import implementations
 from .peers import Vllm
-from .records import Sink
+from .records import NAMES, OURS, Sink
 from .schedule import Chunk, Workload
 
 LAYERS = 48
@@ -60,7 +60,7 @@ def run(sink: Sink, vllm: Vllm, quick: bool) -> None:
     for size in sizes:
         graphs[size] = batch.record(vllm, size, tuned, failures)
     sink.say(f"captured steps of {len(sizes)} sizes")
-    names = [name for name in ("ours", "pr32770", "vllm033", "tuned") if name not in failures]
+    names = [name for name in NAMES if name not in failures]
     for size in (sizes[0], REFERENCE_TOKENS):
         failures |= batch.check(next(s for s in steps if schedule.tokens(s) == size), graphs[size])
     names = [name for name in names if name not in failures]
@@ -153,9 +153,9 @@ class Batch:
             except Exception as error:
                 if "/" not in label:  # A block size that cannot be had is no failure.
                     failures[label] = f"{type(error).__name__}: {error}"[:300]
-        fastest = measure.in_turns({label: r for label, r in sample.items() if label != "ours"}, rounds=3)
+        fastest = measure.in_turns({label: r for label, r in sample.items() if label not in OURS}, rounds=3)
         tuned[size] = min(fastest, key=lambda label: fastest[label])
-        chosen = {name: name for name in ("ours", *vllm.operators) if name in sample}
+        chosen = {name: name for name in (*OURS, *vllm.operators) if name in sample}
         chosen["tuned"] = tuned[size]
         return {name: measure.Recording.of(_calls(made[of], layers)) for name, of in chosen.items()}
 

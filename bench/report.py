@@ -12,7 +12,8 @@ from . import cases, chart
 from .cases import QWEN3, Case
 from .records import NAMES, Record, Results, read
 
-PEERS = ("pr32770", "vllm033", "tuned")
+#: What ours is compared with; the first is ours too.
+PEERS = ("standin", "pr32770", "vllm033", "tuned")
 
 
 def write(path: Path, folder: Path, document: Path | None = None) -> list[Path]:
@@ -169,7 +170,7 @@ def routing(results: Results) -> str:
 
 def host(results: Results) -> str:
     """Host time a call."""
-    names = ("ours", "pr32770", "vllm033")
+    names = ("ours", "standin", "pr32770", "vllm033")
     rows = []
     for record in results.of("case"):
         if any("host_us" in result for result in record["results"].values()):
