@@ -112,8 +112,8 @@ pub struct Expectation {
 /// The table: one row a kernel. A new kernel does not compile without one.
 pub fn expectation(kernel: Kernel) -> Expectation {
     match kernel {
-        // Counts and scatters numbers of pairs, four bytes each.
-        Kernel::Route | Kernel::RouteCluster => {
+        // They count and scatter numbers of pairs, four bytes each.
+        Kernel::Route | Kernel::RouteCluster | Kernel::Align | Kernel::AlignCluster | Kernel::Adopt => {
             Expectation { tensor_cores: false, wide_loads: false, narrow_offsets: false }
         }
         Kernel::Shrink(variant) | Kernel::Expand(variant) => Expectation {

@@ -9,13 +9,14 @@ use serde_json::Value;
 
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
-use crate::{ptx, python};
+use crate::{bench, ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be.
 const LARGEST: u64 = 60_000_000;
 
 const README: &str = include_str!("bundle/README.txt");
 const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
+const BENCH: &str = include_str!("bundle/bench.sh");
 
 /// Gather all that a GPU machine without Rust needs in one folder.
 ///
@@ -27,6 +28,10 @@ pub struct Args {
     /// Folder to write to, emptied first [default: target/bundle]
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+    /// Also the files of vLLM that bench.sh measures, 46 MB, for a machine that cannot fetch them.
+    /// They are vLLM's, not this project's: do not pass them on
+    #[arg(long)]
+    peers: bool,
     #[command(flatten)]
     codegen: CodegenArgs,
 }
@@ -66,9 +71,15 @@ pub fn run(args: &Args) -> Result<()> {
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
     copy_capi(&out.join("capi"), &args.codegen)?;
     python::copy(&out.join("python"))?;
+    write_script(&out.join("bench.sh"), BENCH)?;
+    copy_tree(&workspace_root().join("bench"), &out.join("bench"))?;
 
     let total = print_sizes(&out)?;
     ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
+    if args.peers {
+        bench::fetch()?;
+        copy_tree(&bench::peers()?, &out.join("peers"))?;
+    }
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! What a contributor runs: `cargo xtask --help`.
 
+mod bench;
 mod bundle;
 mod check;
 mod debian;
@@ -18,7 +19,7 @@ use clap::{Parser, Subcommand};
 ///
 /// Each command first makes sure that a Rust toolchain is there that compiles for the GPU. Where
 /// none is found, one is fetched into target/, without root and without changing the machine.
-/// No command needs a GPU or a CUDA toolkit.
+/// No command needs a CUDA toolkit, and none but `bench` a GPU.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 struct Cli {
@@ -31,6 +32,7 @@ enum Task {
     BuildPtx(ptx::Args),
     Demo(test::DemoArgs),
     Test(test::Args),
+    Bench(bench::Args),
     Check(check::Args),
     Header(header::Args),
     Wheel(python::Args),
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Task::BuildPtx(args) => ptx::run(&args),
         Task::Demo(args) => test::demo(&args),
         Task::Test(args) => test::run(&args),
+        Task::Bench(args) => bench::run(&args),
         Task::Check(args) => check::run(&args),
         Task::Header(args) => header::run(&args),
         Task::Wheel(args) => python::run(&args),

@@ -17,8 +17,8 @@ const PYTHON_VAR: &str = "MOE_LORA_PYTHON";
 /// The oldest Python that the package is for: minor version of 3.
 const OLDEST: u32 = 10;
 
-/// What the package is built, checked and tested with, the same everywhere.
-const TOOLS: [&str; 3] = ["maturin==1.16.0", "mypy==2.4.1", "pytest==9.2.0"];
+/// What the Python code is built, checked and tested with, and the benchmark's chart drawn, the same everywhere.
+const TOOLS: [&str; 4] = ["maturin==1.16.0", "matplotlib==3.10.8", "mypy==2.4.1", "pytest==9.2.0"];
 
 /// Build the Python package, one wheel for Python 3.10 and later, into target/wheels.
 ///
@@ -40,7 +40,7 @@ pub fn run(_: &Args) -> Result<()> {
 }
 
 /// A Python that the package is for.
-fn find() -> Result<PathBuf> {
+pub fn find() -> Result<PathBuf> {
     let named = std::env::var_os(PYTHON_VAR).filter(|name| !name.is_empty());
     let candidates = match &named {
         Some(name) => vec![PathBuf::from(name)],
@@ -62,13 +62,13 @@ fn find() -> Result<PathBuf> {
 
 /// A virtual environment in target/ with the tools in it. It sees the packages of the Python that it was made
 /// with, PyTorch among them if that has it.
-struct Environment {
+pub struct Environment {
     dir: PathBuf,
 }
 
 impl Environment {
     /// Makes it, unless it is there.
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let python = find()?;
         let version =
             read(Command::new(&python).args(["-c", "import sys; print(sys.executable, sys.version)"]))?;
@@ -92,7 +92,7 @@ impl Environment {
     }
 
     /// Its interpreter.
-    fn python(&self) -> Command {
+    pub fn python(&self) -> Command {
         Command::new(self.program("python"))
     }
 
@@ -102,7 +102,7 @@ impl Environment {
     }
 
     /// Builds the wheel, and returns where it is.
-    fn wheel(&self) -> Result<PathBuf> {
+    pub fn wheel(&self) -> Result<PathBuf> {
         let out = target_dir()?.join("wheels");
         empty_dir(&out)?;
         run_command(
@@ -134,15 +134,28 @@ impl Environment {
         )
     }
 
-    /// Checks the package's types.
-    fn check(&self) -> Result<()> {
-        let cache = target_dir()?.join("mypy");
+    /// Runs the benchmark's tests, none of which needs a GPU.
+    fn test_bench(&self) -> Result<()> {
         run_command(
             self.python()
-                .args(["-m", "mypy", "--cache-dir"])
-                .arg(cache)
-                .current_dir(workspace_root().join("python")),
+                .args(["-m", "pytest", "--quiet", "-p", "no:cacheprovider", "bench"])
+                .current_dir(workspace_root())
+                .env("PYTHONDONTWRITEBYTECODE", "1"),
         )
+    }
+
+    /// Checks the types of the package and of the benchmark.
+    fn check(&self) -> Result<()> {
+        let cache = target_dir()?.join("mypy");
+        for (folder, config) in [("python", "pyproject.toml"), (".", "bench/mypy.ini")] {
+            run_command(
+                self.python()
+                    .args(["-m", "mypy", "--config-file", config, "--cache-dir"])
+                    .arg(&cache)
+                    .current_dir(workspace_root().join(folder)),
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -150,11 +163,14 @@ impl Environment {
 /// listed as skipped.
 pub fn test(skip_log: &Path) -> Result<()> {
     match Environment::new() {
-        Ok(environment) => environment.test(&environment.wheel()?, skip_log),
+        Ok(environment) => {
+            environment.test(&environment.wheel()?, skip_log)?;
+            environment.test_bench()
+        }
         Err(reason) => {
             let reason = format!("{reason:#}").replace('\n', " ");
             let mut log = std::fs::OpenOptions::new().append(true).open(skip_log)?;
-            Ok(writeln!(log, "python/tests: {reason}")?)
+            Ok(writeln!(log, "python/tests: {reason}\nbench/tests: {reason}")?)
         }
     }
 }
@@ -175,12 +191,12 @@ pub fn copy(to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Checks the package's types, where there is what checks them.
+/// Checks the types of the Python code, where there is what checks them.
 pub fn check() -> Result<()> {
     match Environment::new() {
         Ok(environment) => environment.check(),
         Err(reason) => {
-            println!("\nSkipped: checking the types of the Python package.\n{reason:#}");
+            println!("\nSkipped: checking the types of the Python code.\n{reason:#}");
             Ok(())
         }
     }

@@ -92,6 +92,10 @@ pub fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     std::fs::create_dir_all(to)?;
     for entry in std::fs::read_dir(from).with_context(|| format!("{}", from.display()))? {
         let entry = entry?;
+        // What Python leaves beside its sources.
+        if entry.file_name() == "__pycache__" {
+            continue;
+        }
         let (from, to) = (entry.path(), to.join(entry.file_name()));
         if entry.file_type()?.is_dir() {
             copy_tree(&from, &to)?;

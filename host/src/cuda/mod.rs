@@ -20,9 +20,7 @@ mod queue;
 mod workspace;
 
 pub use crate::plan::{IndexWidth, Options, TileKind};
-pub use gpu::{
-    CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, device_of,
-};
+pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, device_of};
 pub use graph::{AllowAllocation, Graph};
 pub use queue::{DeviceBuffer, Queue};
 pub use workspace::Workspace;

@@ -1,0 +1,56 @@
+"""Brings the files of vLLM that are measured: ``python -m bench.fetch FOLDER``.
+
+They come out of vLLM's own wheels, by pip, and stay in a folder that git ignores.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+OPERATOR = "vllm/lora/ops/triton_ops/fused_moe_lora_op.py"
+#: For each release: the folder, and which files of the wheel go there under which names. The library is
+#: vLLM's compiled operators, of which the routing step is measured; it loads without the rest of vLLM.
+RELEASES = {
+    "0.17.1": ("v017", {OPERATOR: "fused_moe_lora_op.py"}),
+    "0.33.0": (
+        "v033",
+        {OPERATOR: "fused_moe_lora_op.py", "vllm/_moe_C_stable_libtorch.abi3.so": "_moe_C.so"},
+    ),
+}
+PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux1_x86_64")
+
+
+def fetch(folder: Path) -> None:
+    """Fetches what is not there yet."""
+    for version, (name, files) in RELEASES.items():
+        target = folder / name
+        if all((target / file).is_file() for file in files.values()):
+            continue
+        print(f"fetching vLLM {version}'s operator files, out of a wheel of some 400 MB", flush=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            _download(version, Path(scratch))
+            wheel = next(Path(scratch).glob("vllm-*.whl"))
+            target.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(wheel) as archive:
+                for member, file in files.items():
+                    (target / file).write_bytes(archive.read(member))
+
+
+def _download(version: str, to: Path) -> None:
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        + ["--python-version", "3.12", "--implementation", "cp", *platforms]
+        + ["--dest", str(to), f"vllm=={version}"],
+        check=True,
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    fetch(Path(sys.argv[1]))

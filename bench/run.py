@@ -1,0 +1,88 @@
+"""The benchmark, part by part."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cases, first, measure, operator_runs, precompile, replay
+from .cases import Case
+from .floors import Ceilings
+from .peers import Vllm
+from .records import Sink
+
+#: What can be measured, in this order.
+PARTS = ("first", "cases", "layers", "routes", "replay")
+
+
+def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, parts: Sequence[str]) -> int:
+    """Measures ``parts`` and writes JSON lines to ``path``; returns how many results failed.
+
+    ``chosen`` replaces the list of cases; ``peers`` is the folder that ``python -m bench.fetch`` filled.
+    """
+    sink = Sink(path)
+    ceilings = measure.ceilings()
+    torch.cuda.empty_cache()
+    sink.write(
+        "machine",
+        f"{torch.cuda.get_device_name()}: copy {ceilings.bandwidth / 1e12:.2f} TB/s, "
+        f"bf16 matmul {ceilings.operations / 1e12:.0f} TFLOP/s",
+        partial=quick or chosen is not None or set(parts) != set(PARTS),
+        **_machine(ceilings),
+    )
+    # Before anything else is compiled or runs beside it.
+    if "first" in parts:
+        first.run(sink, peers)
+
+    listed = list(chosen) if chosen is not None else cases.quick() if quick else cases.everything()
+    layers = cases.layers(quick)
+    needed = [
+        *(listed if "cases" in parts else ()),
+        *(case for pair in layers if "layers" in parts for case in pair),
+        *(replay.cases(quick) if "replay" in parts else ()),
+    ]
+    precompile.run(sink, list(dict.fromkeys(needed)), peers)
+
+    vllm = Vllm(peers)
+    if "cases" in parts:
+        shelf = operator_runs.Shelf()
+        for case in sorted(listed, key=shelf.order):
+            operator_runs.run_case(sink, vllm, shelf, case, ceilings)
+        shelf.clear()
+    if "layers" in parts:
+        for w13, w2 in layers:
+            operator_runs.run_layer(sink, vllm, w13, w2, ceilings)
+            torch.cuda.empty_cache()
+    if "routes" in parts:
+        for case in cases.routes(quick):
+            operator_runs.run_route(sink, vllm, case)
+    if "replay" in parts:
+        replay.run(sink, vllm, quick)
+    sink.write("end", f"{sink.failures} results failed", seconds=sink.seconds, failures=sink.failures)
+    return sink.failures
+
+
+def _machine(ceilings: Ceilings) -> dict[str, Any]:
+    device = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return {
+        "device": device.name,
+        "driver": driver[0] if driver else "unknown",
+        "multiprocessors": device.multi_processor_count,
+        "l2_bytes": device.L2_cache_size,
+        "bandwidth": ceilings.bandwidth,
+        "operations": ceilings.operations,
+        "versions": {
+            "torch": torch.__version__,
+            "triton": metadata.version("triton"),
+            "CUDA": torch.version.cuda,
+            "Python": platform.python_version(),
+        },
+    }

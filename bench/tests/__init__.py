@@ -1,0 +1,1 @@
+"""Tests that need neither torch nor a GPU: ``python -m pytest bench``."""

@@ -1,0 +1,125 @@
+//! `cargo xtask bench`
+
+use std::path::{Path, PathBuf, absolute};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use moe_lora_codegen::workspace_root;
+
+use crate::python::{self, Environment};
+use crate::setup::{self, CodegenArgs};
+use crate::shell::{empty_dir, read, run as run_command, target_dir};
+
+/// What to do where nothing can be measured.
+const ELSEWHERE: &str = "\
+The benchmark needs a GPU and a Python with torch and triton. MOE_LORA_PYTHON names another than python3.
+For a GPU machine without Rust:
+  cargo xtask bundle --peers               here; then copy target/bundle there
+  ./bench.sh                               there; then bring results.jsonl back
+  cargo xtask bench --from results.jsonl   here";
+
+/// Where vLLM's files lie: below the target directory, for they are not this project's to keep.
+pub fn peers() -> Result<PathBuf> {
+    Ok(target_dir()?.join("bench/peers"))
+}
+
+/// Measure beside vLLM's fused MoE-LoRA operators, on this machine's GPU, in one process.
+///
+/// Builds the Python package, fetches vLLM's operator files out of its wheels, measures, and writes
+/// tables and a chart to docs/bench and into docs/PERFORMANCE.md: about eight minutes. Needs a GPU and a
+/// Python that has torch and triton: python3, or the one that MOE_LORA_PYTHON names. For a GPU machine
+/// without Rust, `cargo xtask bundle --peers` makes a folder with everything in it; --from then makes the
+/// report of what was measured there.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Few cases and a short replay, about 90 seconds; the report goes to target/bench/report
+    #[arg(long)]
+    quick: bool,
+    /// JSON file of cases to measure in place of the built-in ones; bench/cases.py says what is in it
+    #[arg(long, value_name = "FILE.json")]
+    cases: Option<PathBuf>,
+    /// Only these parts: first,cases,layers,routes,replay
+    #[arg(long, value_name = "PARTS")]
+    parts: Option<String>,
+    /// Folder for tables and chart; docs/PERFORMANCE.md then stays as it is
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// Measure nothing: report what was measured elsewhere. Needs no GPU
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["quick", "cases", "parts"])]
+    from: Option<PathBuf>,
+    /// Measure nothing: fetch vLLM's files, for `cargo xtask bundle --peers`
+    #[arg(long, conflicts_with_all = ["quick", "cases", "parts", "from", "out"])]
+    fetch: bool,
+}
+
+/// Carries the command out.
+pub fn run(args: &Args) -> Result<()> {
+    if args.fetch {
+        return fetch();
+    }
+    if let Some(results) = &args.from {
+        return report(args, &absolute(results)?);
+    }
+    let results = target_dir()?.join("bench/results.jsonl");
+    let measured = measure(args, &results)?;
+    let reported = report(args, &results);
+    measured.and(reported)
+}
+
+/// Brings vLLM's files, where they are not there yet.
+pub fn fetch() -> Result<()> {
+    run_command(python()?.args(["-m", "bench.fetch"]).arg(peers()?))
+}
+
+/// Measures. The inner result is an error when it began: the results of what did not fail are there.
+fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
+    let probe = python()?.args(["-m", "bench.probe"]).output().context("cannot run Python")?;
+    if !probe.status.success() {
+        bail!("{}\n{ELSEWHERE}", String::from_utf8_lossy(&probe.stderr).trim_end());
+    }
+    fetch()?;
+    setup::compiler(&CodegenArgs::default())?;
+    let wheel = Environment::new()?.wheel()?;
+    let site = target_dir()?.join("bench/site");
+    empty_dir(&site)?;
+    // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.
+    read(python()?.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&site))?;
+
+    let path = std::env::join_paths([site.as_path(), workspace_root()])?;
+    let mut bench = python()?;
+    bench.args(["-m", "bench", "run", "--peers"]).arg(peers()?).arg("--out").arg(results);
+    bench.args(args.quick.then_some("--quick"));
+    if let Some(cases) = &args.cases {
+        bench.arg("--cases").arg(absolute(cases)?);
+    }
+    if let Some(parts) = &args.parts {
+        bench.args(["--parts", parts]);
+    }
+    Ok(run_command(bench.env("PYTHONPATH", path)))
+}
+
+fn report(args: &Args, results: &Path) -> Result<()> {
+    let docs = workspace_root().join("docs");
+    let partial = args.quick || args.cases.is_some() || args.parts.is_some();
+    let (out, into) = match &args.out {
+        Some(out) => (absolute(out)?, None),
+        None if partial => (target_dir()?.join("bench/report"), None),
+        None => (docs.join("bench"), Some(docs.join("PERFORMANCE.md"))),
+    };
+    let mut report = Environment::new()?.python();
+    report.current_dir(workspace_root()).args(["-m", "bench", "report"]).arg(results).arg("--out").arg(&out);
+    if let Some(document) = into {
+        report.arg("--into").arg(document);
+    }
+    run_command(&mut report)?;
+    println!("{}", out.display());
+    Ok(())
+}
+
+/// The machine's Python, not the environment's: PyTorch may be in an environment that this one does not see.
+fn python() -> Result<Command> {
+    let mut python = Command::new(python::find()?);
+    // Where it finds the package `bench`.
+    python.current_dir(workspace_root());
+    Ok(python)
+}
