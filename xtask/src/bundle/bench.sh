@@ -7,6 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd) || exit 1
 python=${MOE_LORA_PYTHON:-python3}
 export PYTHONPATH="$here/site:$here"
 
+"$python" -m bench.probe || exit 1
 if [ ! -d "$here/site" ]; then
     "$python" -m zipfile -e "$here"/python/*.whl "$here/site" || exit 1
 fi
