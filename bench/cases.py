@@ -1,4 +1,12 @@
-"""Which calls are measured. Needs neither torch nor a GPU."""
+"""Which calls are measured. Needs neither torch nor a GPU.
+
+A file of cases (``--cases``) is a list of objects with the fields of :class:`Case`, those that have a default
+being optional; the model is a name of :data:`MODELS` or its sizes::
+
+    [{"model": "qwen3-30b-a3b", "op": "w13", "tokens": 80, "rank": 64, "adapters": 2},
+     {"model": {"name": "mine", "hidden": 4096, "intermediate": 1536, "experts": 64, "top_k": 6},
+      "op": "w2", "tokens": 512, "rank": 16, "adapters": 4, "dtype": "f16", "routing": "zipf"}]
+"""
 
 from __future__ import annotations
 

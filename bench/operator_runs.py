@@ -146,6 +146,23 @@ def make_checked(
     return ready, results
 
 
+def time_graphs(results: Results, key: str, makers: Mapping[str, Callable[[], list[measure.Call]]]) -> None:
+    """Captures each implementation's calls, times all in turns, and notes the times, or who failed."""
+    recordings: dict[str, measure.Recording] = {}
+
+    def record(make: Callable[[], list[measure.Call]]) -> measure.Recording:
+        return measure.Recording.of(make())
+
+    for label, make in makers.items():
+        recording, fault = attempt(partial(record, make))
+        if fault is None:
+            recordings[label] = recording
+        else:
+            results[label] = {"failed": fault}
+    for label, microseconds in measure.in_turns(recordings).items():
+        results.setdefault(label, {})[key] = microseconds
+
+
 def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceilings) -> None:
     """One call of the operator: on a kept route, with routing, and its host time."""
     routing = Routing(case)
@@ -166,14 +183,12 @@ def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceiling
     kept = {label: partial(made.forward, projection) for label, made in ready.items()}
     routed = {label: partial(made.routed, projection) for label, made in ready.items()}
     for key, calls in (("us", kept), ("routed_us", routed)):
-        recordings = {
-            label: measure.Recording.of(measure.rotation(call, sets)) for label, call in calls.items()
-        }
-        _note(results, key, measure.in_turns(recordings))
+        time_graphs(results, key, {c: partial(measure.rotation, call, sets) for c, call in calls.items()})
     fold_tuned(results)
     if case.tokens in HOST_TOKENS:
-        shown = {label: call for label, call in routed.items() if label in results}
-        _note(results, "host_us", {label: measure.host_time(call, sets) for label, call in shown.items()})
+        for label, call in routed.items():
+            if "us" in results.get(label, {}):
+                results[label]["host_us"] = measure.host_time(call, sets)
 
     least = floor(case, segments)
     floor_us = least.microseconds(ceilings)
@@ -198,25 +213,20 @@ def run_layer(sink: Sink, vllm: Vllm, w13: Case, w2: Case, ceilings: Ceilings) -
     floor_us = sum(floor(case, segments).microseconds(ceilings) for case in (w13, w2))
     sets = max(sets_needed(case, segments) for case in (w13, w2))
     up, down = (Projection(case, routing, Weights.draw(case, sets)) for case in (w13, w2))
+
+    def calls(make: Make) -> list[measure.Call]:
+        implementation = make()
+        implementation.prepare(up, down)
+
+        def layer(chosen: int) -> None:
+            implementation.routed(up, chosen)
+            implementation.forward(down, chosen)
+
+        return measure.rotation(layer, sets)
+
     results: Results = {}
-    recordings: dict[str, measure.Recording] = {}
-    for label, make in implementations(vllm, w13, routing).items():
-
-        def record(make: Make = make) -> measure.Recording:
-            implementation = make()
-            implementation.prepare(up, down)
-
-            def layer(chosen: int) -> None:
-                implementation.routed(up, chosen)
-                implementation.forward(down, chosen)
-
-            return measure.Recording.of(measure.rotation(layer, sets))
-
-        recording, fault = attempt(record)
-        results[label] = {} if fault is None else {"failed": fault}
-        if fault is None:
-            recordings[label] = recording
-    _note(results, "us", measure.in_turns(recordings))
+    makers = implementations(vllm, w13, routing)
+    time_graphs(results, "us", {label: partial(calls, make) for label, make in makers.items()})
     fold_tuned(results)
     sink.write(
         "layer",
@@ -231,30 +241,19 @@ def run_route(sink: Sink, vllm: Vllm, case: Case) -> None:
     """The routing step alone; vLLM's at the block size that it ships with for so many tokens."""
     routing = Routing(case)
     routing.draw(seed=case.tokens)
+
+    def calls(make: Make) -> list[measure.Call]:
+        return [make().route] * measure.MIN_CALLS
+
     results: Results = {}
-    recordings: dict[str, measure.Recording] = {}
     makers: dict[str, Make] = {
         "ours": partial(Ours, routing, case.rank),
         "vllm033": partial(vllm.peer, "vllm033", routing, case.rank),
     }
-    for label, make in makers.items():
-
-        def record(make: Make = make) -> measure.Recording:
-            return measure.Recording.of([make().route] * measure.MIN_CALLS)
-
-        recording, fault = attempt(record)
-        results[label] = {} if fault is None else {"failed": fault}
-        if fault is None:
-            recordings[label] = recording
-    _note(results, "us", measure.in_turns(recordings))
+    time_graphs(results, "us", {label: partial(calls, make) for label, make in makers.items()})
     sink.write(
         "route", f"route of {case.pairs} pairs: {_line(results)}", case=case.to_json(), results=results
     )
-
-
-def _note(results: Results, key: str, times: Mapping[str, float]) -> None:
-    for label, microseconds in times.items():
-        results[label][key] = microseconds
 
 
 def _line(results: Results) -> str:

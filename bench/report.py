@@ -236,10 +236,13 @@ def failures(results: Results) -> str:
     lines = []
     for record in results.records:
         for name, result in record.get("results", {}).items():
-            case = Case.from_json(record["case"]).describe() if "case" in record else record["kind"]
+            what = record.get("what", record["kind"])
+            if "case" in record:
+                case = Case.from_json(record["case"]).describe()
+                what = case if record["kind"] == "case" else f"{what}, {case}"
             for label, why in [(name, result.get("failed")), *result.get("left_out", {}).items()]:
                 if why:
-                    lines.append(f"- {case}, {NAMES.get(label, label)}: {why.splitlines()[-1]}")
+                    lines.append(f"- {what}, {NAMES.get(label, label)}: {why.splitlines()[-1]}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,28 @@ def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, par
     if "cases" in parts:
         shelf = operator_runs.Shelf()
         for case in sorted(listed, key=shelf.order):
-            operator_runs.run_case(sink, vllm, shelf, case, ceilings)
+            guard(sink, case.describe(), partial(operator_runs.run_case, sink, vllm, shelf, case, ceilings))
         shelf.clear()
     if "layers" in parts:
         for w13, w2 in layers:
-            operator_runs.run_layer(sink, vllm, w13, w2, ceilings)
+            what = f"layer of {w13.tokens} tokens"
+            guard(sink, what, partial(operator_runs.run_layer, sink, vllm, w13, w2, ceilings))
             torch.cuda.empty_cache()
     if "routes" in parts:
         for case in cases.routes(quick):
-            operator_runs.run_route(sink, vllm, case)
+            what = f"route of {case.pairs} pairs"
+            guard(sink, what, partial(operator_runs.run_route, sink, vllm, case))
     if "replay" in parts:
-        replay.run(sink, vllm, quick)
+        guard(sink, "replay", partial(replay.run, sink, vllm, quick))
     sink.write("end", f"{sink.failures} results failed", seconds=sink.seconds, failures=sink.failures)
     return sink.failures
+
+
+def guard(sink: Sink, what: str, work: Callable[[], None]) -> None:
+    """Does the work; what it fails with is a record, and the rest goes on."""
+    _, fault = operator_runs.attempt(work)
+    if fault is not None:
+        sink.write("fault", f"{what} FAILED: {fault}", what=what, results={"all": {"failed": fault}})
 
 
 def _machine(ceilings: Ceilings) -> dict[str, Any]:

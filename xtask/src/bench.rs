@@ -26,7 +26,7 @@ pub fn peers() -> Result<PathBuf> {
 /// Measure beside vLLM's fused MoE-LoRA operators, on this machine's GPU, in one process.
 ///
 /// Builds the Python package, fetches vLLM's operator files out of its wheels, measures, and writes
-/// tables and a chart to docs/bench and into docs/PERFORMANCE.md: about eight minutes. Needs a GPU and a
+/// tables and a chart to docs/bench and into docs/PERFORMANCE.md: under eight minutes. Needs a GPU and a
 /// Python that has torch and triton: python3, or the one that MOE_LORA_PYTHON names. For a GPU machine
 /// without Rust, `cargo xtask bundle --peers` makes a folder with everything in it; --from then makes the
 /// report of what was measured there.
