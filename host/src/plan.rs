@@ -254,6 +254,9 @@ impl Plan {
         let tile_parts = tile_rows.div_ceil(shape.rows());
         let route_tiles = tiles(projection, pairs, tile_rows);
         let tiles = route_tiles * u64::from(tile_parts);
+        // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
+        // tiles of a route of this call's own: these are what can fill the device.
+        let busy = tiles.min(self::tiles(projection, pairs, shape.rows()));
 
         // How the launches divide their work.
         let columns = sizes.slices * sizes.max_rank;
@@ -263,7 +266,7 @@ impl Plan {
             // The split form's h is whole, and only the fast kernels store parts.
             (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) => {
                 let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
-                heuristics::splits(tiles * u64::from(column_blocks), steps, most, limits)
+                heuristics::splits(busy * u64::from(column_blocks), steps, most, limits)
             }
             _ => 1,
         };
@@ -271,7 +274,7 @@ impl Plan {
         let splits = steps.div_ceil(steps_per_split);
         let slices = sizes.slices as u64;
         let columns_per_block =
-            heuristics::expand_columns(tiles * slices, sizes.out_dim as u32, shape, limits);
+            heuristics::expand_columns(busy * slices, sizes.out_dim as u32, shape, limits);
         let blocks_per_slice = (sizes.out_dim as u32).div_ceil(columns_per_block);
 
         // The largest element offset decides the index width.

@@ -29,6 +29,8 @@ fn modes(base: &Case) -> Vec<Case> {
         Case { loras: Loras::None, ..base.clone() },
         Case { loras: Loras::None, accumulate: false, ..base.clone() },
         Case { loras: Loras::OutOfRange, ..base.clone() },
+        Case { block_size: Some(32), loras: Loras::Random, enabled: Flags::I32, ..base.clone() },
+        Case { block_size: Some(16), routing: Experts::OutOfRange, accumulate: false, ..base.clone() },
         Case { x_padding: 8, out_padding: 8, offset: 8, ..base.clone() },
         Case { x_padding: 3, out_padding: 5, offset: 1, accumulate: false, ..base.clone() },
         Case { misaligned: true, ..base },
