@@ -17,13 +17,16 @@ use crate::{header, python};
 /// whose machine code lacks what makes it fast.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Make what the kernels cost now the budget (codegen/budget.txt) that later checks compare with
+    /// Instead, make what the kernels cost now the budget (codegen/budget.txt) that checks compare with
     #[arg(long)]
     bless_budget: bool,
 }
 
 /// Carries the command out.
 pub fn run(args: &Args) -> Result<()> {
+    if args.bless_budget {
+        return bless(kernels()?);
+    }
     setup::compiler(&CodegenArgs::default())?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
     header::check()?;
@@ -39,12 +42,30 @@ pub fn run(args: &Args) -> Result<()> {
     )?;
     python::check()?;
 
-    let mut measured = Budget::default();
-    let mut skipped = Vec::new();
+    let mut kernels = kernels()?;
+    kernels.skipped.extend(compare(&kernels.measured)?);
+    match kernels.skipped.is_empty() {
+        true => println!("\nEverything was checked."),
+        false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", kernels.skipped.join("\n- ")),
+    }
+    Ok(())
+}
+
+/// What was found out about the kernels.
+#[derive(Default)]
+struct Kernels {
+    measured: Budget,
+    /// What could not be done, and why.
+    skipped: Vec<String>,
+}
+
+/// Compiles, assembles and reads every kernel by every code generator that runs everywhere.
+fn kernels() -> Result<Kernels> {
+    let mut kernels = Kernels::default();
     for codegen in CodeGenerator::CHECKED {
         let compiler = match setup::compiler(&CodegenArgs::named(codegen)) {
             Err(error) if codegen != CodeGenerator::default() => {
-                skipped.push(format!("the kernels by code generator {codegen}: {error:#}"));
+                kernels.skipped.push(format!("the kernels by code generator {codegen}: {error:#}"));
                 continue;
             }
             compiler => compiler?,
@@ -53,22 +74,14 @@ pub fn run(args: &Args) -> Result<()> {
         let out = target_dir()?.join("ptx").join(codegen.name());
         match ptx::build(&compiler, &Arch::ALL, &out, true)? {
             Ok(Judged { budget, unread }) => {
-                measured.update(budget);
-                skipped.extend(unread.map(|reason| format!("reading machine code ({codegen}): {reason}")));
+                kernels.measured.update(budget);
+                let unread = unread.map(|reason| format!("reading machine code ({codegen}): {reason}"));
+                kernels.skipped.extend(unread);
             }
-            Err(reason) => skipped.push(format!("assembling the kernels ({codegen}): {reason}")),
+            Err(reason) => kernels.skipped.push(format!("assembling the kernels ({codegen}): {reason}")),
         }
     }
-    match args.bless_budget {
-        true => bless(measured)?,
-        false => skipped.extend(compare(&measured)?),
-    }
-
-    match skipped.is_empty() {
-        true => println!("\nEverything was checked."),
-        false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", skipped.join("\n- ")),
-    }
-    Ok(())
+    Ok(kernels)
 }
 
 fn read_budget() -> Result<Budget> {
@@ -98,12 +111,17 @@ fn compare(measured: &Budget) -> Result<Vec<String>> {
 }
 
 /// Makes what was measured the budget.
-fn bless(measured: Budget) -> Result<()> {
+fn bless(kernels: Kernels) -> Result<()> {
+    let Kernels { measured, skipped } = kernels;
+    ensure!(!measured.kernels.is_empty(), "nothing was measured:\n- {}", skipped.join("\n- "));
     let mut budget = read_budget().unwrap_or_default();
     let differences = budget.differences(&measured);
     budget.update(measured);
     let path = Budget::path();
     std::fs::write(&path, budget.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
     println!("\n{} is written.\n{}", path.display(), differences.join("\n"));
+    for what in skipped {
+        println!("Skipped: {what}");
+    }
     Ok(())
 }
