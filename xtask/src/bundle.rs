@@ -70,7 +70,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
     copy_capi(&out.join("capi"), &args.codegen)?;
-    python::copy(&out.join("python"))?;
+    python::copy(&out.join("python"), &args.codegen)?;
     write_script(&out.join("bench.sh"), BENCH)?;
     copy_tree(&workspace_root().join("bench"), &out.join("bench"))?;
 

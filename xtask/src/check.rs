@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
     python::check()?;
 
     let mut kernels = kernels()?;
-    kernels.skipped.extend(compare(&kernels.measured)?);
+    kernels.skipped.extend(compare(&read_budget()?, &kernels.measured)?);
     match kernels.skipped.is_empty() {
         true => println!("\nEverything was checked."),
         false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", kernels.skipped.join("\n- ")),
@@ -91,8 +91,7 @@ fn read_budget() -> Result<Budget> {
 }
 
 /// Fails if a kernel costs other than its budget says; returns what could not be compared.
-fn compare(measured: &Budget) -> Result<Vec<String>> {
-    let budget = read_budget()?;
+fn compare(budget: &Budget, measured: &Budget) -> Result<Vec<String>> {
     let differences = budget.differences(measured);
     ensure!(
         differences.is_empty(),
@@ -124,4 +123,37 @@ fn bless(kernels: Kernels) -> Result<()> {
         println!("Skipped: {what}");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(text: &str) -> Budget {
+        text.parse().expect("a budget")
+    }
+
+    #[test]
+    fn a_regression_fails_with_the_difference_and_what_to_do() {
+        let agreed = budget("compilers llvm: rustc 1\nllvm sm_80 route 40 0 0 0\n");
+        assert_eq!(compare(&agreed, &agreed).unwrap(), [""; 0]);
+        let measured = budget("compilers llvm: rustc 1\nllvm sm_80 route 64 0 0 0\n");
+        let error = compare(&agreed, &measured).unwrap_err().to_string();
+        for part in
+            ["budget.txt", "\n-llvm sm_80  route", " 40 ", "\n+llvm sm_80  route", " 64 ", "--bless-budget"]
+        {
+            assert!(error.contains(part), "{part:?} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn what_other_compilers_made_is_said_not_to_be_compared() {
+        let agreed = budget("compilers llvm: rustc 1\nllvm sm_80 route 40 0 0 0\n");
+        let measured = budget("compilers llvm: rustc 2\nllvm sm_80 route 64 0 0 0\n");
+        let skipped = compare(&agreed, &measured).unwrap();
+        assert_eq!(
+            skipped,
+            ["the budget of code generator llvm: it was taken with rustc 1, and this is rustc 2"]
+        );
+    }
 }
