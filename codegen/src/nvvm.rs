@@ -18,7 +18,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use libloading::Library;
 
@@ -33,8 +33,8 @@ pub const LIBRARY: &str = if cfg!(windows) { "nvvm64_40_0.dll" } else { "libnvvm
 /// The folder of [`LIBRARY`] in a CUDA toolkit.
 const FOLDER: &str = if cfg!(windows) { "nvvm/bin" } else { "nvvm/lib64" };
 
-/// NVVM IR specification, "Data Layout", as of CUDA 13.5. rustc's is shorter, and differs in `i256` alone,
-/// which no kernel has.
+/// NVVM IR specification, "Data Layout", in the words of libNVVM 13.5's own complaint about any other.
+/// rustc's is shorter, and differs in `i256` alone, which no kernel has.
 const DATA_LAYOUT: &str = "e-p:64:64:64-p6:32:32:32-i1:8:8-i8:8:8-i16:16:16-i32:32:32-i64:64:64-i128:128:128\
 -f32:32:32-f64:64:64-f128:128:128-v16:16:16-v32:32:32-v64:64:64-v128:128:128-n16:32:64-a:8:8";
 
@@ -43,8 +43,8 @@ const DATA_LAYOUT: &str = "e-p:64:64:64-p6:32:32:32-i1:8:8-i8:8:8-i16:16:16-i32:
 pub struct Nvvm {
     /// The library.
     pub path: PathBuf,
-    /// One compilation at a time: libNVVM promises no more for options that LLVM keeps globally.
-    library: Arc<Mutex<Library>>,
+    /// Open; its functions may be called from several threads (libNVVM API, "Thread Safety").
+    library: Arc<Library>,
 }
 
 /// What libNVVM made.
@@ -137,7 +137,7 @@ impl Nvvm {
         if reads < llvm {
             return Err(format!("reads LLVM {reads}"));
         }
-        Ok(Self { path: path.to_owned(), library: Arc::new(Mutex::new(library)) })
+        Ok(Self { path: path.to_owned(), library: Arc::new(library) })
     }
 
     /// Compiles a module of rustc's IR for `arch`.
@@ -146,8 +146,7 @@ impl Nvvm {
     ///
     /// [`NvvmError::Failed`] with libNVVM's log.
     pub fn compile(&self, ir: &str, arch: Arch) -> Result<Compiled, NvvmError> {
-        let library = self.library.lock().unwrap_or_else(PoisonError::into_inner);
-        let api = Api { library: &library, path: &self.path };
+        let api = Api { library: &self.library, path: &self.path };
         let ir = to_nvvm_ir(ir, api.ir_version()?);
         let (ptx, log) = api.compile(&ir, virtual_arch(arch))?;
         let version = cuda_tools::parse_version(&ptx).unwrap_or("unknown").to_owned();
@@ -232,7 +231,19 @@ impl Api<'_> {
             .map_err(|error| self.failed(function, error.to_string()))?;
         match call(&symbol) {
             0 => Ok(()),
-            status => Err(self.failed(function, format!("error {status}"))),
+            status => Err(self.failed(function, self.status_name(status))),
+        }
+    }
+
+    /// `NVVM_ERROR_COMPILATION`, where the library tells.
+    fn status_name(&self, status: c_int) -> String {
+        type ErrorString = unsafe extern "C" fn(c_int) -> *const c_char;
+        // SAFETY: the type is the function's. It takes any number, and its strings are never freed.
+        unsafe {
+            match self.library.get::<ErrorString>(c"nvvmGetErrorString".to_bytes_with_nul()) {
+                Ok(error_string) => CStr::from_ptr(error_string(status)).to_string_lossy().into_owned(),
+                Err(_) => format!("error {status}"),
+            }
         }
     }
 
@@ -388,10 +399,9 @@ mod tests {
         let Some(nvvm) = nvvm() else { return };
         let error = nvvm.compile(&KERNEL.replace("store i32 1", "store i33x 1"), Arch::Sm80).unwrap_err();
         let message = error.to_string();
-        assert!(
-            message.contains("nvvmVerifyProgram") && message.contains("moe_lora_kernels (5, 9)"),
-            "{message}"
-        );
+        for part in ["nvvmVerifyProgram: NVVM_ERROR_INVALID_IR", "moe_lora_kernels (5, 9)"] {
+            assert!(message.contains(part), "{part:?} is not in: {message}");
+        }
     }
 
     #[test]

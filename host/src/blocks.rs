@@ -46,6 +46,7 @@ impl BlockShape {
     }
 
     /// Whole blocks that both a row of places and a row of experts have.
+    #[cfg(any(feature = "cuda", feature = "emulate"))]
     pub(crate) fn usable_blocks(&self) -> usize {
         self.max_blocks.min(self.max_padded / self.block_size)
     }

@@ -201,23 +201,29 @@ macro_rules! entries {
                 }
             }
 
-            #[unsafe(no_mangle)]
-            unsafe extern "ptx-kernel" fn align(p: crate::params::AlignParams) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { crate::align::align::<1>(p) }
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn align(p: crate::params::AlignParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::align::align::<1>(p) }
+                }
             }
 
             #[cfg(feature = "sm_90")]
-            #[unsafe(no_mangle)]
-            unsafe extern "ptx-kernel" fn align_cluster(p: crate::params::AlignParams) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { crate::align::align::<{ crate::route::CLUSTER }>(p) }
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn align_cluster(p: crate::params::AlignParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::align::align::<{ crate::route::CLUSTER }>(p) }
+                }
             }
 
-            #[unsafe(no_mangle)]
-            unsafe extern "ptx-kernel" fn adopt(p: crate::params::AdoptParams) {
-                // SAFETY: as the entry point's caller promises.
-                unsafe { crate::adopt::adopt(p) }
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn adopt(p: crate::params::AdoptParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::adopt::adopt(p) }
+                }
             }
 
             $($(

@@ -50,6 +50,8 @@ pub struct Args {
     /// Measure nothing: fetch vLLM's files, for `cargo xtask bundle --peers`
     #[arg(long, conflicts_with_all = ["quick", "cases", "parts", "from", "out"])]
     fetch: bool,
+    #[command(flatten)]
+    codegen: CodegenArgs,
 }
 
 /// Carries the command out.
@@ -78,8 +80,8 @@ fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
         bail!("{}\n{ELSEWHERE}", String::from_utf8_lossy(&probe.stderr).trim_end());
     }
     fetch()?;
-    setup::compiler(&CodegenArgs::default())?;
-    let wheel = Environment::new()?.wheel()?;
+    setup::compiler(&args.codegen)?;
+    let wheel = Environment::new()?.wheel(&args.codegen)?;
     let site = target_dir()?.join("bench/site");
     empty_dir(&site)?;
     // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.

@@ -11,8 +11,9 @@ use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
 use crate::{bench, ptx, python};
 
-/// A bundle has to travel: more than this and something is in it that should not be.
-const LARGEST: u64 = 60_000_000;
+/// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the
+/// kernels, 5 MB as PTX and cubins by code generator llvm and 7 MB by nvvm; gzip makes less than a third of it all.
+const LARGEST: u64 = 90_000_000;
 
 const README: &str = include_str!("bundle/README.txt");
 const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
@@ -70,7 +71,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
     copy_capi(&out.join("capi"), &args.codegen)?;
-    python::copy(&out.join("python"))?;
+    python::copy(&out.join("python"), &args.codegen)?;
     write_script(&out.join("bench.sh"), BENCH)?;
     copy_tree(&workspace_root().join("bench"), &out.join("bench"))?;
 

@@ -17,13 +17,16 @@ use crate::{header, python};
 /// whose machine code lacks what makes it fast.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Make what the kernels cost now the budget (codegen/budget.txt) that later checks compare with
+    /// Instead, make what the kernels cost now the budget (codegen/budget.txt) that checks compare with
     #[arg(long)]
     bless_budget: bool,
 }
 
 /// Carries the command out.
 pub fn run(args: &Args) -> Result<()> {
+    if args.bless_budget {
+        return bless(kernels()?);
+    }
     setup::compiler(&CodegenArgs::default())?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
     header::check()?;
@@ -39,12 +42,30 @@ pub fn run(args: &Args) -> Result<()> {
     )?;
     python::check()?;
 
-    let mut measured = Budget::default();
-    let mut skipped = Vec::new();
+    let mut kernels = kernels()?;
+    kernels.skipped.extend(compare(&read_budget()?, &kernels.measured)?);
+    match kernels.skipped.is_empty() {
+        true => println!("\nEverything was checked."),
+        false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", kernels.skipped.join("\n- ")),
+    }
+    Ok(())
+}
+
+/// What was found out about the kernels.
+#[derive(Default)]
+struct Kernels {
+    measured: Budget,
+    /// What could not be done, and why.
+    skipped: Vec<String>,
+}
+
+/// Compiles, assembles and reads every kernel by every code generator that runs everywhere.
+fn kernels() -> Result<Kernels> {
+    let mut kernels = Kernels::default();
     for codegen in CodeGenerator::CHECKED {
         let compiler = match setup::compiler(&CodegenArgs::named(codegen)) {
             Err(error) if codegen != CodeGenerator::default() => {
-                skipped.push(format!("the kernels by code generator {codegen}: {error:#}"));
+                kernels.skipped.push(format!("the kernels by code generator {codegen}: {error:#}"));
                 continue;
             }
             compiler => compiler?,
@@ -53,22 +74,14 @@ pub fn run(args: &Args) -> Result<()> {
         let out = target_dir()?.join("ptx").join(codegen.name());
         match ptx::build(&compiler, &Arch::ALL, &out, true)? {
             Ok(Judged { budget, unread }) => {
-                measured.update(budget);
-                skipped.extend(unread.map(|reason| format!("reading machine code ({codegen}): {reason}")));
+                kernels.measured.update(budget);
+                let unread = unread.map(|reason| format!("reading machine code ({codegen}): {reason}"));
+                kernels.skipped.extend(unread);
             }
-            Err(reason) => skipped.push(format!("assembling the kernels ({codegen}): {reason}")),
+            Err(reason) => kernels.skipped.push(format!("assembling the kernels ({codegen}): {reason}")),
         }
     }
-    match args.bless_budget {
-        true => bless(measured)?,
-        false => skipped.extend(compare(&measured)?),
-    }
-
-    match skipped.is_empty() {
-        true => println!("\nEverything was checked."),
-        false => println!("\nSkipped:\n- {}\n\nEverything else was checked.", skipped.join("\n- ")),
-    }
-    Ok(())
+    Ok(kernels)
 }
 
 fn read_budget() -> Result<Budget> {
@@ -78,8 +91,7 @@ fn read_budget() -> Result<Budget> {
 }
 
 /// Fails if a kernel costs other than its budget says; returns what could not be compared.
-fn compare(measured: &Budget) -> Result<Vec<String>> {
-    let budget = read_budget()?;
+fn compare(budget: &Budget, measured: &Budget) -> Result<Vec<String>> {
     let differences = budget.differences(measured);
     ensure!(
         differences.is_empty(),
@@ -98,12 +110,50 @@ fn compare(measured: &Budget) -> Result<Vec<String>> {
 }
 
 /// Makes what was measured the budget.
-fn bless(measured: Budget) -> Result<()> {
+fn bless(kernels: Kernels) -> Result<()> {
+    let Kernels { measured, skipped } = kernels;
+    ensure!(!measured.kernels.is_empty(), "nothing was measured:\n- {}", skipped.join("\n- "));
     let mut budget = read_budget().unwrap_or_default();
     let differences = budget.differences(&measured);
     budget.update(measured);
     let path = Budget::path();
     std::fs::write(&path, budget.to_string()).with_context(|| format!("cannot write {}", path.display()))?;
     println!("\n{} is written.\n{}", path.display(), differences.join("\n"));
+    for what in skipped {
+        println!("Skipped: {what}");
+    }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(text: &str) -> Budget {
+        text.parse().expect("a budget")
+    }
+
+    #[test]
+    fn a_regression_fails_with_the_difference_and_what_to_do() {
+        let agreed = budget("compilers llvm: rustc 1\nllvm sm_80 route 40 0 0 0\n");
+        assert_eq!(compare(&agreed, &agreed).unwrap(), [""; 0]);
+        let measured = budget("compilers llvm: rustc 1\nllvm sm_80 route 64 0 0 0\n");
+        let error = compare(&agreed, &measured).unwrap_err().to_string();
+        for part in
+            ["budget.txt", "\n-llvm sm_80  route", " 40 ", "\n+llvm sm_80  route", " 64 ", "--bless-budget"]
+        {
+            assert!(error.contains(part), "{part:?} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn what_other_compilers_made_is_said_not_to_be_compared() {
+        let agreed = budget("compilers llvm: rustc 1\nllvm sm_80 route 40 0 0 0\n");
+        let measured = budget("compilers llvm: rustc 2\nllvm sm_80 route 64 0 0 0\n");
+        let skipped = compare(&agreed, &measured).unwrap();
+        assert_eq!(
+            skipped,
+            ["the budget of code generator llvm: it was taken with rustc 1, and this is rustc 2"]
+        );
+    }
 }

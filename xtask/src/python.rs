@@ -25,16 +25,19 @@ const TOOLS: [&str; 4] = ["maturin==1.16.0", "matplotlib==3.10.8", "mypy==2.4.1"
 /// Uses the Python that MOE_LORA_PYTHON names or a python3 of the PATH, and puts maturin into a virtual
 /// environment in target/.
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    #[command(flatten)]
+    codegen: CodegenArgs,
+}
 
 /// Carries the command out.
-pub fn run(_: &Args) -> Result<()> {
-    setup::compiler(&CodegenArgs::default())?;
+pub fn run(args: &Args) -> Result<()> {
+    setup::compiler(&args.codegen)?;
     // With the assembler at hand, the wheel carries cubins, and its users' drivers have nothing to compile.
     if let Err(reason) = setup::ptxas(true) {
         eprintln!("no cubins, the driver will compile the PTX: {reason:#}");
     }
-    let wheel = Environment::new()?.wheel()?;
+    let wheel = Environment::new()?.wheel(&args.codegen)?;
     println!("{}", wheel.display());
     Ok(())
 }
@@ -102,11 +105,13 @@ impl Environment {
     }
 
     /// Builds the wheel, and returns where it is.
-    pub fn wheel(&self) -> Result<PathBuf> {
+    pub fn wheel(&self, codegen: &CodegenArgs) -> Result<PathBuf> {
         let out = target_dir()?.join("wheels");
         empty_dir(&out)?;
+        let mut maturin = Command::new(self.program("maturin"));
         run_command(
-            Command::new(self.program("maturin"))
+            codegen
+                .pass_to(&mut maturin)
                 .args(["build", "--release", "--locked", "--manifest-path", "python/Cargo.toml", "--out"])
                 .arg(&out)
                 // Here, where .cargo/config.toml is found.
@@ -161,10 +166,10 @@ impl Environment {
 
 /// Builds and tests the package, where there are a Python and the tools. Where there are none, its tests are
 /// listed as skipped.
-pub fn test(skip_log: &Path) -> Result<()> {
+pub fn test(skip_log: &Path, codegen: &CodegenArgs) -> Result<()> {
     match Environment::new() {
         Ok(environment) => {
-            environment.test(&environment.wheel()?, skip_log)?;
+            environment.test(&environment.wheel(codegen)?, skip_log)?;
             environment.test_bench()
         }
         Err(reason) => {
@@ -176,7 +181,7 @@ pub fn test(skip_log: &Path) -> Result<()> {
 }
 
 /// Puts the wheel and its tests into a folder, where there is what builds it.
-pub fn copy(to: &Path) -> Result<()> {
+pub fn copy(to: &Path, codegen: &CodegenArgs) -> Result<()> {
     let environment = match Environment::new() {
         Ok(environment) => environment,
         Err(reason) => {
@@ -184,7 +189,7 @@ pub fn copy(to: &Path) -> Result<()> {
             return Ok(());
         }
     };
-    let wheel = environment.wheel()?;
+    let wheel = environment.wheel(codegen)?;
     copy_tree(&workspace_root().join("python/tests"), &to.join("tests"))?;
     let name = wheel.file_name().context("a wheel has a name")?;
     std::fs::copy(&wheel, to.join(name)).with_context(|| format!("cannot copy {}", wheel.display()))?;

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         test.args(["--workspace", "--no-fail-fast"]);
     }
     let tested = run_command(test.args(&args.cargo_test));
-    let python = if all { python::test(&skip_log) } else { Ok(()) };
+    let python = if all { python::test(&skip_log, &args.codegen) } else { Ok(()) };
     let skipped = std::fs::read_to_string(&skip_log)?;
     print_skipped(&skipped);
     tested?;
