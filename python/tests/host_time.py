@@ -76,6 +76,8 @@ def host_time(calls: int) -> dict[str, float]:
                 more, *flat, False, False, 0, True,
             )  # fmt: skip
             kinds[f"vllm.fused_moe_lora, {form}"] = partial(stand_in.fused_moe_lora, *arguments)
+            operator = torch.ops.moe_lora.fused_moe_lora.default
+            kinds[f"the same through PyTorch's dispatcher, {form}"] = partial(operator, *arguments)
     except ImportError:
         pass
     result = {}

@@ -259,6 +259,16 @@ def test_torch_compile(form: str) -> None:
     check(got, case.base.float() + case.delta() + 1)
 
 
+@pytest.mark.parametrize("form", ["sorted", "naive"])
+def test_the_operator_is_the_function(form: str) -> None:
+    """Through PyTorch's dispatcher, as compiled code calls it."""
+    case = Case(40)
+    out, expected = case.base.clone(), case.base.clone()
+    call(stand_in.fused_moe_lora, case, expected, form)
+    call(torch.ops.moe_lora.fused_moe_lora, case, out, form)
+    assert torch.equal(out, expected)
+
+
 def test_operators_keep_their_promises() -> None:
     """PyTorch's own checks of a custom operator: its schema, its fake, tracing."""
     case = Case(10)
@@ -268,7 +278,7 @@ def test_operators_keep_their_promises() -> None:
         case.base.clone(), case.x, case.a, case.b, case.topk_weights, *routing(case, "sorted"), case.token_lora, 16, 8,
         ids, active, on, *CONFIG,
     )  # fmt: skip
-    torch.library.opcheck(stand_in.fused_moe_lora, arguments)
+    torch.library.opcheck(torch.ops.moe_lora.fused_moe_lora.default, arguments)
 
 
 def test_refusals_name_the_tensor() -> None:
