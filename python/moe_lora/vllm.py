@@ -2,8 +2,8 @@
 
 ``fused_moe_lora``, ``fused_moe_lora_shrink``, ``fused_moe_lora_expand`` and ``moe_lora_align_block_size`` have the
 names, arguments and meaning of vLLM 0.33's (``vllm/lora/ops/triton_ops/fused_moe_lora_op.py`` and
-``vllm/_custom_ops.py``). They are operators of ``torch.library``, so they work under ``torch.compile`` and are
-captured into CUDA graphs. ``install()`` puts them into a running vLLM; as an entry point of
+``vllm/_custom_ops.py``). They are operators of ``torch.library`` (``torch.ops.moe_lora``), so they work under
+``torch.compile``, and can be captured into CUDA graphs. ``install()`` puts them into a running vLLM; as an entry point of
 ``vllm.general_plugins`` it runs by itself wherever both packages are installed.
 
 Two forms of routing, as in vLLM: *sorted*, three arrays that ``moe_lora_align_block_size`` has filled, and *naive*,
@@ -14,6 +14,7 @@ are accepted and ignored, except ``BLOCK_SIZE_M`` in the sorted form, which says
 Needs PyTorch. vLLM is needed by ``install()``, and by ``fully_sharded`` for its collectives.
 """
 
+import functools
 import importlib
 import inspect
 import sys
@@ -320,15 +321,28 @@ def _moe_lora_align_block_size(
 _LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
 
 
-def _register(function: Callable[..., None], mutates: Sequence[str]) -> torch._ops.OpOverload:
-    """Makes an operator of `function`, for any device: the function itself says which tensor lies on the wrong one."""
+def _register(function: Callable[..., None], mutates: Sequence[str]) -> Callable[..., None]:
+    """Makes an operator of `function`, and returns what calls it.
+
+    The operator is for any device: the function itself says which tensor lies on the wrong one.
+    """
     name = function.__name__.removeprefix("_")
     _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=tuple(mutates)))
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     # Nothing is returned, and shapes are checked when there are tensors.
     torch.library.register_fake(f"moe_lora::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
-    operator: torch._ops.OpOverload = getattr(torch.ops.moe_lora, name).default
-    return operator
+    operator = getattr(torch.ops.moe_lora, name).default
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        # The dispatcher takes about as long for 32 arguments as the function itself: it is for those who trace.
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            operator(*args, **kwargs)
+        else:
+            function(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    return call
 
 
 fused_moe_lora = _register(_fused_moe_lora, ["output"])
@@ -364,8 +378,7 @@ def install() -> None:
     replaced = {}
     for name, operators in _REPLACED.items():
         for operator in operators:
-            attribute = operator._schema.name.split("::")[1]
-            replaced[id(getattr(modules[name], attribute))] = operator
+            replaced[id(getattr(modules[name], operator.__name__))] = operator
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "vllm" and module is not None:
             for attribute, value in list(vars(module).items()):

@@ -11,7 +11,9 @@ pub type Optional<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
 
 /// What the first tensor of a call says of all: the device, and whose library's they are.
 pub struct Reader<'py> {
+    /// The CUDA device.
     pub ordinal: u32,
+    /// How to read tensors of the first one's type.
     pub exchange: Exchange<'py>,
 }
 
@@ -23,12 +25,14 @@ impl<'py> Reader<'py> {
         Ok((Reader { ordinal: tensor.cuda()?, exchange }, tensor))
     }
 
+    /// A tensor of the call, on the call's device.
     pub fn read(&self, name: Name, object: &Bound<'_, PyAny>) -> Outcome<Tensor> {
         let tensor = Tensor::read(name, object, &self.exchange)?;
         tensor.expect_on(self.ordinal)?;
         Ok(tensor)
     }
 
+    /// As [`Reader::read`], for an argument that is one tensor.
     pub fn whole(&self, name: &'static str, object: &Bound<'_, PyAny>) -> Outcome<Tensor> {
         self.read(Name::Whole(name), object)
     }

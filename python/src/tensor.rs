@@ -260,6 +260,7 @@ fn pack(shape: &[i64], strides: &mut [i64; MAX_DIMS]) {
 /// DLPack's C functions of a type of tensors, if it has them in a version that this crate knows.
 pub struct Exchange<'py> {
     kind: Bound<'py, PyType>,
+    /// The functions.
     pub api: Option<&'static DLPackExchangeAPI>,
 }
 
@@ -278,6 +279,7 @@ impl<'py> Exchange<'py> {
         Ok(Exchange { kind, api: (api.header.version.major == DLPACK_MAJOR_VERSION).then_some(api) })
     }
 
+    /// The token that the interpreter is held.
     pub fn py(&self) -> Python<'py> {
         self.kind.py()
     }

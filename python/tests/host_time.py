@@ -20,6 +20,11 @@ import sys
 import time
 from functools import partial
 
+#: Calls that are made one after another: few enough for the driver to queue them all.
+BATCH = 20
+#: Batches of each kind that are not counted.
+WARM_UP = 100
+
 FIRST = """
 import time, torch
 T, k, E, L, R, K, N = 16, 8, 128, 2, 64, 2048, 768
@@ -76,21 +81,21 @@ def host_time(calls: int) -> dict[str, float]:
                 more, *flat, False, False, 0, True,
             )  # fmt: skip
             kinds[f"vllm.fused_moe_lora, {form}"] = partial(stand_in.fused_moe_lora, *arguments)
+            operator = torch.ops.moe_lora.fused_moe_lora.default
+            kinds[f"the same through PyTorch's dispatcher, {form}"] = partial(operator, *arguments)
     except ImportError:
         pass
-    result = {}
-    for name, call in kinds.items():
-        call()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(calls // 20):
-            start = time.perf_counter()
-            for _ in range(20):
-                call()
-            times.append((time.perf_counter() - start) / 20 * 1e6)
+    # In turns, so that whatever the machine does meanwhile happens to all; the first rounds wake it up.
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(WARM_UP + calls // BATCH):
+        for name, call in kinds.items():
             torch.cuda.synchronize()
-        result[name] = round(statistics.median(times), 2)
-    return result
+            start = time.perf_counter()
+            for _ in range(BATCH):
+                call()
+            times[name].append((time.perf_counter() - start) / BATCH * 1e6)
+    torch.cuda.synchronize()
+    return {name: round(statistics.median(of_kind[WARM_UP:]), 2) for name, of_kind in times.items()}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+import moe_lora  # noqa: E402
 import moe_lora.vllm as stand_in  # noqa: E402
 import vllm_files  # noqa: E402
-from reference import Case, blocks, check  # noqa: E402
+from reference import TOLERANCE, Case, blocks, check  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -162,6 +164,37 @@ def test_split_form(form: str) -> None:
     check(out, case.base.float() + case.delta())
 
 
+@pytest.mark.parametrize("form", ["sorted", "naive"])
+@pytest.mark.parametrize("collective", ["all_reduce", "all_gather"])
+def test_fully_sharded(monkeypatch: pytest.MonkeyPatch, collective: str, form: str) -> None:
+    """One device of two, the other's part being known: w2 sums h over devices, w13 joins the ranks of its shards."""
+    case = Case(40, rank=32)
+    ids, active = lora_ids(case)
+    on = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
+    expected = case.base.float() + case.delta()
+    arrays = routing(case, form)
+    if collective == "all_gather":
+        shards = [[a[:, :, half : half + 16].contiguous() for a in case.a] for half in (0, 16)]
+    else:
+        shards = [[a * share for a in case.a] for share in (0.25, 0.75)]
+    rank = shards[0][0].shape[2]
+    other = torch.zeros(2, 40, 8, rank, dtype=case.dtype, device="cuda")
+    moe_lora.shrink(case.x, shards[1], case.topk_ids, case.token_lora, other)
+    distributed = ModuleType("vllm.distributed")
+    distributed.tensor_model_parallel_all_reduce = lambda h: h + other
+    distributed.tensor_model_parallel_all_gather = lambda h: torch.cat([h, other], dim=-1)
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    out = case.base.clone()
+    stand_in.fused_moe_lora(
+        out, case.x, shards[0], case.b, case.topk_weights, *arrays, case.token_lora, rank, case.top_k, ids, active, on,
+        *CONFIG, False, True, 0, True,
+    )  # fmt: skip
+    # h is rounded once more, and summed in the element type.
+    error = (out.float() - expected).norm() / expected.norm()
+    assert error <= 2 * TOLERANCE[case.dtype]
+
+
 def aligned(case: Case, block_size: int, **more: Any) -> list[torch.Tensor]:
     """What this package's routing step leaves."""
     padded = max_padded(case, block_size)
@@ -259,6 +292,16 @@ def test_torch_compile(form: str) -> None:
     check(got, case.base.float() + case.delta() + 1)
 
 
+@pytest.mark.parametrize("form", ["sorted", "naive"])
+def test_the_operator_is_the_function(form: str) -> None:
+    """Through PyTorch's dispatcher, as compiled code calls it."""
+    case = Case(40)
+    out, expected = case.base.clone(), case.base.clone()
+    call(stand_in.fused_moe_lora, case, expected, form)
+    call(torch.ops.moe_lora.fused_moe_lora, case, out, form)
+    assert torch.equal(out, expected)
+
+
 def test_operators_keep_their_promises() -> None:
     """PyTorch's own checks of a custom operator: its schema, its fake, tracing."""
     case = Case(10)
@@ -268,7 +311,7 @@ def test_operators_keep_their_promises() -> None:
         case.base.clone(), case.x, case.a, case.b, case.topk_weights, *routing(case, "sorted"), case.token_lora, 16, 8,
         ids, active, on, *CONFIG,
     )  # fmt: skip
-    torch.library.opcheck(stand_in.fused_moe_lora, arguments)
+    torch.library.opcheck(torch.ops.moe_lora.fused_moe_lora.default, arguments)
 
 
 def test_refusals_name_the_tensor() -> None:

@@ -1,6 +1,7 @@
 """vLLM's own operator, out of the file of its wheel, for tests that compare with it.
 
-`MOE_LORA_VLLM_OPS` names a folder with `v033/fused_moe_lora_op.py`. vLLM's files are no part of this project.
+`MOE_LORA_VLLM_OPS` names a folder with `v033/fused_moe_lora_op.py`, as `cargo xtask bench --fetch` fills it. vLLM's
+files are no part of this project.
 """
 
 from __future__ import annotations

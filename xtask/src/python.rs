@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use moe_lora_codegen::workspace_root;
 
+use crate::bench;
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
 use crate::test::SKIP_LOG_VAR;
@@ -135,7 +136,9 @@ impl Environment {
                 .current_dir(workspace_root().join("python/tests"))
                 // The folder is copied into bundles.
                 .env("PYTHONDONTWRITEBYTECODE", "1")
-                .env(SKIP_LOG_VAR, skip_log),
+                .env(SKIP_LOG_VAR, skip_log)
+                // Where `cargo xtask bench --fetch` puts vLLM's own operators, to be compared with.
+                .env("MOE_LORA_VLLM_OPS", bench::peers()?),
         )
     }
 

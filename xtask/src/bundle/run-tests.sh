@@ -4,6 +4,7 @@
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
 export MOE_LORA_FIXTURES="$here/fixtures"
 export MOE_LORA_CAPI="$here/capi"
+export MOE_LORA_VLLM_OPS="$here/peers"
 export MOE_LORA_SKIP_LOG="${TMPDIR:-/tmp}/moe-lora-skipped.$$"
 : > "$MOE_LORA_SKIP_LOG" || exit 1
 
