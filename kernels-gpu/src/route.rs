@@ -43,7 +43,7 @@ pub(crate) use kernel::{BATCH, Batches, Team};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::THREADS;
-    #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+    #[cfg(any(feature = "sm_90", feature = "emulate"))]
     use crate::arch::cluster;
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
@@ -98,7 +98,7 @@ mod kernel {
         /// Number of this block.
         #[inline(always)]
         pub fn block(self) -> u32 {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 return cluster::block();
             }
@@ -108,7 +108,7 @@ mod kernel {
         /// All threads of all blocks meet.
         #[inline(always)]
         pub fn sync(self) {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 return cluster::sync();
             }
@@ -121,7 +121,7 @@ mod kernel {
         /// As for [`Shared::load`].
         #[inline(always)]
         pub unsafe fn load(self, place: Shared, block: u32) -> u32 {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).load() };
@@ -138,7 +138,7 @@ mod kernel {
         /// As for [`Shared::store`].
         #[inline(always)]
         pub unsafe fn store(self, place: Shared, block: u32, value: u32) {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).store(value) };
