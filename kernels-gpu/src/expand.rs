@@ -224,6 +224,11 @@ mod kernel {
         // SAFETY: `counts` has `count::LEN` elements.
         let tiles = unsafe { p.counts.at(if accumulate { count::ACTIVE } else { count::ALL }).load() };
         if tile_number >= tiles {
+            // Without any tile nobody would wait, this launch could end before the one before it, and the next
+            // would then change what that one reads.
+            if thread::block() == 0 {
+                grid::wait_for_previous();
+            }
             return;
         }
         // SAFETY: `route` wrote as many tiles as it counted.

@@ -53,7 +53,8 @@ struct Allocation {
 #[derive(Clone, Copy, Debug)]
 struct Mark {
     written: u32,
-    read: u32,
+    /// The last two that read it, the last first.
+    read: [u32; 2],
     /// Whether what was written is there no more.
     forgotten: bool,
 }
@@ -77,7 +78,7 @@ impl Memory {
     pub fn allocate(&mut self, bytes: &[u8]) -> u64 {
         let address = self.next;
         self.next = (address + bytes.len() as u64 + GAP).next_multiple_of(ALIGNMENT);
-        let marks = vec![Mark { written: 0, read: 0, forgotten: false }; bytes.len().div_ceil(GRANULE)];
+        let marks = vec![Mark { written: 0, read: [0; 2], forgotten: false }; bytes.len().div_ceil(GRANULE)];
         self.allocations.push(Allocation { address, bytes: bytes.to_vec(), marks });
         address
     }
@@ -176,15 +177,16 @@ impl Memory {
             if launch.may_run(mark.written, has_waited) {
                 return clash(mark.written);
             }
-            if writes && launch.may_run(mark.read, has_waited) {
-                return clash(mark.read);
+            let reader = mark.read.into_iter().find(|&reader| launch.may_run(reader, has_waited));
+            if let (true, Some(reader)) = (writes, reader) {
+                return clash(reader);
             }
             if writes {
                 (mark.written, mark.forgotten) = (launch.number, false);
             } else if mark.forgotten {
                 return Err(Clash::Unwritten(granule * GRANULE));
-            } else {
-                mark.read = launch.number;
+            } else if mark.read[0] != launch.number {
+                mark.read = [launch.number, mark.read[0]];
             }
         }
         Ok(())
