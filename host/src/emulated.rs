@@ -19,6 +19,7 @@ use moe_lora_kernels::params::{Tile, count};
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{memory::Global, route};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::rc::Rc;
 
@@ -30,7 +31,7 @@ pub struct Emulated {
     memory: Rc<RefCell<Memory>>,
     options: Options,
     seed: Cell<u64>,
-    launches: Cell<u64>,
+    launches: RefCell<BTreeMap<&'static str, u64>>,
 }
 
 /// Memory of an emulated device, freed when dropped.
@@ -51,12 +52,12 @@ impl Emulated {
     /// A device with the limits of an H100. `seed` decides the order of threads and blocks; each launch has
     /// another.
     pub fn new(options: Options, seed: u64) -> Self {
-        Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: Cell::new(0) }
+        Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: RefCell::default() }
     }
 
-    /// Kernels launched so far.
-    pub fn launches(&self) -> u64 {
-        self.launches.get()
+    /// How often each entry point was launched so far, by name.
+    pub fn launches(&self) -> BTreeMap<&'static str, u64> {
+        self.launches.borrow().clone()
     }
 
     fn allocate<T: Pod>(&self, elements: &[T]) -> EmulatedBuffer<T> {
@@ -135,8 +136,8 @@ impl Emulated {
         }
         buffers.extend_from_slice(read);
         self.seed.set(self.seed.get().wrapping_add(1));
-        self.launches.set(self.launches.get() + 1);
         let Launch { entry, blocks, shared_bytes } = *launch;
+        *self.launches.borrow_mut().entry(entry.name).or_default() += 1;
         emulate::launch(entry, blocks, shared_bytes, parameters, memory, &buffers, self.seed.get())
             .map_err(|report| Error::KernelFault { report: report.to_string() })
     }
