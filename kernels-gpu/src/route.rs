@@ -20,12 +20,21 @@ pub const THREADS: u32 = 1024;
 /// Blocks of the clustered form: as many as every device with clusters allows.
 pub const CLUSTER: u32 = 8;
 
-/// Most counters that a block is given: 128 KiB of shared memory, which every device since sm_80 has.
+/// Most counters that a block is given: 128 KiB of shared memory.
 pub const MAX_WINDOW: u32 = 32 * 1024;
+
+/// Words of shared memory beside the counters.
+const SCRATCH: u32 = 2 * THREADS / 32 + 2 * CLUSTER;
 
 /// Bytes of shared memory of a block.
 pub const fn shared_bytes(window: u32) -> u32 {
-    (window + 2 * THREADS / 32 + 2 * CLUSTER) * 4
+    (window + SCRATCH) * 4
+}
+
+/// Most counters of a block that may be given `shared_bytes` bytes.
+pub const fn max_window(shared_bytes: u32) -> u32 {
+    let room = shared_bytes / 4 - SCRATCH;
+    if room < MAX_WINDOW { room } else { MAX_WINDOW }
 }
 
 /// Most tiles that `pairs` pairs in `buckets` buckets (the inactive one included) can be cut into.
