@@ -15,6 +15,9 @@ const TARGETS: [&str; 3] = ["abi", "adapter", "planner"];
 /// Seconds after which an input counts as a failure: none takes a tenth of one.
 const TIMEOUT: u32 = 20;
 
+/// Most inputs that are added to a corpus at a time: it stands in the repository.
+const MOST_KEPT: usize = 64;
+
 /// Make up inputs for what takes them from strangers, guided by what code they reach.
 ///
 /// The targets are adapter folders (adapter), calls through the C interface (abi), and sizes to plan for
@@ -35,7 +38,7 @@ pub struct Args {
     /// Run this input alone
     #[arg(long, value_name = "FILE", requires = "target")]
     replay: Option<PathBuf>,
-    /// Write the few inputs that reach as much as all that were found into fuzz/corpus
+    /// Add the smallest of the inputs that together reach as much as all that were found to fuzz/corpus
     #[arg(long, conflicts_with = "replay")]
     keep: bool,
 }
@@ -174,17 +177,18 @@ impl Programs {
         bail!("{target} breaks a promise: {}", output.status)
     }
 
-    /// Replaces a target's corpus by the fewest inputs that reach as much as it and all that was found.
+    /// Adds to a target's corpus the smallest of the few inputs that reach as much as all that was found.
     fn keep(&self, target: &str) -> Result<()> {
         let smallest = self.dir.join("smallest");
         empty_dir(&smallest)?;
         let mut command = self.command(target);
-        command.args(["-set_cover_merge=1", "-verbosity=0"]).arg(&smallest);
+        command.args(["-set_cover_merge=1", "-use_counters=0", "-verbosity=0"]).arg(&smallest);
         run_command(command.arg(kept(target)).arg(self.found(target)?))?;
-        ensure!(!files(&smallest)?.is_empty(), "nothing of {target} is worth keeping");
-        empty_dir(&kept(target))?;
-        for input in files(&smallest)? {
-            fs::copy(&input, kept(target).join(input.file_name().context("a file has a name")?))?;
+        let mut inputs = files(&smallest)?;
+        ensure!(!inputs.is_empty(), "nothing of {target} is worth keeping");
+        inputs.sort_by_cached_key(|input| fs::metadata(input).map_or(u64::MAX, |file| file.len()));
+        for input in inputs.iter().take(MOST_KEPT) {
+            fs::copy(input, kept(target).join(input.file_name().context("a file has a name")?))?;
         }
         Ok(())
     }
