@@ -83,7 +83,7 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     let case = |seed: u64| Case {
         tokens: 4 + seed as usize % 7,
         dtype: if seed.is_multiple_of(2) { DType::Bf16 } else { DType::F16 },
-        form: if seed / 2 % 2 == 0 { Form::Forward } else { Form::Split },
+        form: if (seed / 2).is_multiple_of(2) { Form::Forward } else { Form::Split },
         in_dim: 72,
         slices: 2,
         loras: Loras::Random,
