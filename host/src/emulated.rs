@@ -1,5 +1,5 @@
-//! The emulated back end: the GPU's kernels on the CPU, planned and launched as on an H100 (but without
-//! clusters), with every access checked ([`moe_lora_kernels::emulate`]).
+//! The emulated back end: the GPU's kernels on the CPU, planned and launched as on an H100, with every access
+//! checked ([`moe_lora_kernels::emulate`]).
 //!
 //! Slow, and for tests: what a GPU would compute wrongly once in a while, or not at all, is
 //! [`Error::KernelFault`] here, with the kernel, the thread and the line.
@@ -19,6 +19,7 @@ use moe_lora_kernels::params::{Tile, count};
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{memory::Global, route};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::rc::Rc;
 
@@ -30,7 +31,7 @@ pub struct Emulated {
     memory: Rc<RefCell<Memory>>,
     options: Options,
     seed: Cell<u64>,
-    launches: Cell<u64>,
+    launches: RefCell<BTreeMap<&'static str, u64>>,
 }
 
 /// Memory of an emulated device, freed when dropped.
@@ -41,7 +42,7 @@ pub struct EmulatedBuffer<T> {
     element: PhantomData<T>,
 }
 
-/// Scratch memory of calls, filled with poison before each launch that writes it.
+/// Scratch memory of calls: what a launch is to write is poison before, and reading it a fault.
 pub struct Workspace {
     memory: EmulatedBuffer<u8>,
     scratch: Scratch,
@@ -51,22 +52,24 @@ impl Emulated {
     /// A device with the limits of an H100. `seed` decides the order of threads and blocks; each launch has
     /// another.
     pub fn new(options: Options, seed: u64) -> Self {
-        Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: Cell::new(0) }
+        Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: RefCell::default() }
     }
 
-    /// Kernels launched so far.
-    pub fn launches(&self) -> u64 {
-        self.launches.get()
+    /// How often each entry point was launched so far, by name.
+    pub fn launches(&self) -> BTreeMap<&'static str, u64> {
+        self.launches.borrow().clone()
     }
 
     fn allocate<T: Pod>(&self, elements: &[T]) -> EmulatedBuffer<T> {
-        let address = self.memory.borrow_mut().allocate(bytemuck::cast_slice(elements));
+        let mut memory = self.memory.borrow_mut();
+        // As `cuMemAlloc` and a copy that is waited for.
+        memory.synchronize();
+        let address = memory.allocate(bytemuck::cast_slice(elements));
         EmulatedBuffer { memory: self.memory.clone(), address, len: elements.len(), element: PhantomData }
     }
 
     fn planner(&self) -> Planner {
-        // Clusters are not emulated: `route` always runs in one block.
-        Planner { limits: DeviceLimits { clusters: false, ..DeviceLimits::H100 }, options: self.options }
+        Planner { limits: DeviceLimits::H100, options: self.options }
     }
 
     /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace
@@ -129,12 +132,12 @@ impl Emulated {
         let written = written.iter().map(|buffer| emulate::Buffer { writable: true, ..buffer.clone() });
         let mut buffers: Vec<_> = written.collect();
         if poison {
-            buffers.iter().for_each(|buffer| memory.bytes_mut(buffer.address, buffer.bytes).fill(POISON));
+            buffers.iter().for_each(|buffer| memory.forget(buffer.address, buffer.bytes, POISON));
         }
         buffers.extend_from_slice(read);
         self.seed.set(self.seed.get().wrapping_add(1));
-        self.launches.set(self.launches.get() + 1);
         let Launch { entry, blocks, shared_bytes } = *launch;
+        *self.launches.borrow_mut().entry(entry.name).or_default() += 1;
         emulate::launch(entry, blocks, shared_bytes, parameters, memory, &buffers, self.seed.get())
             .map_err(|report| Error::KernelFault { report: report.to_string() })
     }
@@ -257,6 +260,7 @@ impl Backend for Emulated {
     }
 
     fn download<T: Pod>(&self, buffer: &EmulatedBuffer<T>) -> Result<Vec<T>> {
+        self.synchronize()?;
         let memory = self.memory.borrow();
         let bytes = memory.bytes(buffer.address, (buffer.len * size_of::<T>()) as u64);
         Ok(bytemuck::pod_collect_to_vec(bytes))
@@ -264,7 +268,9 @@ impl Backend for Emulated {
 
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace> {
         let scratch = Scratch::new(projections, max_tokens)?;
-        Ok(Workspace { memory: self.allocate(&vec![POISON; scratch.bytes()]), scratch })
+        let memory = self.allocate(&vec![POISON; scratch.bytes()]);
+        self.memory.borrow_mut().forget(memory.address, scratch.bytes() as u64, POISON);
+        Ok(Workspace { memory, scratch })
     }
 
     fn route(
@@ -333,6 +339,7 @@ impl Backend for Emulated {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.memory.borrow_mut().synchronize();
         Ok(())
     }
 }

@@ -303,7 +303,7 @@ impl Plan {
             DType::F16 => ElementType::F16,
         };
         let variant = Variant { element, index, tile };
-        let route_window = buckets(projection).min(u64::from(route::MAX_WINDOW)) as u32;
+        let route_window = buckets(projection).min(route::max_window(limits.shared_bytes).into()) as u32;
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
             index,

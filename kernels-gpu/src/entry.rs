@@ -167,7 +167,13 @@ macro_rules! entries {
             unsafe {
                 match name {
                     "route" => Some(|bytes| crate::route::route::<1>(bytemuck::pod_read_unaligned(bytes))),
+                    "route_cluster" => Some(|bytes| {
+                        crate::route::route::<{ route::CLUSTER }>(bytemuck::pod_read_unaligned(bytes));
+                    }),
                     "align" => Some(|bytes| crate::align::align::<1>(bytemuck::pod_read_unaligned(bytes))),
+                    "align_cluster" => Some(|bytes| {
+                        crate::align::align::<{ route::CLUSTER }>(bytemuck::pod_read_unaligned(bytes));
+                    }),
                     "adopt" => Some(|bytes| crate::adopt::adopt(bytemuck::pod_read_unaligned(bytes))),
                     _ => None,
                 }

@@ -41,7 +41,7 @@ mod kernel {
     use crate::params::{ExpandParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, Panel, weight_row};
-    use crate::tile::{GROUP, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{GROUP, Share, TileShape, quotient, select_slice, unroll};
 
     /// Which columns of which slice this block takes.
     struct Run {
@@ -208,12 +208,9 @@ mod kernel {
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
 
         // Which columns of which part of which tile.
-        let shares = p.slices * p.blocks_per_slice;
-        let part_number = quotient(thread::block(), shares);
-        let share = thread::block() - part_number * shares;
-        let slice = quotient(share, p.blocks_per_slice);
-        let first = (share - slice * p.blocks_per_slice) * p.columns_per_block;
-        let tile_number = quotient(part_number, p.tile_parts);
+        let share = Share::of_this_block(p.slices * p.blocks_per_slice, p.tile_parts);
+        let slice = quotient(share.number, p.blocks_per_slice);
+        let first = (share.number - slice * p.blocks_per_slice) * p.columns_per_block;
         let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
 
         grid::let_next_start();
@@ -221,17 +218,16 @@ mod kernel {
             grid::wait_for_previous();
         }
         let accumulate = p.accumulate != 0;
-        // SAFETY: `counts` has `count::LEN` elements.
-        let tiles = unsafe { p.counts.at(if accumulate { count::ACTIVE } else { count::ALL }).load() };
-        if tile_number >= tiles {
+        let count = p.counts.at(if accumulate { count::ACTIVE } else { count::ALL });
+        // SAFETY: `counts` has `count::LEN` elements; the route is old, or the launch before this one has ended.
+        let Some(tile) = (unsafe { share.load(p.tiles, count, rows) }) else {
+            // Without any tile nobody would wait, this launch could end before the one before it, and the next
+            // would then change what that one reads.
+            if thread::block() == 0 {
+                grid::wait_for_previous();
+            }
             return;
-        }
-        // SAFETY: `route` wrote as many tiles as it counted.
-        let tile = unsafe { p.tiles.at(tile_number).load_tile() };
-        let tile = tile.part(part_number - tile_number * p.tile_parts, rows);
-        if tile.rows == 0 {
-            return;
-        }
+        };
 
         // b, [L, E or 1, N, R], from this tile's matrix on.
         let expert = if p.b_experts == 1 { 0 } else { tile.expert };

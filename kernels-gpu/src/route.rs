@@ -20,12 +20,21 @@ pub const THREADS: u32 = 1024;
 /// Blocks of the clustered form: as many as every device with clusters allows.
 pub const CLUSTER: u32 = 8;
 
-/// Most counters that a block is given: 128 KiB of shared memory, which every device since sm_80 has.
+/// Most counters that a block is given: 128 KiB of shared memory.
 pub const MAX_WINDOW: u32 = 32 * 1024;
+
+/// Words of shared memory beside the counters.
+const SCRATCH: u32 = 2 * THREADS / 32 + 2 * CLUSTER;
 
 /// Bytes of shared memory of a block.
 pub const fn shared_bytes(window: u32) -> u32 {
-    (window + 2 * THREADS / 32 + 2 * CLUSTER) * 4
+    (window + SCRATCH) * 4
+}
+
+/// Most counters of a block that may be given `shared_bytes` bytes.
+pub const fn max_window(shared_bytes: u32) -> u32 {
+    let room = shared_bytes / 4 - SCRATCH;
+    if room < MAX_WINDOW { room } else { MAX_WINDOW }
 }
 
 /// Most tiles that `pairs` pairs in `buckets` buckets (the inactive one included) can be cut into.
@@ -43,7 +52,7 @@ pub(crate) use kernel::{BATCH, Batches, Team};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::THREADS;
-    #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+    #[cfg(any(feature = "sm_90", feature = "emulate"))]
     use crate::arch::cluster;
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
@@ -98,7 +107,7 @@ mod kernel {
         /// Number of this block.
         #[inline(always)]
         pub fn block(self) -> u32 {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 return cluster::block();
             }
@@ -108,7 +117,7 @@ mod kernel {
         /// All threads of all blocks meet.
         #[inline(always)]
         pub fn sync(self) {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 return cluster::sync();
             }
@@ -121,7 +130,7 @@ mod kernel {
         /// As for [`Shared::load`].
         #[inline(always)]
         pub unsafe fn load(self, place: Shared, block: u32) -> u32 {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).load() };
@@ -138,7 +147,7 @@ mod kernel {
         /// As for [`Shared::store`].
         #[inline(always)]
         pub unsafe fn store(self, place: Shared, block: u32, value: u32) {
-            #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
             if BLOCKS > 1 {
                 // SAFETY: as the caller promises.
                 return unsafe { place.in_block(block).store(value) };

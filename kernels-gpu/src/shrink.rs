@@ -38,7 +38,7 @@ mod kernel {
     use crate::params::{ShrinkParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, CHUNKS, Panel, weight_row};
-    use crate::tile::{GROUP, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{GROUP, Share, TileShape, quotient, select_slice, unroll};
 
     /// Rows that the block's threads copy in one sweep: eight threads a row.
     const SWEEP: u32 = TileShape::THREADS / CHUNKS;
@@ -181,26 +181,15 @@ mod kernel {
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
 
         // Which columns and steps of which part of which tile.
-        let shares = p.column_blocks * p.splits;
-        let part_number = quotient(thread::block(), shares);
-        let share = thread::block() - part_number * shares;
-        let column_block = quotient(share, p.splits);
-        let split = share - column_block * p.splits;
-        let tile_number = quotient(part_number, p.tile_parts);
+        let share = Share::of_this_block(p.column_blocks * p.splits, p.tile_parts);
+        let column_block = quotient(share.number, p.splits);
+        let split = share.number - column_block * p.splits;
 
         grid::wait_for_previous();
         grid::let_next_start();
-        // SAFETY: `counts` has `count::LEN` elements.
-        let tiles = unsafe { p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE }).load() };
-        if tile_number >= tiles {
-            return;
-        }
-        // SAFETY: `route` wrote as many tiles as it counted.
-        let tile = unsafe { p.tiles.at(tile_number).load_tile() };
-        let tile = tile.part(part_number - tile_number * p.tile_parts, rows);
-        if tile.rows == 0 {
-            return;
-        }
+        let count = p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE });
+        // SAFETY: `counts` has `count::LEN` elements; the launch before this one has ended.
+        let Some(tile) = (unsafe { share.load(p.tiles, count, rows) }) else { return };
 
         // The slot's own rank decides how many columns there are. Fast stores are eight columns wide.
         let ranks = match (p.write_all != 0, FAST) {

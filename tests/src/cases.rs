@@ -1,6 +1,6 @@
 //! Any call that the contract allows.
 
-use moe_lora::verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
+use moe_lora::verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use moe_lora::{Backend, DType, ExpertWeights, Projection, XRows};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -111,24 +111,21 @@ pub fn small_cases() -> impl Strategy<Value = Case> {
 /// # Errors
 /// What was wrong with the smallest such case, and the command that runs it again.
 pub fn check_cases<B: Backend>(backend: &B) -> Result<(), String> {
-    check_some(backend, cases(), Config::default().cases)
+    check_some(cases(), Config::default().cases, |case| check(backend, case).map(drop))
 }
 
-/// Checks `count` of `cases` on `backend`, and shrinks the first that does not pass.
+/// Checks `count` of `cases` as `passes` does, and shrinks the first that does not pass.
 ///
 /// # Errors
 /// As for [`check_cases`].
-pub fn check_some<B: Backend>(
-    backend: &B,
+pub fn check_some(
     cases: impl Strategy<Value = Case>,
     count: u32,
+    passes: impl Fn(&Case) -> Result<(), Box<Failure>>,
 ) -> Result<(), String> {
     // A failing case prints its command: there is nothing to persist.
     let config = Config { failure_persistence: None, cases: count, ..Config::default() };
-    let passes = |case| match check(backend, &case) {
-        Ok(_) => Ok(()),
-        Err(failure) => Err(TestCaseError::fail(failure.to_string())),
-    };
+    let passes = |case| passes(&case).map_err(|failure| TestCaseError::fail(failure.to_string()));
     match TestRunner::new(config).run(&cases, passes) {
         Ok(()) => Ok(()),
         Err(TestError::Abort(reason)) => Err(reason.to_string()),

@@ -1,6 +1,9 @@
 //! What the suites over the back ends share: any call as a proptest strategy ([`cases`]), calls that
-//! must be refused ([`refusals`]), and how a test that cannot run here says so ([`skip`]).
+//! must be refused ([`refusals`]), how a test that cannot run here says so ([`skip`]), and which kernels the
+//! emulated machine ran ([`tally`]).
 
 pub mod cases;
+mod log;
 pub mod refusals;
 pub mod skip;
+pub mod tally;

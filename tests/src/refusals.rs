@@ -57,8 +57,8 @@ struct Demand {
 const TOKENS: usize = 3;
 /// Its offset.
 const OFFSET: usize = 1;
-/// Its projection.
-const GOOD: ProjectionSizes = ProjectionSizes {
+/// Sizes of a projection that nothing is wrong with: that of the call that is spoiled.
+pub const GOOD: ProjectionSizes = ProjectionSizes {
     dtype: DType::Bf16,
     top_k: 2,
     experts: 4,

@@ -1,8 +1,7 @@
 //! Tests that cannot run on this machine: they are reported as ignored, never as passed.
 
+use crate::log;
 use libtest_mimic::{Arguments, Trial};
-use std::fs::OpenOptions;
-use std::io::Write;
 
 /// Names the file that skipped tests are listed in, a line each; there is none when it is not set.
 const LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
@@ -16,11 +15,7 @@ pub fn skipped(arguments: &Arguments, test: &str, why: &str) -> Trial {
     let wanted = arguments.filter.as_ref().is_none_or(|filter| test.contains(filter.as_str()));
     if wanted && !arguments.list {
         println!("SKIPPED {test}: {why}");
-        if let Some(path) = std::env::var_os(LOG_VAR) {
-            let log = OpenOptions::new().create(true).append(true).open(&path);
-            log.and_then(|mut log| writeln!(log, "{test}: {why}"))
-                .unwrap_or_else(|error| panic!("{LOG_VAR}={}: {error}", path.display()));
-        }
+        log::append(LOG_VAR, &format!("{test}: {why}"));
     }
     let why = why.to_owned();
     Trial::test(test, move || Err(why.into())).with_ignored_flag(true)

@@ -5,14 +5,16 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
-use moe_lora::verify::{Case, Experts, Flags, Form, Loras, Ranks};
+use moe_lora::verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
 use moe_lora::{
     Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, Projection,
     ProjectionSizes, Route, SortedTensors, View, ViewMut, XRows, reference,
 };
 use moe_lora_tests::cases::check_some;
+use moe_lora_tests::tally::Tally;
 use proptest::prelude::*;
 use proptest::sample::select;
+use std::cell::RefCell;
 
 /// Calls of many routes and small matrices, on blocks of vLLM's sizes and others.
 fn routes() -> impl Strategy<Value = Case> {
@@ -53,14 +55,21 @@ fn routes() -> impl Strategy<Value = Case> {
 
 #[test]
 fn blocks_of_any_size_pass_on_the_cpu() {
-    check_some(&Cpu, routes(), 256).unwrap_or_else(|failure| panic!("{failure}"));
+    let passes = |case: &Case| check(&Cpu, case).map(drop);
+    check_some(routes(), 256, passes).unwrap_or_else(|failure| panic!("{failure}"));
 }
 
 #[test]
 fn blocks_of_any_size_pass_on_the_emulated_machine() {
-    let machine = Emulated::new(Options::default(), 1);
-    check_some(&machine, routes(), 48).unwrap_or_else(|failure| panic!("{failure}"));
-    println!("{} kernels launched", machine.launches());
+    let tally = RefCell::new(Tally::default());
+    let passes = |case: &Case| {
+        let machine = Emulated::new(Options::default(), case.seed);
+        check(&machine, case)?;
+        tally.replace_with(|tally| std::mem::take(tally).plus(Tally::of([&machine])));
+        Ok(())
+    };
+    check_some(routes(), 48, passes).unwrap_or_else(|failure| panic!("{failure}"));
+    tally.into_inner().log();
 }
 
 /// Three tokens, two choices, four experts of which the map keeps two, two slots; blocks of two places.

@@ -120,7 +120,8 @@ mod gpu {
             max_rank: 8,
             ..Case::default()
         };
-        let tokens = [100, 1000].map(|tokens| Case { tokens, loras: Loras::Random, ..case.clone() });
+        // 4 × 1,100 pairs are more than one block is given.
+        let tokens = [100, 1100].map(|tokens| Case { tokens, loras: Loras::Random, ..case.clone() });
         let overwriting =
             tokens.clone().map(|case| Case { accumulate: false, routing: Experts::OutOfRange, ..case });
         tokens.into_iter().chain(overwriting).collect()

@@ -1,15 +1,24 @@
 //! The GPU's kernels, run on the emulated machine with every access checked, keep the operator's contract:
 //! as the planner chooses, and with both index widths on every tile.
 
+use moe_lora::DType;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{IndexWidth, Options, TileKind};
-use moe_lora::verify::{Case, check_each, quick_grid};
+use moe_lora::verify::{Case, Experts, Form, Loras, check, check_each, quick_grid};
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
+use moe_lora_tests::tally::Tally;
 use rayon::prelude::*;
+use std::cell::RefCell;
+
+#[path = "emulated/route.rs"]
+mod route;
 
 /// Random calls for each way to make the back end work.
 const CASES: u32 = 64;
+
+/// Orders of threads and blocks that every kernel is run in.
+const SEEDS: u64 = 100;
 
 /// Every way to make the back end work.
 fn ways() -> Vec<Options> {
@@ -19,30 +28,70 @@ fn ways() -> Vec<Options> {
     std::iter::once(Options::default()).chain(forced).collect()
 }
 
+/// Checks each case in each of `ways`, in an order of threads that is the case's own.
+fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
+    let check = |case: &Case| {
+        let machines: Vec<_> = ways.iter().map(|way| Emulated::new(*way, case.seed)).collect();
+        check_each(&machines, case).unwrap_or_else(|failure| panic!("{failure}"));
+        Tally::of(&machines)
+    };
+    cases.par_iter().map(check).reduce(Tally::default, Tally::plus)
+}
+
+/// Calls of so many pairs that a cluster routes them, all else as small as can be.
+fn clustered() -> Vec<Case> {
+    let case = Case { tokens: 513, top_k: 8, in_dim: 8, out_dim: 8, max_rank: 8, ..Case::default() };
+    vec![
+        Case { loras: Loras::Random, accumulate: false, block_size: Some(64), ..case.clone() },
+        Case { routing: Experts::OutOfRange, experts: 150, form: Form::Split, ..case },
+    ]
+}
+
 #[test]
 fn whatever_is_wrong_is_refused_and_nothing_is_written() {
     check_refusals(&Emulated::new(Options::default(), 1), false);
 }
 
 #[test]
-fn every_mode_passes_on_a_small_call() {
-    let check = |case: &Case| {
-        let machines: Vec<_> = ways().into_iter().map(|way| Emulated::new(way, case.seed)).collect();
-        check_each(&machines, case).unwrap_or_else(|failure| panic!("{failure}"));
-        machines.iter().map(Emulated::launches).sum::<u64>()
-    };
-    let cases = quick_grid();
-    let launches: u64 = cases.par_iter().map(check).sum();
-    println!("{} calls in {} ways, {launches} kernels launched", cases.len(), ways().len());
+fn every_kernel_of_the_table_passes_in_every_mode() {
+    let small = check_all(&quick_grid(), &ways());
+    let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
+    let others = [clustered(), vec![in_blocks]].concat();
+    let tally = small.plus(check_all(&others, &[Options::default()]));
+    tally.log();
+    assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
 }
 
 #[test]
 fn every_call_agrees_with_the_reference_and_touches_nothing_else() {
-    let check = |(seed, way): (usize, Options)| {
-        let machine = Emulated::new(way, seed as u64);
-        check_some(&machine, small_cases(), CASES).unwrap_or_else(|failure| panic!("{failure}"));
-        machine.launches()
+    let check = |way: Options| {
+        let tally = RefCell::new(Tally::default());
+        let passes = |case: &Case| {
+            let machine = Emulated::new(way, case.seed);
+            check(&machine, case)?;
+            tally.replace_with(|tally| std::mem::take(tally).plus(Tally::of([&machine])));
+            Ok(())
+        };
+        check_some(small_cases(), CASES, passes).unwrap_or_else(|failure| panic!("{failure}"));
+        tally.into_inner()
     };
-    let launches: u64 = ways().into_par_iter().enumerate().map(check).sum();
-    println!("{CASES} calls in each of {} ways, {launches} kernels launched", ways().len());
+    ways().into_par_iter().map(check).reduce(Tally::default, Tally::plus).log();
+}
+
+#[test]
+fn no_order_of_threads_and_blocks_shows_a_fault() {
+    let case = |seed: u64| Case {
+        tokens: 4 + seed as usize % 7,
+        dtype: if seed.is_multiple_of(2) { DType::Bf16 } else { DType::F16 },
+        form: if (seed / 2).is_multiple_of(2) { Form::Forward } else { Form::Split },
+        in_dim: 72,
+        slices: 2,
+        loras: Loras::Random,
+        block_size: (seed % 8 < 2).then_some(16),
+        accumulate: !seed.is_multiple_of(3),
+        seed,
+        ..Case::default()
+    };
+    let cases: Vec<_> = (0..2 * SEEDS).map(case).collect();
+    check_all(&cases, &ways()[1..]).log();
 }

@@ -1,22 +1,8 @@
 //! Each error comes from the input that it names, and then nothing is written.
 
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, DType, Error, ExpertWeights, Projection, ProjectionSizes, XRows};
-use moe_lora_tests::refusals::check_refusals;
-
-const SIZES: ProjectionSizes = ProjectionSizes {
-    dtype: DType::Bf16,
-    top_k: 2,
-    experts: 4,
-    slots: 2,
-    max_rank: 8,
-    slices: 2,
-    in_dim: 16,
-    out_dim: 8,
-    x_rows: XRows::Token,
-    a_experts: ExpertWeights::PerExpert,
-    b_experts: ExpertWeights::PerExpert,
-};
+use moe_lora::{Backend, Error, Projection, ProjectionSizes};
+use moe_lora_tests::refusals::{GOOD, check_refusals};
 
 const MOST: usize = i32::MAX as usize;
 
@@ -40,7 +26,7 @@ fn sizes_are_at_least_one_and_at_most_the_limit_that_the_error_names() {
     for (what, limit, size) in sizes {
         let with = |value| {
             // One slot and one expert, so that no product is over its limit either.
-            let mut sizes = ProjectionSizes { experts: 1, slots: 1, ..SIZES };
+            let mut sizes = ProjectionSizes { experts: 1, slots: 1, ..GOOD };
             *size(&mut sizes) = value;
             Projection::new(sizes).map(drop)
         };
@@ -54,7 +40,7 @@ fn sizes_are_at_least_one_and_at_most_the_limit_that_the_error_names() {
 #[test]
 fn products_of_sizes_that_cannot_be_addressed_are_refused() {
     let overflow = |tensor, shape: &str| Err(Error::SizeOverflow { tensor, shape: shape.to_owned() });
-    let many = ProjectionSizes { slots: 1 << 15, experts: 1 << 15, max_rank: 512, ..SIZES };
+    let many = ProjectionSizes { slots: 1 << 15, experts: 1 << 15, max_rank: 512, ..GOOD };
     let buckets = Error::SizeTooLarge { what: "slots · experts", limit: MOST, got: 1 << 31 };
     for (sizes, expected) in [
         (ProjectionSizes { slots: 1 << 16, ..many }, Err(buckets)),
@@ -67,7 +53,7 @@ fn products_of_sizes_that_cannot_be_addressed_are_refused() {
 
 #[test]
 fn a_workspace_for_more_pairs_than_31_bits_is_refused() {
-    let projection = Projection::new(SIZES).expect("a projection");
+    let projection = Projection::new(GOOD).expect("a projection");
     let (limit, got) = (MOST / 2, MOST / 2 + 1);
     assert_eq!(projection.pairs(limit), Ok(MOST - 1));
     let error = Cpu.workspace(&[projection], got).map(drop);
@@ -76,7 +62,7 @@ fn a_workspace_for_more_pairs_than_31_bits_is_refused() {
 
 #[test]
 fn ranks_that_are_known_on_the_host_are_checked_there() {
-    let projection = Projection::new(SIZES).expect("a projection");
+    let projection = Projection::new(GOOD).expect("a projection");
     assert_eq!(projection.check_ranks(&[8, i32::MIN]), Ok(()));
     let over = Error::RankTooLarge { slot: 1, rank: 9, max_rank: 8 };
     assert_eq!(projection.check_ranks(&[0, 9]), Err(over));

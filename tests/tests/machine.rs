@@ -7,7 +7,7 @@
 use half::bf16;
 use moe_lora_kernels::arch::mma::{Bf16, Element};
 use moe_lora_kernels::arch::shared::Shared;
-use moe_lora_kernels::arch::{async_copy, barrier, thread, warp};
+use moe_lora_kernels::arch::{async_copy, barrier, cluster, grid, thread, warp};
 use moe_lora_kernels::emulate::{Buffer, Launch, Memory, Report, run};
 use moe_lora_kernels::memory::{Global, Index};
 
@@ -31,16 +31,52 @@ fn launch(
         bytes,
         writable,
     });
-    let launch = Launch { kernel: "kernel", blocks, threads: 64, shared_bytes: 1024, seed };
+    let launch = Launch {
+        kernel: "kernel",
+        blocks,
+        cluster: 1,
+        threads: 64,
+        shared_bytes: 1024,
+        overlaps: true,
+        seed,
+    };
     run(&launch, &mut memory, &buffers, move || body(Global::new(from), Global::new(to)))?;
     Ok(bytemuck::pod_collect_to_vec(memory.bytes(to, bytes)))
+}
+
+/// As [`launch`], with blocks in clusters, whose threads are given the buffer to write.
+fn launch_clusters(
+    blocks: u32,
+    cluster: u32,
+    seed: u64,
+    body: impl Fn(Global<u32>) + 'static,
+) -> Result<Vec<u32>, Box<Report>> {
+    let mut memory = Memory::default();
+    let bytes = 4 * WORDS as u64;
+    let address = memory.allocate(&[0; 4 * WORDS]);
+    let output = Buffer { name: "output".to_owned(), address, bytes, writable: true };
+    let launch =
+        Launch { kernel: "kernel", blocks, cluster, threads: 64, shared_bytes: 1024, overlaps: true, seed };
+    run(&launch, &mut memory, &[output], move || body(Global::new(address)))?;
+    Ok(bytemuck::pod_collect_to_vec(memory.bytes(address, bytes)))
 }
 
 /// `body` must be reported, whatever the order of threads, in words that hold `expected` and this file.
 #[track_caller]
 fn reported(expected: &str, blocks: u32, body: impl Fn(Global<u32>, Global<u32>) + Copy + 'static) {
+    reports(expected, |seed| launch(blocks, seed, body));
+}
+
+/// As [`reported`], for a cluster of four.
+#[track_caller]
+fn cluster_reported(expected: &str, body: impl Fn(Global<u32>) + Copy + 'static) {
+    reports(expected, |seed| launch_clusters(4, 4, seed, body));
+}
+
+#[track_caller]
+fn reports(expected: &str, launch: impl Fn(u64) -> Result<Vec<u32>, Box<Report>>) {
     for seed in 0..8 {
-        let report = launch(blocks, seed, body).expect_err(expected).to_string();
+        let report = launch(seed).expect_err(expected).to_string();
         assert!(report.starts_with("kernel, block "), "{report}");
         assert!(report.contains(expected), "{expected:?} is not in: {report}");
         assert!(report.contains("machine.rs:"), "{report}");
@@ -310,4 +346,235 @@ fn a_product_of_fragments_is_the_product_of_matrices() {
         let expected = 1.0 + row as f32 * b(row, column) + extra;
         assert_eq!(f32::from_bits(*bits), expected, "row {row}, column {column}");
     }
+}
+
+#[test]
+fn a_ballot_is_the_votes_of_a_warp() {
+    let out = launch(1, 3, |_, out| unsafe {
+        out.at(thread::index()).store(warp::ballot(thread::index().is_multiple_of(3)));
+    });
+    let out = out.expect("no fault");
+    assert_eq!([out[0], out[31], out[32]], [0x4924_9249, 0x4924_9249, 0x9249_2492]);
+}
+
+#[test]
+fn a_cluster_reads_and_writes_its_blocks_memories() {
+    for seed in 0..8 {
+        let out = launch_clusters(4, 2, seed, |out| unsafe {
+            assert_eq!((cluster::block(), cluster::blocks()), (thread::block() % 2, 2));
+            let (me, other) = (thread::index(), 1 - cluster::block());
+            word(me).store(100 * thread::block() + me);
+            cluster::sync();
+            let theirs = word(me).in_block(other).load();
+            word(64 + me).in_block(other).store(theirs + 1000);
+            cluster::sync();
+            out.at(64 * thread::block() + me).store(word(64 + me).load());
+        });
+        // What a block's neighbour read of it.
+        let expected: Vec<u32> =
+            (0..4).flat_map(|block| (0..64).map(move |i| 1000 + 100 * block + i)).collect();
+        assert_eq!(out.expect("no fault"), expected);
+    }
+}
+
+#[test]
+fn between_arriving_and_waiting_a_block_works_on() {
+    let out = launch_clusters(4, 4, 3, |out| unsafe {
+        let me = thread::index();
+        word(me).store(me);
+        cluster::arrive();
+        word(64 + me).store(me + 1);
+        cluster::wait();
+        let theirs = word(me).in_block(3).load();
+        // They are done with this block's memory.
+        cluster::sync();
+        out.at(64 * cluster::block() + me).store(theirs + word(64 + me).load());
+    });
+    assert_eq!(out.expect("no fault")[64..67], [1, 3, 5]);
+}
+
+#[test]
+fn a_missing_cluster_barrier_is_a_race() {
+    cluster_reported("race: ", |_| unsafe {
+        word(thread::index()).store(0);
+        cluster::sync();
+        word(thread::index()).store(1);
+        // A cluster barrier is missing here; one of the block is not enough.
+        barrier::sync();
+        word(thread::index()).in_block(0).load();
+        cluster::sync();
+    });
+}
+
+#[test]
+fn what_is_stored_after_arriving_is_not_seen() {
+    cluster_reported("race: ", |_| unsafe {
+        word(thread::index()).store(0);
+        cluster::sync();
+        cluster::arrive();
+        word(thread::index()).store(1);
+        cluster::wait();
+        word(thread::index()).in_block(1).load();
+        cluster::sync();
+    });
+}
+
+#[test]
+fn two_clusters_that_write_one_element_race() {
+    reports("race: write of byte", |seed| {
+        launch_clusters(4, 2, seed, |out| unsafe {
+            cluster::sync();
+            if cluster::block() == 0 {
+                out.at(thread::index()).store(1);
+            }
+        })
+    });
+}
+
+#[test]
+fn a_block_must_outlive_the_use_of_its_memory() {
+    cluster_reported("read of block 1's shared memory, which may have ended by then", |_| unsafe {
+        word(thread::index()).store(0);
+        cluster::sync();
+        // Block 1 ends at once: a cluster barrier is missing before.
+        if cluster::block() == 2 {
+            word(thread::index()).in_block(1).load();
+        }
+    });
+}
+
+#[test]
+fn a_block_must_have_started_before_its_memory_is_used() {
+    cluster_reported("shared memory, which may not have started yet", |_| unsafe {
+        word(thread::index()).in_block((cluster::block() + 1) % 4).store(0);
+        cluster::sync();
+    });
+}
+
+#[test]
+fn another_blocks_memory_ends_where_ones_own_does() {
+    cluster_reported("4 bytes from byte 1024 of shared memory, the block has 1024", |_| unsafe {
+        cluster::sync();
+        word(256).in_block((cluster::block() + 1) % 4).load();
+    });
+    cluster_reported("of block 3's shared memory, which nobody wrote", |_| unsafe {
+        cluster::sync();
+        if cluster::block() != 3 {
+            word(thread::index()).in_block(3).load();
+        }
+        cluster::sync();
+    });
+    cluster_reported("block 4 of a cluster that has 4", |_| {
+        word(0).in_block(4);
+    });
+}
+
+#[test]
+fn a_cluster_barrier_in_one_block_is_reported_with_who_waits_where() {
+    cluster_reported("threads 0-31 of block 2 wait at barrier.cluster.wait", |_| {
+        // The others' second warps neither come nor end.
+        if thread::warp() == 0 {
+            cluster::sync();
+        } else {
+            barrier::sync();
+        }
+    });
+    cluster_reported("threads 0-15 of block 1 wait at barrier.cluster.arrive", |_| {
+        if thread::index() < 16 || cluster::block() != 1 {
+            cluster::sync();
+        }
+    });
+}
+
+#[test]
+fn arriving_twice_is_reported() {
+    cluster_reported("a cluster barrier is arrived at once, then waited for once", |_| {
+        cluster::arrive();
+        cluster::arrive();
+    });
+    cluster_reported("a cluster barrier is arrived at once, then waited for once", |_| cluster::wait());
+}
+
+/// What one launch of a queue does.
+type Body = fn(Global<u32>);
+
+/// Launches `bodies` one after another on one buffer, which may overlap.
+fn launch_queue(bodies: &[(&str, Body)]) -> Result<(), Box<Report>> {
+    let mut memory = Memory::default();
+    let bytes = 4 * WORDS as u64;
+    let address = memory.allocate(&[0; 4 * WORDS]);
+    let buffer = Buffer { name: "buffer".to_owned(), address, bytes, writable: true };
+    memory.forget(address + bytes / 2, bytes / 2, 0x7f);
+    for (kernel, body) in bodies {
+        let launch =
+            Launch { kernel, blocks: 1, cluster: 1, threads: 64, shared_bytes: 0, overlaps: true, seed: 1 };
+        let body = *body;
+        run(&launch, &mut memory, std::slice::from_ref(&buffer), move || body(Global::new(address)))?;
+    }
+    Ok(())
+}
+
+#[track_caller]
+fn queue_reported(expected: &str, bodies: &[(&str, Body)]) {
+    let report = launch_queue(bodies).expect_err(expected).to_string();
+    assert!(report.contains(expected), "{expected:?} is not in: {report}");
+}
+
+const WRITES_EARLY: (&str, Body) = ("writer", |buffer| unsafe {
+    grid::let_next_start();
+    buffer.at(thread::index()).store(1);
+});
+const WRITES: (&str, Body) = ("writer", |buffer| unsafe {
+    grid::wait_for_previous();
+    grid::let_next_start();
+    buffer.at(thread::index()).store(1);
+});
+const READS: (&str, Body) = ("reader", |buffer| unsafe {
+    grid::wait_for_previous();
+    grid::let_next_start();
+    buffer.at(thread::index()).load();
+});
+const READS_EARLY: (&str, Body) = ("reader", |buffer| unsafe {
+    grid::let_next_start();
+    buffer.at(thread::index()).load();
+});
+const WAITS: (&str, Body) = ("waiter", |_| {
+    grid::wait_for_previous();
+    grid::let_next_start();
+});
+const DOES_NOT_WAIT: (&str, Body) = ("hasty", |_| grid::let_next_start());
+
+#[test]
+fn what_the_launch_before_writes_is_read_only_after_waiting_for_it() {
+    launch_queue(&[WRITES, READS, WRITES, READS]).expect("all wait");
+    queue_reported("read of byte", &[WRITES, READS_EARLY]);
+    queue_reported(
+        "of buffer, which writer uses: its launch before this one may still run",
+        &[WRITES, READS_EARLY],
+    );
+}
+
+#[test]
+fn what_the_launch_before_reads_or_writes_is_written_only_after_waiting_for_it() {
+    queue_reported("of buffer, which reader uses", &[READS, WRITES_EARLY]);
+    queue_reported("of buffer, which writer uses", &[WRITES, WRITES_EARLY]);
+}
+
+#[test]
+fn older_launches_have_ended_where_the_one_before_has_waited_for_them() {
+    launch_queue(&[WRITES, WAITS, READS_EARLY]).expect("the second launch waits before the third starts");
+    launch_queue(&[WRITES, WAITS, DOES_NOT_WAIT, READS]).expect("the third starts when the first has ended");
+    queue_reported("of buffer, which writer uses", &[WRITES, DOES_NOT_WAIT, READS]);
+}
+
+#[test]
+fn device_memory_that_nobody_wrote_is_reported() {
+    queue_reported(
+        "read of byte 512 of buffer, which nobody wrote",
+        &[("reader", |buffer| unsafe {
+            if thread::index() == 0 {
+                buffer.at(128u32).load();
+            }
+        })],
+    );
 }

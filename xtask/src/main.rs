@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod check;
 mod debian;
+mod fuzz;
 mod header;
 mod ptx;
 mod python;
@@ -34,6 +35,7 @@ enum Task {
     Test(test::Args),
     Bench(bench::Args),
     Check(check::Args),
+    Fuzz(fuzz::Args),
     Header(header::Args),
     Wheel(python::Args),
     Bundle(bundle::Args),
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Check(args) => check::run(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Header(args) => header::run(&args),
         Task::Wheel(args) => python::run(&args),
         Task::Bundle(args) => bundle::run(&args),

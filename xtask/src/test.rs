@@ -1,10 +1,11 @@
 //! `cargo xtask test` and `cargo xtask demo`
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use moe_lora_codegen::workspace_root;
+use moe_lora_kernels::ENTRIES;
 
 use crate::python;
 use crate::setup::{self, CodegenArgs};
@@ -13,11 +14,15 @@ use crate::shell::{cargo, empty_dir, run as run_command, target_dir};
 /// The tests append a line to the file that this names whenever they skip something.
 pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
 
+/// The tests of the emulated machine append a line to the file that this names for each entry point that they
+/// ran: its name, the cases in which it ran, and its launches.
+pub const EMULATED_LOG_VAR: &str = "MOE_LORA_EMULATED_LOG";
+
 /// Run every test, the Python package's among them, and a crate elsewhere that depends on moe-lora by path.
 ///
 /// Tests of the GPU back end run where there is a GPU and are listed as skipped where there is
-/// none; everything else runs everywhere. `cargo xtask bundle` takes the tests to a GPU machine
-/// that has no Rust.
+/// none; everything else runs everywhere, the kernels themselves on the emulated machine.
+/// `cargo xtask bundle` takes the tests to a GPU machine that has no Rust.
 #[derive(clap::Args)]
 pub struct Args {
     /// Fail if any test was skipped: for machines that have a GPU
@@ -33,11 +38,12 @@ pub struct Args {
 /// Carries `test` out.
 pub fn run(args: &Args) -> Result<()> {
     setup::compiler(&args.codegen)?;
-    let skip_log = target_dir()?.join("skipped-tests.txt");
-    std::fs::write(&skip_log, "").with_context(|| format!("cannot write {}", skip_log.display()))?;
+    let skip_log = empty_log("skipped-tests.txt")?;
+    let emulated_log = empty_log("emulated-kernels.txt")?;
 
     let mut test = cargo();
-    args.codegen.pass_to(&mut test).args(["test", "--release"]).env(SKIP_LOG_VAR, &skip_log);
+    args.codegen.pass_to(&mut test).args(["test", "--release"]);
+    test.env(SKIP_LOG_VAR, &skip_log).env(EMULATED_LOG_VAR, &emulated_log);
     let all = args.cargo_test.is_empty();
     if all {
         test.args(["--workspace", "--no-fail-fast"]);
@@ -45,6 +51,7 @@ pub fn run(args: &Args) -> Result<()> {
     let tested = run_command(test.args(&args.cargo_test));
     let python = if all { python::test(&skip_log, &args.codegen) } else { Ok(()) };
     let skipped = std::fs::read_to_string(&skip_log)?;
+    print_emulated(&std::fs::read_to_string(&emulated_log)?);
     print_skipped(&skipped);
     tested?;
     python?;
@@ -53,6 +60,30 @@ pub fn run(args: &Args) -> Result<()> {
     }
     ensure!(!args.require_gpu || skipped.is_empty(), "tests were skipped, and --require-gpu forbids that");
     Ok(())
+}
+
+/// An empty file in the target directory for tests to write to.
+fn empty_log(name: &str) -> Result<PathBuf> {
+    let log = target_dir()?.join(name);
+    std::fs::write(&log, "").with_context(|| format!("cannot write {}", log.display()))?;
+    Ok(log)
+}
+
+/// Says how many kernels ran under emulation, and in how many cases; that all do, a test sees to.
+fn print_emulated(log: &str) {
+    let mut cases = BTreeMap::<&str, u64>::new();
+    for line in log.lines() {
+        if let [name, count, _] = line.split(' ').collect::<Vec<_>>()[..] {
+            *cases.entry(name).or_default() += count.parse::<u64>().unwrap_or(0);
+        }
+    }
+    let least = cases.iter().min_by_key(|(_, cases)| **cases);
+    if let Some((kernel, least)) = least {
+        let (ran, all, total) = (cases.len(), ENTRIES.len(), cases.values().sum::<u64>());
+        println!(
+            "\nUnder emulation: {ran} of {all} kernels, {total} kernel × shape cases; fewest for {kernel}: {least}"
+        );
+    }
 }
 
 /// Lists skipped tests by what they were skipped for; a line of the log is `test: reason`.

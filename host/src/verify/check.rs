@@ -195,32 +195,42 @@ impl<'d, T: Element> Trial<'d, T> {
 
     fn run<B: Backend>(&self, backend: &B) -> Result<Outcome, Fault> {
         let inputs = Uploaded::new(backend, self.data)?;
-        let mut workspace = backend.workspace(&[self.projection], self.case.tokens)?;
         let routing = inputs.routing();
         let own = Route::From(routing);
-        let first = self.call(backend, &mut workspace, &inputs, own)?;
+        let workspace = || backend.workspace(&[self.projection], self.case.tokens);
+        let (mut used, mut routed) = (workspace()?, workspace()?);
+        let first = self.call(backend, &mut used, &inputs, own)?;
         self.check_h(&first.h, Named::All)?;
         let error = self.check_out(&first.out, Named::All)?;
-        for (route, run) in [(own, "run again"), (Route::Kept, "run again on the kept route")] {
-            let again = self.call(backend, &mut workspace, &inputs, route)?;
+
+        // Again, in other ways, one behind another with no wait between.
+        let mut again = [
+            ("run again", Written::new(backend, self.data)?),
+            ("run again on the kept route", Written::new(backend, self.data)?),
+            ("run on a route made alone", Written::new(backend, self.data)?),
+            ("run again behind others", Written::new(backend, self.data)?),
+        ];
+        let [(_, fresh), (_, kept), (_, alone), (_, behind)] = &mut again;
+        self.queue(backend, &mut used, &inputs, own, fresh)?;
+        self.queue(backend, &mut used, &inputs, Route::Kept, kept)?;
+        backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
+        self.queue(backend, &mut routed, &inputs, Route::Kept, alone)?;
+        self.queue(backend, &mut routed, &inputs, own, behind)?;
+        for (run, written) in &again {
+            let again = written.download(backend)?;
             check_same(&self.data.h, &first.h, &again.h, run)?;
             check_same(&self.data.out, &first.out, &again.out, run)?;
         }
-        let mut routed = backend.workspace(&[self.projection], self.case.tokens)?;
-        backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
-        let again = self.call(backend, &mut routed, &inputs, Route::Kept)?;
-        check_same(&self.data.h, &first.h, &again.h, "run on a route made alone")?;
-        check_same(&self.data.out, &first.out, &again.out, "run on a route made alone")?;
         if let Some(blank) = &self.blank {
             let on: Vec<bool> = (0..self.case.slots)
                 .map(|slot| reference::is_on(slot, &self.data.routing().adapter_enabled))
                 .collect();
             let blocks = Blocks::sorted(backend, blank, routing, &self.delta.targets, &on)?;
             if let Some(route) = blocks.route(routing) {
-                let sorted = self.call(backend, &mut workspace, &inputs, route)?;
+                let sorted = self.call(backend, &mut used, &inputs, route)?;
                 self.check_h(&sorted.h, Named::InBlocks)?;
                 self.check_out(&sorted.out, Named::InBlocks)?;
-                let again = self.call(backend, &mut workspace, &inputs, Route::Kept)?;
+                let again = self.call(backend, &mut used, &inputs, Route::Kept)?;
                 check_same(&self.data.h, &sorted.h, &again.h, "run again on the kept blocks")?;
                 check_same(&self.data.out, &sorted.out, &again.out, "run again on the kept blocks")?;
             }
@@ -241,9 +251,21 @@ impl<'d, T: Element> Trial<'d, T> {
         inputs: &Uploaded<'_, B, T>,
         route: Route<'_, B::Space>,
     ) -> Result<Outputs<T>, Fault> {
+        let mut written = Written::new(backend, self.data)?;
+        self.queue(backend, workspace, inputs, route, &mut written)?;
+        Ok(written.download(backend)?)
+    }
+
+    /// Queues the case's calls.
+    fn queue<B: Backend>(
+        &self,
+        backend: &B,
+        workspace: &mut B::Workspace,
+        inputs: &Uploaded<'_, B, T>,
+        route: Route<'_, B::Space>,
+        Written { h, out }: &mut Written<'_, B, T>,
+    ) -> Result<(), Fault> {
         let operands = inputs.operands();
-        let mut h = Placed::new(backend, &self.data.h)?;
-        let mut out = Placed::new(backend, &self.data.out)?;
         match self.case.form {
             Form::Forward => {
                 let call = operands.forward(self.case, false, out.view_mut());
@@ -256,7 +278,7 @@ impl<'d, T: Element> Trial<'d, T> {
                 backend.expand(workspace, &self.projection, Expand { route, ..call })?;
             }
         }
-        Ok(Outputs { h: backend.download(&h.buffer)?, out: backend.download(&out.buffer)? })
+        Ok(())
     }
 
     /// The pair's weights, when it is active and the route names it.
@@ -440,6 +462,22 @@ impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
     fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
         let image = self.download(backend)?;
         check_unchanged(self.tensor, &image, 0..image.len())
+    }
+}
+
+/// What one run of a case writes, on a back end.
+struct Written<'d, B: Backend, T: Pod> {
+    h: Placed<'d, B, T>,
+    out: Placed<'d, B, T>,
+}
+
+impl<'d, B: Backend, T: Element> Written<'d, B, T> {
+    fn new(backend: &B, data: &'d CaseData<T>) -> crate::Result<Self> {
+        Ok(Written { h: Placed::new(backend, &data.h)?, out: Placed::new(backend, &data.out)? })
+    }
+
+    fn download(&self, backend: &B) -> crate::Result<Outputs<T>> {
+        Ok(Outputs { h: backend.download(&self.h.buffer)?, out: backend.download(&self.out.buffer)? })
     }
 }
 

@@ -4,30 +4,80 @@
 //! one.
 
 use super::shared::Shared;
+#[cfg(feature = "emulate")]
+use crate::emulate;
+#[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// Number of this block in its cluster.
 #[inline(always)]
 pub fn block() -> u32 {
-    let value: u32;
-    // SAFETY: reads a register that does not change while the block lives.
-    unsafe { asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) value, options(pure, nomem, nostack)) };
-    value
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let value: u32;
+        // SAFETY: reads a register that does not change while the block lives.
+        unsafe { asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) value, options(pure, nomem, nostack)) };
+        value
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::cluster_rank()
+    }
+}
+
+/// Blocks of the cluster.
+#[inline(always)]
+pub fn blocks() -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let value: u32;
+        // SAFETY: as above.
+        unsafe { asm!("mov.u32 {}, %cluster_nctarank;", out(reg32) value, options(pure, nomem, nostack)) };
+        value
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::cluster_blocks()
+    }
+}
+
+/// The first half of [`sync`]: says that this thread has come. What it has done before is visible to whoever
+/// [waits](wait), what it does from here on need not be. The whole warp must come here, and then to [`wait`],
+/// before it arrives again.
+#[inline(always)]
+#[track_caller]
+pub fn arrive() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("barrier.cluster.arrive.release.aligned;", options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::arrive_cluster();
+}
+
+/// The second half of [`sync`]: waits until all threads of the cluster have arrived. The whole warp must come
+/// here.
+#[inline(always)]
+#[track_caller]
+pub fn wait() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("barrier.cluster.wait.acquire.aligned;", options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::wait_cluster();
 }
 
 /// All threads of all blocks of the cluster meet; their accesses to shared memory before it are visible to
 /// all of them after it. Every thread of the cluster must come here, and none may end while another may
 /// still use its block's memory.
 #[inline(always)]
+#[track_caller]
 pub fn sync() {
-    // SAFETY: ordering only.
-    unsafe {
-        asm!(
-            "barrier.cluster.arrive.release.aligned;",
-            "barrier.cluster.wait.acquire.aligned;",
-            options(nostack)
-        );
-    }
+    arrive();
+    wait();
 }
 
 /// An address in another block's shared memory.
@@ -37,14 +87,22 @@ pub struct Remote(u32);
 impl Shared {
     /// The same place in block `block` of the cluster.
     #[inline(always)]
+    #[track_caller]
     pub fn in_block(self, block: u32) -> Remote {
-        let address: u32;
-        // SAFETY: computes an address.
-        unsafe {
-            asm!("mapa.shared::cluster.u32 {}, {}, {};",
-                out(reg32) address, in(reg32) self.address(), in(reg32) block, options(pure, nomem, nostack));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let address: u32;
+            // SAFETY: computes an address.
+            unsafe {
+                asm!("mapa.shared::cluster.u32 {}, {}, {};",
+                    out(reg32) address, in(reg32) self.address(), in(reg32) block, options(pure, nomem, nostack));
+            }
+            Remote(address)
         }
-        Remote(address)
+        #[cfg(feature = "emulate")]
+        {
+            Remote(emulate::map_shared(self.address(), block))
+        }
     }
 }
 
@@ -54,13 +112,22 @@ impl Remote {
     /// # Safety
     /// Four bytes here must be inside that block's allocation, aligned, and written before.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn load(self) -> u32 {
-        let value: u32;
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("ld.shared::cluster.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly));
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let value: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.shared::cluster.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly));
+            }
+            value
         }
-        value
+        #[cfg(feature = "emulate")]
+        {
+            let [value] = emulate::load_shared(self.0);
+            value
+        }
     }
 
     /// `st.shared::cluster.u32`.
@@ -68,10 +135,14 @@ impl Remote {
     /// # Safety
     /// Four bytes here must be inside that block's allocation, and aligned.
     #[inline(always)]
+    #[track_caller]
     pub unsafe fn store(self, value: u32) {
+        #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
             asm!("st.shared::cluster.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack))
         };
+        #[cfg(feature = "emulate")]
+        emulate::store_shared(self.0, [value]);
     }
 }

@@ -1,7 +1,9 @@
 //! Programmatic dependent launch: a launch may start while the one before it still runs
 //! (PTX ISA 9.7.12.13, `griddepcontrol`). Below sm_90 launches simply follow one another, and both
-//! functions do nothing. Emulated launches follow one another too.
+//! functions do nothing.
 
+#[cfg(feature = "emulate")]
+use crate::emulate;
 #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
 use core::arch::asm;
 
@@ -14,6 +16,8 @@ pub fn wait_for_previous() {
     unsafe {
         asm!("griddepcontrol.wait;", options(nostack))
     }
+    #[cfg(feature = "emulate")]
+    emulate::wait_for_previous();
 }
 
 /// Lets the next launch start as soon as every block of this one has said so (or ended).
@@ -24,4 +28,6 @@ pub fn let_next_start() {
     unsafe {
         asm!("griddepcontrol.launch_dependents;", options(nostack))
     }
+    #[cfg(feature = "emulate")]
+    emulate::let_next_start();
 }

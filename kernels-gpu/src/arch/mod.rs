@@ -19,7 +19,7 @@
 
 pub mod async_copy;
 pub mod barrier;
-#[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
+#[cfg(any(feature = "sm_90", feature = "emulate"))]
 pub mod cluster;
 pub mod global;
 pub mod grid;

@@ -118,7 +118,7 @@ impl Shared {
         }
         #[cfg(feature = "emulate")]
         {
-            emulate::add_shared(self.0, value)
+            emulate::update_shared(self.0, |before| before.wrapping_add(value))
         }
     }
 

@@ -1,4 +1,4 @@
-//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6).
+//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.9).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -27,5 +27,25 @@ pub fn shuffle_up(value: u32, distance: u32) -> u32 {
     #[cfg(feature = "emulate")]
     {
         emulate::shuffle_up(value, distance)
+    }
+}
+
+/// `vote.sync.ballot`: bit i is set where thread i of the warp says so. The whole warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn ballot(vote: bool) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let votes: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("{{ .reg .pred vote; setp.ne.u32 vote, {}, 0; vote.sync.ballot.b32 {}, vote, {}; }}",
+                in(reg32) vote as u32, out(reg32) votes, in(reg32) ALL, options(nostack));
+        }
+        votes
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::ballot(vote)
     }
 }

@@ -1,5 +1,7 @@
-//! Device memory: allocations with gaps between them, and the parts that a launch may use.
+//! Device memory: allocations with gaps between them, the parts that a launch may use, and which launch was
+//! where last.
 
+use super::overlap::Overlap;
 use std::ops::Range;
 
 /// First address. Past 4 GiB, so that an address that was cut to 32 bits leads nowhere.
@@ -10,6 +12,9 @@ const ALIGNMENT: u64 = 256;
 
 /// Bytes between allocations that belong to none.
 const GAP: u64 = 1 << 20;
+
+/// Bytes that launches are told apart by: an element of 16 bits.
+const GRANULE: usize = 2;
 
 /// A part of device memory that a launch may read, and perhaps write.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,23 +29,47 @@ pub struct Buffer {
     pub writable: bool,
 }
 
-/// Emulated device memory.
+/// Emulated device memory, and the queue of launches that use it.
 #[derive(Debug)]
 pub struct Memory {
     /// In the order of their addresses.
     allocations: Vec<Allocation>,
     next: u64,
+    /// Kernels of all launches so far.
+    launches: Vec<String>,
+    /// The last launch; `None` when the device is idle.
+    last: Option<Overlap>,
 }
 
 #[derive(Debug)]
 struct Allocation {
     address: u64,
     bytes: Vec<u8>,
+    /// One for every [`GRANULE`] bytes.
+    marks: Vec<Mark>,
+}
+
+/// The launches that last used a granule; 0 is the host.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    written: u32,
+    /// The last two that read it, the last first.
+    read: [u32; 2],
+    /// Whether what was written is there no more.
+    forgotten: bool,
+}
+
+/// What stands against a launch's access, and the byte that shows it.
+pub(super) enum Clash {
+    /// Nobody has written the byte.
+    Unwritten(usize),
+    /// A kernel of an earlier launch uses the byte too, and may still run.
+    Overlap(usize, String),
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Memory { allocations: Vec::new(), next: FIRST_ADDRESS }
+        Memory { allocations: Vec::new(), next: FIRST_ADDRESS, launches: Vec::new(), last: None }
     }
 }
 
@@ -49,8 +78,25 @@ impl Memory {
     pub fn allocate(&mut self, bytes: &[u8]) -> u64 {
         let address = self.next;
         self.next = (address + bytes.len() as u64 + GAP).next_multiple_of(ALIGNMENT);
-        self.allocations.push(Allocation { address, bytes: bytes.to_vec() });
+        let marks = vec![Mark { written: 0, read: [0; 2], forgotten: false }; bytes.len().div_ceil(GRANULE)];
+        self.allocations.push(Allocation { address, bytes: bytes.to_vec(), marks });
         address
+    }
+
+    /// Fills the `len` bytes from `address` on with `poison`. Until a launch writes them, reading them is a fault.
+    ///
+    /// # Panics
+    /// When they are not inside one allocation.
+    pub fn forget(&mut self, address: u64, len: u64, poison: u8) {
+        let (number, range) = self.find(address, len);
+        let Allocation { bytes, marks, .. } = &mut self.allocations[number];
+        bytes[range.clone()].fill(poison);
+        marks[granules(&range)].iter_mut().for_each(|mark| mark.forgotten = true);
+    }
+
+    /// Waits for all launches: the next one finds an idle device.
+    pub fn synchronize(&mut self) {
+        self.last = None;
     }
 
     /// Frees the allocation that starts at `address`.
@@ -102,4 +148,51 @@ impl Memory {
     pub(super) fn part(&mut self, (number, range): (usize, Range<usize>)) -> &mut [u8] {
         &mut self.allocations[number].bytes[range]
     }
+
+    /// Begins a launch, after the one before.
+    pub(super) fn begin_launch(&mut self, kernel: &str, overlaps: bool) {
+        self.launches.push(kernel.to_owned());
+        self.last = Some(Overlap::after(self.last.as_ref(), self.launches.len() as u32, overlaps));
+    }
+
+    /// The launch that runs.
+    pub(super) fn launch(&mut self) -> &mut Overlap {
+        self.last.as_mut().expect("a launch runs")
+    }
+
+    /// Takes in an access of the launch that runs, by a thread that has waited for the launch before or not.
+    pub(super) fn touch(
+        &mut self,
+        (number, range): (usize, Range<usize>),
+        writes: bool,
+        has_waited: bool,
+    ) -> Result<(), Clash> {
+        let launch = self.last.as_ref().expect("a launch runs");
+        for granule in granules(&range) {
+            let mark = &mut self.allocations[number].marks[granule];
+            let clash = |other: u32| {
+                let kernel = self.launches[other as usize - 1].clone();
+                Err(Clash::Overlap(granule * GRANULE, kernel))
+            };
+            if launch.may_run(mark.written, has_waited) {
+                return clash(mark.written);
+            }
+            let reader = mark.read.into_iter().find(|&reader| launch.may_run(reader, has_waited));
+            if let (true, Some(reader)) = (writes, reader) {
+                return clash(reader);
+            }
+            if writes {
+                (mark.written, mark.forgotten) = (launch.number, false);
+            } else if mark.forgotten {
+                return Err(Clash::Unwritten(granule * GRANULE));
+            } else if mark.read[0] != launch.number {
+                mark.read = [launch.number, mark.read[0]];
+            }
+        }
+        Ok(())
+    }
+}
+
+fn granules(bytes: &Range<usize>) -> Range<usize> {
+    bytes.start / GRANULE..bytes.end.div_ceil(GRANULE)
 }

@@ -1,31 +1,37 @@
 //! The emulated machine: kernels on the CPU, with every access checked.
 //!
-//! The threads of a block are coroutines. One runs at a time, until it meets others (a barrier, a
-//! warp-wide operation) or ends; which runs next is up to a seed. Blocks follow one another, in an order
-//! that the seed decides too. Addresses of device memory are numbers of the emulator's own, so a wrong
-//! one is reported and never followed.
+//! Threads are coroutines. One runs at a time, until it meets others (a barrier, a warp-wide operation) or
+//! ends; which runs next is up to a seed. The blocks of a cluster run together, their threads in one order;
+//! clusters, or blocks where there are none, follow one another, in an order that the seed decides too.
+//! Addresses of device memory are numbers of the emulator's own, so a wrong one is reported and never followed.
 //!
 //! | checked | how |
 //! |---|---|
-//! | device memory | inside one [`Buffer`] of the launch, aligned, written only where the launch may |
+//! | device memory | inside one [`Buffer`] of the launch, aligned, written only where the launch may, read only where somebody wrote |
 //! | shared memory | inside the block's allocation, aligned, read only where somebody wrote |
+//! | another block's shared memory | also: of a block that is sure to have started, and not to have ended |
 //! | `cp.async` | data lands when its group is waited for; any access before that is reported |
-//! | races | two threads, one of them writing, with no barrier between; two blocks at any time; atomics apart |
+//! | races | two accesses, one of them writing, that no barrier of the block or the cluster puts in order; atomics apart |
+//! | overlap of launches | nothing that a launch which may still run writes is used, nothing that it reads is written |
 //! | barriers, warp-wide operations | all threads that must come come, to the same line |
 //! | offsets | products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap |
 //!
-//! Not modelled: memory order within a warp (a warp-wide operation orders nothing here), overlap of launches (`griddepcontrol` does nothing, and launches follow one another), and
-//! timing.
+//! Not modelled: memory order within a warp (a warp-wide operation orders nothing here), and timing. Launches
+//! follow one another; that they may overlap shows in what is reported.
 
+mod block;
+mod instruction;
 mod machine;
 mod memory;
+mod overlap;
 mod report;
 mod shadow;
 mod warp;
 
-pub(crate) use machine::{
-    add_shared, block, commit_copies, load_global, load_matrices, load_shared, mma, overflow, shuffle_up,
-    start_copy, store_global, store_shared, sync_block, thread, trap, wait_for_copies,
+pub(crate) use instruction::{
+    arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, let_next_start, load_global,
+    load_matrices, load_shared, map_shared, mma, overflow, shuffle_up, start_copy, store_global,
+    store_shared, sync_block, thread, trap, update_shared, wait_cluster, wait_for_copies, wait_for_previous,
 };
 pub use memory::{Buffer, Memory};
 pub use report::{Fault, Report};
@@ -42,13 +48,17 @@ pub(crate) const SHARED_BASE: u32 = 1024;
 pub struct Launch<'a> {
     /// Name of the kernel, for reports.
     pub kernel: &'a str,
-    /// Blocks.
+    /// Blocks: whole clusters.
     pub blocks: u32,
+    /// Blocks of a cluster, at most 8; 1: no clusters.
+    pub cluster: u32,
     /// Threads a block: whole warps, at most 1024.
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
-    /// Decides the order of blocks and of a block's threads.
+    /// Whether the launch may start before the one before it has ended (programmatic dependent launch).
+    pub overlaps: bool,
+    /// Decides the order of blocks and of threads.
     pub seed: u64,
 }
 
@@ -58,7 +68,7 @@ pub struct Launch<'a> {
 /// The first fault found; memory is then as the kernel had left it.
 ///
 /// # Panics
-/// When a buffer is no part of `memory`, or the threads of a block are not whole warps.
+/// When a buffer is no part of `memory`, or threads and blocks are not whole warps and clusters.
 pub fn run(
     launch: &Launch<'_>,
     memory: &mut Memory,
@@ -68,7 +78,7 @@ pub fn run(
     machine::run(launch, memory, buffers, std::rc::Rc::new(body))
 }
 
-/// Runs an entry point of the module on its parameter block.
+/// Runs an entry point of the module on its parameter block, as on a device from sm_90 on: launches may overlap.
 ///
 /// Safe, although the entry point is not: what its caller must promise is what is checked here.
 ///
@@ -86,7 +96,8 @@ pub fn launch<P: Pod>(
     buffers: &[Buffer],
     seed: u64,
 ) -> Result<(), Box<Report>> {
-    let launch = Launch { kernel: entry.name, blocks, threads: entry.threads, shared_bytes, seed };
+    let Entry { name: kernel, threads, cluster, .. } = *entry;
+    let launch = Launch { kernel, blocks, cluster, threads, shared_bytes, overlaps: true, seed };
     let body = crate::entry::emulated(entry.name).expect("every entry has an emulated form");
     let parameters = bytemuck::bytes_of(parameters).to_vec();
     run(&launch, memory, buffers, move || body(&parameters))

@@ -54,7 +54,7 @@ pub enum Fault {
         /// Bytes that the block was given.
         allocated: u32,
     },
-    /// A read of shared memory that nobody in the block wrote.
+    /// A read of memory that nobody wrote.
     Unwritten {
         /// Which byte of what.
         place: String,
@@ -75,6 +75,33 @@ pub enum Fault {
         /// The access before.
         other: Touch,
     },
+    /// An access to what a launch before this one writes or reads, and may not have done yet.
+    Overlap {
+        /// `read` or `write`.
+        what: &'static str,
+        /// Which byte of what.
+        place: String,
+        /// The other launch's kernel.
+        kernel: String,
+    },
+    /// An access to the shared memory of another block of the cluster that may not run then.
+    Absent {
+        /// `read` or `write`.
+        what: &'static str,
+        /// The other block.
+        block: u32,
+        /// Why it may not run.
+        why: &'static str,
+    },
+    /// A block of the cluster that there is not.
+    NoBlock {
+        /// Its number in the cluster.
+        block: u32,
+        /// Blocks of the cluster.
+        blocks: u32,
+    },
+    /// A cluster barrier that is arrived at twice, or waited for before it was arrived at.
+    BarrierOrder,
     /// Some threads wait for others that will not come.
     Divergence {
         /// Who waits where: a line for all threads that share a fate.
@@ -125,6 +152,18 @@ impl fmt::Display for Fault {
                 write!(f, "access to {place}, where a copy is under way: started by {by}")
             }
             Fault::Race { what, place, other } => write!(f, "race: {what} of {place} after {other}"),
+            Fault::Overlap { what, place, kernel } => {
+                write!(f, "{what} of {place}, which {kernel} uses: its launch before this one may still run")
+            }
+            Fault::Absent { what, block, why } => {
+                write!(f, "{what} of block {block}'s shared memory, which {why}")
+            }
+            Fault::NoBlock { block, blocks } => {
+                write!(f, "block {block} of a cluster that has {blocks}")
+            }
+            Fault::BarrierOrder => {
+                f.write_str("a cluster barrier is arrived at once, then waited for once, and so on")
+            }
             Fault::Divergence { threads } => write!(f, "threads wait for others that do not come\n{threads}"),
             Fault::Overflow { expression } => write!(f, "offset {expression} does not fit 32 bits"),
             Fault::Trap => f.write_str("trap"),

@@ -1,26 +1,55 @@
 //! Who touched what, and when: one cell a granule of memory.
 //!
-//! Time within a block is the number of barriers passed. Two accesses by different threads of a block are
-//! in order when a barrier lies between them, two by different blocks of a launch never are. For each
-//! granule the last write and the last read are kept; a read by several threads or blocks is kept as one
-//! by [`Touch::MANY`], which is in order with nobody's access in the same stretch.
+//! Two things put accesses in order. A block's barrier puts all that its threads did before it before all
+//! that they do after it; time in a block is the number of barriers passed. A cluster's barrier puts what a
+//! thread did before it *arrived* before what any thread of the cluster does once it has *waited*. Two blocks
+//! of no common cluster are never in order.
+//!
+//! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as one,
+//! by all who might have been last ([`By`]).
 
 use std::fmt;
 use std::ops::Range;
 use std::panic::Location;
 
+/// Whose an access was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// There was none.
+    Nobody,
+    /// A thread, by its number in the block.
+    Thread { block: u32, thread: u16 },
+    /// Several threads of a block.
+    Block(u32),
+    /// Several blocks of a cluster.
+    Cluster(u32),
+    /// Several clusters.
+    Grid,
+}
+
 /// An access: by whom, when, and at which line.
 #[derive(Clone, Copy, Debug)]
 pub struct Touch {
-    /// The block.
-    pub block: u32,
-    /// The thread, by its number in the block.
-    pub thread: u32,
-    /// Barriers passed before, counted from 1; 0: there was no access.
+    pub(super) by: By,
+    /// Barriers that the block had passed.
     pub(super) epoch: u32,
+    /// Cluster barriers that the thread had arrived at.
+    pub(super) arrived: u16,
     pub(super) kind: Kind,
     /// The line.
     pub at: &'static Location<'static>,
+}
+
+/// An access that is about to be made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Now {
+    pub touch: Touch,
+    pub block: u32,
+    pub thread: u16,
+    /// Cluster barriers that the thread has waited for.
+    pub passed: u16,
+    /// Blocks of a cluster.
+    pub cluster: u32,
 }
 
 /// What an access does.
@@ -49,35 +78,55 @@ impl Kind {
 }
 
 impl Touch {
-    /// More threads, or blocks, than one.
-    const MANY: u32 = u32::MAX;
-
-    /// True when nothing puts `self` before `now`.
-    fn races(&self, now: &Touch) -> bool {
-        let apart = self.block != now.block;
-        let unordered = self.epoch == now.epoch && self.thread != now.thread;
-        self.epoch != 0 && (apart || unordered) && !(self.kind == Kind::Atomic && now.kind == Kind::Atomic)
+    /// True when something puts `self` before `now`.
+    pub(super) fn precedes(&self, now: &Now) -> bool {
+        let (block, thread) = match self.by {
+            By::Nobody => return true,
+            By::Grid => return false,
+            By::Cluster(cluster) => return cluster == now.block / now.cluster && self.arrived < now.passed,
+            By::Block(block) => (block, None),
+            By::Thread { block, thread } => (block, Some(thread)),
+        };
+        if block == now.block && (thread == Some(now.thread) || self.epoch < now.touch.epoch) {
+            return true;
+        }
+        block / now.cluster == now.block / now.cluster && self.arrived < now.passed
     }
 
-    /// Stands for both accesses. Of those of one block, the later stretch alone matters.
-    fn merge(&mut self, now: &Touch) {
+    /// True when nothing puts `self` before `now`, and that matters.
+    fn races(&self, now: &Now) -> bool {
+        let atomics = self.kind == Kind::Atomic && now.touch.kind == Kind::Atomic;
+        !atomics && !self.precedes(now)
+    }
+
+    /// Stands for both accesses: `now` alone where it comes after `self`.
+    fn merge(&mut self, now: &Now) {
         let before = *self;
-        *self = *now;
-        if before.epoch != 0 && before.block != now.block {
-            self.block = Self::MANY;
-        } else if before.epoch == now.epoch && before.thread != now.thread {
-            self.thread = Self::MANY;
+        *self = now.touch;
+        if before.precedes(now) {
+            return;
         }
+        let (cluster, size) = (now.block / now.cluster, now.cluster);
+        self.by = match before.by {
+            By::Thread { block, .. } | By::Block(block) if block == now.block => By::Block(block),
+            By::Thread { block, .. } | By::Block(block) if block / size == cluster => By::Cluster(cluster),
+            By::Cluster(other) if other == cluster => By::Cluster(cluster),
+            _ => By::Grid,
+        };
+        self.epoch = before.epoch.max(now.touch.epoch);
+        self.arrived = before.arrived.max(now.touch.arrived);
     }
 }
 
 impl fmt::Display for Touch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.kind.name();
-        match (self.block, self.thread) {
-            (Self::MANY, _) => write!(f, "{name} by several blocks"),
-            (block, Self::MANY) => write!(f, "{name} by several threads of block {block}"),
-            (block, thread) => write!(f, "{name} by thread {thread} of block {block}"),
+        match self.by {
+            By::Nobody => write!(f, "{name} by nobody"),
+            By::Thread { block, thread } => write!(f, "{name} by thread {thread} of block {block}"),
+            By::Block(block) => write!(f, "{name} by several threads of block {block}"),
+            By::Cluster(cluster) => write!(f, "{name} by several blocks of cluster {cluster}"),
+            By::Grid => write!(f, "{name} by several blocks"),
         }?;
         write!(f, " ({}:{})", self.at.file(), self.at.line())
     }
@@ -116,7 +165,7 @@ impl Shadow {
 
     #[track_caller]
     fn untouched() -> Cell {
-        let none = Touch { block: 0, thread: 0, epoch: 0, kind: Kind::Read, at: Location::caller() };
+        let none = Touch { by: By::Nobody, epoch: 0, arrived: 0, kind: Kind::Read, at: Location::caller() };
         Cell { write: none, read: none }
     }
 
@@ -129,31 +178,32 @@ impl Shadow {
     }
 
     /// Takes in an access to `bytes`.
-    pub fn touch(&mut self, bytes: Range<usize>, now: &Touch) -> Result<(), Conflict> {
+    pub fn touch(&mut self, bytes: Range<usize>, now: &Now) -> Result<(), Conflict> {
         self.dirty = true;
+        let kind = now.touch.kind;
         for number in bytes.start / self.granule..bytes.end.div_ceil(self.granule) {
             let byte = number * self.granule;
             let Cell { write, read } = &mut self.cells[number];
-            if write.kind == Kind::CopyStart && now.kind != Kind::CopyEnd {
+            if write.kind == Kind::CopyStart && kind != Kind::CopyEnd {
                 return Err(Conflict::CopyUnderWay(byte, *write));
             }
-            let reads = matches!(now.kind, Kind::Read | Kind::Atomic);
-            if reads && self.starts_unwritten && write.epoch == 0 {
+            let reads = matches!(kind, Kind::Read | Kind::Atomic);
+            if reads && self.starts_unwritten && write.by == By::Nobody {
                 return Err(Conflict::Unwritten(byte));
             }
             // Where a copy lands, whoever came since it was started was refused above.
-            if now.kind != Kind::CopyEnd {
+            if kind != Kind::CopyEnd {
                 if write.races(now) {
                     return Err(Conflict::Race(byte, *write));
                 }
-                if now.kind != Kind::Read && read.races(now) {
+                if kind != Kind::Read && read.races(now) {
                     return Err(Conflict::Race(byte, *read));
                 }
             }
-            match now.kind {
+            match kind {
                 Kind::Read => read.merge(now),
                 Kind::Atomic if write.kind == Kind::Atomic => write.merge(now),
-                _ => *write = *now,
+                _ => *write = now.touch,
             }
         }
         Ok(())

@@ -10,9 +10,13 @@ pub mod accumulator;
 pub mod panel;
 mod shape;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+mod share;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod unroll;
 
 pub use shape::{GROUP, TileShape};
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+pub use share::Share;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use unroll::unroll;
 

@@ -1,9 +1,13 @@
-//! The back ends of this machine. All that this program knows of CUDA is here.
+//! The back ends of this machine. All that this program knows of CUDA, and of the emulated machine, is here.
 
 use clap::ValueEnum;
 use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use moe_lora::cuda::{EMBEDDED, Embedded, Gpu, IndexWidth, LoadedFrom, Options, Queue, TileKind};
+use moe_lora::cuda::{EMBEDDED, Embedded, Gpu, LoadedFrom, Queue};
+#[cfg(feature = "emulate")]
+use moe_lora::emulated::Emulated;
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+use moe_lora::plan::{IndexWidth, Options, TileKind};
 #[cfg(feature = "cuda")]
 use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::verify::{Case, Failure, Outcome, check_each};
@@ -20,6 +24,9 @@ pub enum Choice {
     Cpu,
     /// The GPU, or fail
     Cuda,
+    /// The GPU's kernels on the CPU, every access checked; `verify` alone
+    #[cfg(feature = "emulate")]
+    Emulated,
 }
 
 /// What this machine has.
@@ -45,6 +52,18 @@ pub enum Ways<'m> {
     /// The GPU: as the planner chooses, and every index width with every tile.
     #[cfg(feature = "cuda")]
     Cuda(Vec<Queue<'m>>),
+    /// The emulated machine: as the GPU.
+    #[cfg(feature = "emulate")]
+    Emulated(Vec<Emulated>),
+}
+
+/// As the planner chooses, and every index width with every tile.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+fn all_options() -> Vec<Options> {
+    let forced = [IndexWidth::I32, IndexWidth::I64]
+        .into_iter()
+        .flat_map(|index| TileKind::ALL.map(|tile| Options { index: Some(index), tile: Some(tile) }));
+    [Options::default()].into_iter().chain(forced).collect()
 }
 
 impl Ways<'_> {
@@ -54,6 +73,8 @@ impl Ways<'_> {
             &Ways::Cpu(cpu) => check_each([cpu], case),
             #[cfg(feature = "cuda")]
             Ways::Cuda(queues) => check_each(queues, case),
+            #[cfg(feature = "emulate")]
+            Ways::Emulated(machines) => check_each(machines, case),
         }
     }
 }
@@ -64,9 +85,15 @@ impl fmt::Display for Ways<'_> {
             Ways::Cpu(_) => f.pad("cpu"),
             #[cfg(feature = "cuda")]
             Ways::Cuda(queues) => f.pad(&format!("cuda, in {} ways", queues.len())),
+            #[cfg(feature = "emulate")]
+            Ways::Emulated(machines) => f.pad(&format!("emulated, in {} ways", machines.len())),
         }
     }
 }
+
+/// Seed of the emulated machine's first launch: the same faults are found each time.
+#[cfg(feature = "emulate")]
+const EMULATED_SEED: u64 = 1;
 
 /// `$body` with the back end behind a [`Place`], whatever its type.
 macro_rules! with_backend {
@@ -114,6 +141,8 @@ impl Machine {
 
     /// All back ends to use: for [`Choice::Auto`] those that are here, the CPU first.
     pub fn each(&self, choice: Choice) -> anyhow::Result<Vec<Place<'_>>> {
+        #[cfg(feature = "emulate")]
+        anyhow::ensure!(choice != Choice::Emulated, "the emulated machine is for moe-lora verify alone");
         let mut places = Vec::new();
         if choice != Choice::Cuda {
             places.push(Place::Cpu(&self.cpu));
@@ -126,17 +155,18 @@ impl Machine {
 
     /// For each back end to use, every way that it can be made to work.
     pub fn ways(&self, choice: Choice) -> anyhow::Result<Vec<Ways<'_>>> {
+        #[cfg(feature = "emulate")]
+        if choice == Choice::Emulated {
+            let machine = |options| Emulated::new(options, EMULATED_SEED);
+            return Ok(vec![Ways::Emulated(all_options().into_iter().map(machine).collect())]);
+        }
         let mut all = Vec::new();
         if choice != Choice::Cuda {
             all.push(Ways::Cpu(&self.cpu));
         }
         #[cfg(feature = "cuda")]
         {
-            let forced = [IndexWidth::I32, IndexWidth::I64]
-                .into_iter()
-                .flat_map(|index| TileKind::ALL.map(|tile| Options { index: Some(index), tile: Some(tile) }));
-            let options: Vec<_> = [Options::default()].into_iter().chain(forced).collect();
-            let queues = self.queues(choice, &options)?;
+            let queues = self.queues(choice, &all_options())?;
             all.extend((!queues.is_empty()).then_some(Ways::Cuda(queues)));
         }
         self.require(choice)?;

@@ -6,7 +6,8 @@ use moe_lora::verify::{Case, Outcome, full_grid, quick_grid, vllm_grid};
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-A GPU is checked in every way it can be made to work: with 32-bit and 64-bit offsets, on each tile.
+A GPU is checked in every way it can be made to work: with 32-bit and 64-bit offsets, on each tile. So is the
+emulated machine (--backend emulated), where this program was built with the feature `emulate`.
 A case that fails prints the command that runs it again.
 
 Examples:

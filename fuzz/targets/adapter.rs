@@ -1,0 +1,4 @@
+//! libFuzzer's way into [`moe_lora_fuzz::adapter`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| moe_lora_fuzz::adapter::check(data));

@@ -1,0 +1,137 @@
+//! One block of the cluster that runs: its shared memory, its threads, and where they are.
+
+use super::instruction::Operation;
+use super::shadow::{Shadow, Touch};
+use super::warp::LANES;
+use std::collections::VecDeque;
+use std::panic::Location;
+
+/// Shared memory is read and written in whole words.
+pub(super) const WORD: usize = 4;
+
+/// A block.
+pub(super) struct Block {
+    /// Number of the block in the grid.
+    pub number: u32,
+    pub shared: Vec<u8>,
+    pub shadow: Shadow,
+    /// Barriers that the block has passed.
+    pub epoch: u32,
+    pub threads: Vec<Thread>,
+    pub warps: Vec<Rendezvous>,
+    /// Threads that wait at the block's barrier.
+    pub at_barrier: usize,
+    /// Threads that have ended.
+    pub ended: usize,
+    /// The access to this block's memory by another that is the last to be in order with anything: that which
+    /// has arrived at most cluster barriers.
+    pub visitor: Option<Touch>,
+    /// Whether all threads that let the next launch start had waited for the one before; `None`: nobody did.
+    pub let_next_start: Option<bool>,
+}
+
+/// What the machine keeps of a thread.
+pub(super) struct Thread {
+    pub state: State,
+    /// Cluster barriers that it has arrived at, and that it has waited for.
+    pub arrived: u16,
+    pub waited: u16,
+    /// Cluster barriers that it, or somebody before a barrier of its block, has waited for.
+    pub passed: u16,
+    /// Whether the launch before this one was waited for, by it or by somebody before a barrier.
+    pub has_waited: bool,
+    /// Copies that were started and belong to no group yet.
+    pub open: Vec<Copy>,
+    /// Groups of copies under way, the oldest first.
+    pub groups: VecDeque<Vec<Copy>>,
+    /// What the last warp-wide operation gave this thread.
+    pub result: [u32; 4],
+}
+
+/// Why a thread does not run.
+#[derive(Clone, Copy)]
+pub(super) enum State {
+    Ready,
+    Waits(&'static str, &'static Location<'static>),
+    Ended,
+}
+
+/// Sixteen bytes on their way to shared memory.
+pub(super) struct Copy {
+    pub target: u32,
+    pub source: u64,
+    pub bytes: u32,
+}
+
+/// The lanes of a warp that have come to a warp-wide operation.
+pub(super) struct Rendezvous {
+    pub operations: [Operation; LANES],
+    pub came: usize,
+}
+
+impl Block {
+    /// Block `number`, of `threads` threads, none of which has run. `shared` and its `shadow` may have been
+    /// another's.
+    pub fn new(number: u32, threads: u32, shared: Vec<u8>, mut shadow: Shadow) -> Self {
+        shadow.clear();
+        let thread = || Thread {
+            state: State::Ready,
+            arrived: 0,
+            waited: 0,
+            passed: 0,
+            has_waited: false,
+            open: Vec::new(),
+            groups: VecDeque::new(),
+            result: [0; 4],
+        };
+        let warp = || Rendezvous { operations: [Operation::None; LANES], came: 0 };
+        Block {
+            number,
+            shared,
+            shadow,
+            epoch: 0,
+            threads: std::iter::repeat_with(thread).take(threads as usize).collect(),
+            warps: std::iter::repeat_with(warp).take(threads as usize / LANES).collect(),
+            at_barrier: 0,
+            ended: 0,
+            visitor: None,
+            let_next_start: None,
+        }
+    }
+
+    /// True when no thread will run any more.
+    pub fn has_ended(&self) -> bool {
+        self.ended == self.threads.len()
+    }
+
+    /// True when all threads that have not ended wait at the block's barrier.
+    pub fn is_at_barrier(&self) -> bool {
+        self.at_barrier > 0 && self.at_barrier + self.ended == self.threads.len()
+    }
+
+    /// True when each warp has ended whole, or waits whole at one line.
+    pub fn waits_in_whole_warps(&self) -> bool {
+        self.threads.chunks(LANES).all(|warp| {
+            warp.iter().all(|thread| match (thread.state, warp[0].state) {
+                (State::Ended, State::Ended) => true,
+                (State::Waits(_, one), State::Waits(_, other)) => std::ptr::eq(one, other) || one == other,
+                _ => false,
+            })
+        })
+    }
+
+    /// Lets the threads that wait at the barrier run, each of which then knows what any of them knew. Returns
+    /// their numbers.
+    pub fn pass_barrier(&mut self) -> impl Iterator<Item = u32> {
+        let waits = |thread: &&Thread| matches!(thread.state, State::Waits(..));
+        let passed = self.threads.iter().filter(waits).map(|thread| thread.passed).max().unwrap_or(0);
+        let has_waited = self.threads.iter().filter(waits).any(|thread| thread.has_waited);
+        (self.at_barrier, self.epoch) = (0, self.epoch + 1);
+        self.threads.iter_mut().enumerate().filter_map(move |(number, thread)| {
+            matches!(thread.state, State::Waits(..)).then(|| {
+                (thread.state, thread.passed, thread.has_waited) = (State::Ready, passed, has_waited);
+                number as u32
+            })
+        })
+    }
+}

@@ -1,0 +1,409 @@
+//! What each instruction does: the functions that `arch` calls.
+
+use super::block::{Copy, Rendezvous, State, WORD};
+use super::machine::{CLUSTER_WAIT, Id, Machine, execute, running, stop, suspend, with};
+use super::report::Fault;
+use super::shadow::{Kind, Now};
+use super::warp::{self, Fragments, LANES};
+use crate::ElementType;
+use std::ops::Range;
+use std::panic::Location;
+
+/// Where the shared memory of the first block of a cluster begins in the addresses that [`map_shared`] makes, and
+/// how far on that of the next is. An address below is the block's own.
+const WINDOW: u32 = 1 << 24;
+
+/// A warp-wide operation, as one lane asks for it.
+#[derive(Clone, Copy)]
+pub(super) enum Operation {
+    None,
+    ShuffleUp(u32, u32),
+    Ballot(bool),
+    LoadMatrices(u32),
+    Mma(ElementType, Fragments),
+    ArriveCluster,
+    WaitCluster,
+}
+
+impl Operation {
+    fn name(&self) -> &'static str {
+        match self {
+            Operation::None => "nothing",
+            Operation::ShuffleUp(..) => "shfl.sync",
+            Operation::Ballot(_) => "vote.sync",
+            Operation::LoadMatrices(_) => "ldmatrix",
+            Operation::Mma(..) => "mma.sync",
+            Operation::ArriveCluster => "barrier.cluster.arrive",
+            Operation::WaitCluster => CLUSTER_WAIT_WARP,
+        }
+    }
+}
+
+/// Where a thread waits for its warp, before the warp waits for its cluster.
+const CLUSTER_WAIT_WARP: &str = "barrier.cluster.wait, as a warp";
+
+impl Machine {
+    /// Notes that a thread's lane has come to a warp-wide operation. Once the last one is there, carries it
+    /// out and wakes the others; until then the thread must wait.
+    fn meet(&mut self, id: Id, operation: Operation, at: &'static Location<'static>) -> Result<bool, Fault> {
+        let (warp, lane) = (id.thread as usize / LANES, id.thread as usize % LANES);
+        let block = self.block(id);
+        block.threads[id.thread as usize].state = State::Waits(operation.name(), at);
+        let Rendezvous { operations, came } = &mut block.warps[warp];
+        operations[lane] = operation;
+        *came += 1;
+        if *came < LANES {
+            return Ok(true);
+        }
+        *came = 0;
+        let operations = *operations;
+        let lanes = warp * LANES..(warp + 1) * LANES;
+        // `.sync.aligned`: all threads of the warp execute the same instruction.
+        let same = block.threads[lanes.clone()].iter().all(|lane| match lane.state {
+            State::Waits(name, line) => name == operation.name() && line == at,
+            _ => false,
+        });
+        if !same {
+            self.diverged();
+            return Ok(true);
+        }
+        let first = Id { thread: lanes.start as u32, ..id };
+        let results = self.compute(first, operation, &operations, at)?;
+        for (thread, result) in lanes.zip(results) {
+            let thread = Id { thread: thread as u32, ..id };
+            let state = self.thread(thread);
+            (state.result, state.state) = (result, State::Ready);
+            if thread != id {
+                self.ready.push(thread);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What a warp's operation gives each lane; `first` is the thread of lane 0.
+    fn compute(
+        &mut self,
+        first: Id,
+        operation: Operation,
+        operations: &[Operation; LANES],
+        at: &'static Location<'static>,
+    ) -> Result<[[u32; 4]; LANES], Fault> {
+        let thread = |lane: usize| Id { thread: first.thread + lane as u32, ..first };
+        Ok(match operation {
+            Operation::None => [[0; 4]; LANES],
+            Operation::ShuffleUp(..) => {
+                let operands = operations.map(|operation| match operation {
+                    Operation::ShuffleUp(value, distance) => (value, distance),
+                    _ => (0, 0),
+                });
+                warp::shuffle_up(operands).map(|value| [value; 4])
+            }
+            Operation::Ballot(_) => {
+                let votes = operations.map(|operation| matches!(operation, Operation::Ballot(true)));
+                [[warp::ballot(votes); 4]; LANES]
+            }
+            Operation::LoadMatrices(_) => {
+                let mut rows = [[0; 4]; LANES];
+                for (lane, operation) in operations.iter().enumerate() {
+                    let &Operation::LoadMatrices(address) = operation else { continue };
+                    let now = self.now(thread(lane), Kind::Read, at);
+                    let range = self.shared(first.rank, address, 16, &now)?;
+                    rows[lane] = words(&self.block(first).shared[range]);
+                }
+                warp::distribute_matrices(rows)
+            }
+            Operation::Mma(element, _) => {
+                let fragments = operations.map(|operation| match operation {
+                    Operation::Mma(_, fragments) => fragments,
+                    _ => Default::default(),
+                });
+                warp::mma(element, &fragments).map(|d| d.map(f32::to_bits))
+            }
+            Operation::ArriveCluster => {
+                for lane in 0..LANES {
+                    let state = self.thread(thread(lane));
+                    if state.arrived != state.waited {
+                        return Err(Fault::BarrierOrder);
+                    }
+                    state.arrived += 1;
+                }
+                self.at_cluster_barrier += LANES;
+                self.release_cluster();
+                [[0; 4]; LANES]
+            }
+            Operation::WaitCluster => [[0; 4]; LANES],
+        })
+    }
+
+    /// Lands a copy: its bytes are now the thread's that started it.
+    fn land(&mut self, id: Id, copy: &Copy, at: &'static Location<'static>) -> Result<(), Fault> {
+        let mut data = [0; 16];
+        if copy.bytes > 0 {
+            let now = self.now(id, Kind::Read, at);
+            let part = self.global(id, copy.source, copy.bytes.into(), 16, &now)?;
+            data[..copy.bytes as usize].copy_from_slice(self.memory.part(part));
+        }
+        let now = self.now(id, Kind::CopyEnd, at);
+        let range = self.shared(id.rank, copy.target, 16, &now)?;
+        self.block(id).shared[range].copy_from_slice(&data);
+        Ok(())
+    }
+
+    /// The block of the cluster that an address of the cluster's shared memory is in, and the address there.
+    fn owner(&self, id: Id, address: u32) -> (u32, u32) {
+        match (address / WINDOW).checked_sub(1) {
+            Some(owner) => (owner, address % WINDOW),
+            None => (id.rank, address),
+        }
+    }
+
+    /// The bytes of an access to the shared memory of the cluster, once it is checked.
+    fn cluster(&mut self, id: Id, address: u32, bytes: usize, now: &Now) -> Result<&mut [u8], Fault> {
+        let (owner, address) = self.owner(id, address);
+        let range: Range<usize> = self.shared(owner, address, bytes as u32, now)?;
+        Ok(&mut self.blocks[owner as usize].shared[range])
+    }
+}
+
+fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
+    let (words, _) = bytes.as_chunks::<WORD>();
+    std::array::from_fn(|i| u32::from_le_bytes(words[i]))
+}
+
+/// `%tid.x`.
+pub(crate) fn thread() -> u32 {
+    running().0.thread
+}
+
+/// `%ctaid.x`.
+pub(crate) fn block() -> u32 {
+    running().1
+}
+
+/// `%cluster_ctarank`.
+pub(crate) fn cluster_rank() -> u32 {
+    running().0.rank
+}
+
+/// `%cluster_nctarank`.
+pub(crate) fn cluster_blocks() -> u32 {
+    with(|machine| machine.blocks.len() as u32)
+}
+
+/// `trap`.
+#[track_caller]
+pub(crate) fn trap() -> ! {
+    stop(Location::caller(), Fault::Trap)
+}
+
+/// An offset that does not fit its width.
+#[track_caller]
+pub(crate) fn overflow(expression: String) -> ! {
+    stop(Location::caller(), Fault::Overflow { expression })
+}
+
+/// `bar.sync`.
+#[track_caller]
+pub(crate) fn sync_block() {
+    let at = Location::caller();
+    let (id, _) = running();
+    with(|machine| {
+        machine.thread(id).state = State::Waits("bar.sync", at);
+        machine.block(id).at_barrier += 1;
+        machine.release_barrier(id.rank);
+    });
+    suspend();
+}
+
+/// `barrier.cluster.arrive.release.aligned`.
+#[track_caller]
+pub(crate) fn arrive_cluster() {
+    meet(Operation::ArriveCluster);
+}
+
+/// `barrier.cluster.wait.acquire.aligned`.
+#[track_caller]
+pub(crate) fn wait_cluster() {
+    let at = Location::caller();
+    meet(Operation::WaitCluster);
+    let waits = execute(at, |machine, id| {
+        let passed = machine.cluster_barriers;
+        let thread = machine.thread(id);
+        if thread.arrived != thread.waited + 1 {
+            return Err(Fault::BarrierOrder);
+        }
+        let waits = thread.arrived > passed;
+        if waits {
+            thread.state = State::Waits(CLUSTER_WAIT, at);
+        }
+        Ok(waits)
+    });
+    if waits {
+        suspend();
+    }
+    execute(at, |machine, id| {
+        let thread = machine.thread(id);
+        thread.waited += 1;
+        thread.passed = thread.passed.max(thread.waited);
+        Ok(())
+    });
+}
+
+/// `griddepcontrol.wait`.
+pub(crate) fn wait_for_previous() {
+    let (id, _) = running();
+    with(|machine| machine.thread(id).has_waited = true);
+}
+
+/// `griddepcontrol.launch_dependents`.
+pub(crate) fn let_next_start() {
+    let (id, _) = running();
+    with(|machine| {
+        let has_waited = machine.thread(id).has_waited;
+        let all = &mut machine.block(id).let_next_start;
+        *all = Some(all.unwrap_or(true) && has_waited);
+    });
+}
+
+#[track_caller]
+fn meet(operation: Operation) -> [u32; 4] {
+    let at = Location::caller();
+    if execute(at, |machine, id| machine.meet(id, operation, at)) {
+        suspend();
+    }
+    with(|machine| machine.thread(running().0).result)
+}
+
+/// `shfl.sync.up`.
+#[track_caller]
+pub(crate) fn shuffle_up(value: u32, distance: u32) -> u32 {
+    meet(Operation::ShuffleUp(value, distance))[0]
+}
+
+/// `vote.sync.ballot`.
+#[track_caller]
+pub(crate) fn ballot(vote: bool) -> u32 {
+    meet(Operation::Ballot(vote))[0]
+}
+
+/// `ldmatrix.x4`.
+#[track_caller]
+pub(crate) fn load_matrices(address: u32) -> [u32; 4] {
+    meet(Operation::LoadMatrices(address))
+}
+
+/// `mma.sync.m16n8k16`.
+#[track_caller]
+pub(crate) fn mma(element: ElementType, d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    *d = meet(Operation::Mma(element, (*d, a, b))).map(f32::from_bits);
+}
+
+/// `mapa.shared::cluster`: the place `address` in block `rank` of the cluster.
+#[track_caller]
+pub(crate) fn map_shared(address: u32, rank: u32) -> u32 {
+    let at = Location::caller();
+    execute(at, |machine, _| match machine.blocks.len() as u32 {
+        blocks if rank >= blocks => Err(Fault::NoBlock { block: rank, blocks }),
+        _ => Ok((rank + 1) * WINDOW + address % WINDOW),
+    })
+}
+
+/// `ld.shared` or `ld.shared::cluster` of `N` words.
+#[track_caller]
+pub(crate) fn load_shared<const N: usize>(address: u32) -> [u32; N] {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Read, at);
+        Ok(words(machine.cluster(id, address, N * WORD, &now)?))
+    })
+}
+
+/// `st.shared` or `st.shared::cluster` of `N` words.
+#[track_caller]
+pub(crate) fn store_shared<const N: usize>(address: u32, values: [u32; N]) {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Write, at);
+        let bytes = machine.cluster(id, address, N * WORD, &now)?;
+        bytes.copy_from_slice(values.map(u32::to_le_bytes).as_flattened());
+        Ok(())
+    })
+}
+
+/// `atom.shared`: replaces a word by what `operation` makes of it, and returns what was there.
+#[track_caller]
+pub(crate) fn update_shared(address: u32, operation: impl FnOnce(u32) -> u32) -> u32 {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Atomic, at);
+        let bytes = machine.cluster(id, address, WORD, &now)?;
+        let [before] = words(bytes);
+        bytes.copy_from_slice(&operation(before).to_le_bytes());
+        Ok(before)
+    })
+}
+
+/// `ld.global` of `N` bytes.
+#[track_caller]
+pub(crate) fn load_global<const N: usize>(address: u64) -> [u8; N] {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Read, at);
+        let part = machine.global(id, address, N as u64, N as u64, &now)?;
+        Ok(machine.memory.part(part).try_into().expect("a range of N bytes"))
+    })
+}
+
+/// `st.global` of `N` bytes.
+#[track_caller]
+pub(crate) fn store_global<const N: usize>(address: u64, bytes: [u8; N]) {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Write, at);
+        let part = machine.global(id, address, N as u64, N as u64, &now)?;
+        machine.memory.part(part).copy_from_slice(&bytes);
+        Ok(())
+    })
+}
+
+/// `cp.async` of 16 bytes, the first `bytes` of which come from `source`. Both ends are checked now; the
+/// data is read, and written, when it is waited for: the latest moment that the manual allows. A copy of no
+/// bytes reads nothing, so its source may be anything.
+#[track_caller]
+pub(crate) fn start_copy(target: u32, source: u64, bytes: u32) {
+    let at = Location::caller();
+    assert!(bytes <= 16, "cp.async of {bytes} bytes");
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Read, at);
+        if bytes > 0 {
+            machine.global(id, source, bytes.into(), 16, &now)?;
+        }
+        let now = machine.now(id, Kind::CopyStart, at);
+        machine.shared(id.rank, target, 16, &now)?;
+        machine.thread(id).open.push(Copy { target, source, bytes });
+        Ok(())
+    });
+}
+
+/// `cp.async.commit_group`.
+pub(crate) fn commit_copies() {
+    with(|machine| {
+        let thread = machine.thread(running().0);
+        thread.groups.push_back(std::mem::take(&mut thread.open));
+    });
+}
+
+/// `cp.async.wait_group`: lands all groups but the `newest` newest.
+#[track_caller]
+pub(crate) fn wait_for_copies(newest: u32) {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        while machine.thread(id).groups.len() > newest as usize {
+            let group = machine.thread(id).groups.pop_front();
+            for copy in group.into_iter().flatten() {
+                machine.land(id, &copy, at)?;
+            }
+        }
+        Ok(())
+    });
+}
