@@ -116,6 +116,9 @@ pub fn expectation(kernel: Kernel) -> Expectation {
         Kernel::Route | Kernel::RouteCluster | Kernel::Align | Kernel::AlignCluster | Kernel::Adopt => {
             Expectation { tensor_cores: false, wide_loads: false, narrow_offsets: false }
         }
+        Kernel::Decode { index, .. } => {
+            Expectation { tensor_cores: true, wide_loads: true, narrow_offsets: index == IndexWidth::I32 }
+        }
         Kernel::Shrink(variant) | Kernel::Expand(variant) => Expectation {
             tensor_cores: true,
             // `any` is for addresses that are not multiples of 16.

@@ -2,7 +2,7 @@
 //!
 //! Without `.maxntid` ptxas does not know how large a block is, and without `.minnctapersm` not how
 //! many of them should share a multiprocessor; the two together bound the registers of a thread.
-//! `.reqnctapercluster` makes clusters of blocks. All follow an entry point's parameter list:
+//! `All follow an entry point's parameter list:
 //!
 //! ```text
 //! .visible .entry shrink(
@@ -37,11 +37,8 @@ pub fn stamp(ptx: &str, entries: &[Entry]) -> String {
         if line.trim_end().ends_with(')')
             && let Some(entry) = open.take()
         {
-            let &Entry { threads, min_blocks, cluster, .. } = entry;
+            let &Entry { threads, min_blocks, .. } = entry;
             stamped.push_str(&format!(".maxntid {threads}, 1, 1\n.minnctapersm {min_blocks}\n"));
-            if cluster > 1 {
-                stamped.push_str(&format!(".reqnctapercluster {cluster}, 1, 1\n"));
-            }
         }
     }
     stamped

@@ -3,7 +3,7 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use half::{bf16, f16};
-use moe_lora::plan::{DeviceLimits, IndexWidth, Launch, Options, Plan, RouteSource, Stage, TileKind};
+use moe_lora::plan::{DeviceLimits, Form, IndexWidth, Launch, Options, Plan, RouteSource, Stage, TileKind};
 use moe_lora::{
     DType, Device, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes, Route, Rows,
     RowsMut, View, ViewMut, XRows,
@@ -51,7 +51,9 @@ fn sizes(u: &mut Unstructured<'_>) -> Result<ProjectionSizes> {
 fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
     // The most shared memory of a block from sm_80 on: 99 KiB on consumers' devices, 163 on A100, 227 on H100.
     let shared_bytes = *u.choose(&[99 << 10, 163 << 10, 227 << 10])?;
-    Ok(DeviceLimits { multiprocessors: u.int_in_range(1..=256)?, shared_bytes, clusters: u.arbitrary()? })
+    let with_clusters = bool::arbitrary(u)?;
+    let decode_clusters = if with_clusters { DeviceLimits::H100.decode_clusters } else { [0; 4] };
+    Ok(DeviceLimits { multiprocessors: u.int_in_range(1..=256)?, shared_bytes, decode_clusters })
 }
 
 /// A call of these sizes on memory that nobody looks at: as much as any call may need.
@@ -96,6 +98,8 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
     let options = Options {
         index: *u.choose(&[None, Some(IndexWidth::I32), Some(IndexWidth::I64)])?,
         tile: Some(*u.choose(&TileKind::ALL)?).filter(|_| forced),
+        form: *u.choose(&[None, Some(Form::Decode), Some(Form::TwoLaunches)])?,
+        cluster: u.arbitrary()?,
     };
     let limits = limits(u)?;
     if let Ok(Some(plan)) = Plan::new(&projection, &layout, stage, route, &limits, &options) {
@@ -107,11 +111,15 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
 /// What any plan promises.
 fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &Plan) {
     let sizes = projection.sizes();
-    let launches =
-        [plan.route, plan.shrink.map(|shrink| shrink.launch), plan.expand.map(|expand| expand.launch)];
-    for Launch { entry, blocks, shared_bytes } in launches.into_iter().flatten() {
-        assert!(blocks > 0 && blocks <= i32::MAX as u32 && blocks % entry.cluster == 0, "{plan}");
-        assert!(entry.cluster == 1 || limits.clusters, "{plan}");
+    let launches = [
+        plan.route,
+        plan.decode.map(|decode| decode.launch),
+        plan.shrink.map(|shrink| shrink.launch),
+        plan.expand.map(|expand| expand.launch),
+    ];
+    for Launch { entry, blocks, cluster, shared_bytes } in launches.into_iter().flatten() {
+        assert!(blocks > 0 && blocks <= i32::MAX as u32 && blocks % cluster == 0, "{plan}");
+        assert!(cluster <= entry.cluster && (entry.cluster == 1 || limits.has_clusters()), "{plan}");
         assert!(shared_bytes <= limits.shared_bytes, "{plan}");
     }
     let wide = |sizes: &[usize]| sizes.iter().map(|&size| size as u128).product::<u128>();

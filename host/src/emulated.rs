@@ -15,7 +15,7 @@ use crate::projection::Projection;
 use crate::tensor::{self, View, ViewMut};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
-use moe_lora_kernels::params::{Tile, count};
+use moe_lora_kernels::params::{RouteParams, Tile, count};
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{memory::Global, route};
 use std::cell::{Cell, RefCell};
@@ -77,16 +77,13 @@ impl Emulated {
     fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer], listed: usize) -> Result<()> {
         launches.iter().flatten().try_for_each(|(launch, parameters)| match parameters {
             Parameters::Route(p) => {
-                let tiles = (p.slots * p.experts + 1).into();
-                let tiles = route::max_tiles(p.pair_count.into(), tiles, p.tile_rows.into());
-                let pairs = u64::from(p.pair_count);
-                let written = [
-                    buffer("pairs", p.pairs, pairs),
-                    buffer("buckets", p.buckets, pairs),
-                    buffer("tiles", p.tiles, tiles),
-                    buffer("counts", p.counts, count::LEN as u64),
-                ];
-                self.launch(launch, p, tensors, &written, true)
+                let buckets = buffer("buckets", p.buckets, p.pair_count.into());
+                let fresh: Vec<_> = made_route(p).into_iter().chain([buckets]).collect();
+                self.launch(launch, p, tensors, &fresh, &[])
+            }
+            Parameters::Decode(p) => {
+                let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
+                self.launch(launch, p, tensors, &made_route(&p.route), std::slice::from_ref(out))
             }
             Parameters::Align(p) => {
                 let row = |elements: u32| u64::from(p.slots) * u64::from(elements);
@@ -95,7 +92,7 @@ impl Emulated {
                     buffer("expert_ids", p.block_experts, row(p.max_blocks)),
                     buffer("num_tokens_post_padded", p.padded_counts, row(1)),
                 ];
-                self.launch(launch, p, tensors, &written, false)
+                self.launch(launch, p, tensors, &[], &written)
             }
             Parameters::Adopt(p) => {
                 let tiles = u64::from(p.most_tiles);
@@ -104,41 +101,44 @@ impl Emulated {
                     buffer("tiles", p.tiles, tiles),
                     buffer("counts", p.counts, count::LEN as u64),
                 ];
-                self.launch(launch, p, tensors, &written, true)
+                self.launch(launch, p, tensors, &written, &[])
             }
             Parameters::Shrink(p) => {
                 let h = h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]);
                 let read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
-                self.launch(launch, p, &read, &[h], p.write_all == 0)
+                let (fresh, written) =
+                    if p.write_all == 0 { (&[h][..], &[][..]) } else { (&[][..], &[h][..]) };
+                self.launch(launch, p, &read, fresh, written)
             }
             Parameters::Expand(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
                 read.push(h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]));
-                self.launch(launch, p, &read, std::slice::from_ref(out), false)
+                self.launch(launch, p, &read, &[], std::slice::from_ref(out))
             }
         })
     }
 
+    /// Runs one launch, which may read `read`, and write `fresh` and `written`; what is in `fresh` before is
+    /// poison.
     fn launch<P: Pod>(
         &self,
         launch: &Launch,
         parameters: &P,
         read: &[emulate::Buffer],
+        fresh: &[emulate::Buffer],
         written: &[emulate::Buffer],
-        poison: bool,
     ) -> Result<()> {
         let memory = &mut *self.memory.borrow_mut();
-        let written = written.iter().map(|buffer| emulate::Buffer { writable: true, ..buffer.clone() });
+        fresh.iter().for_each(|buffer| memory.forget(buffer.address, buffer.bytes, POISON));
+        let written = fresh.iter().chain(written);
+        let written = written.map(|buffer| emulate::Buffer { writable: true, ..buffer.clone() });
         let mut buffers: Vec<_> = written.collect();
-        if poison {
-            buffers.iter().for_each(|buffer| memory.forget(buffer.address, buffer.bytes, POISON));
-        }
         buffers.extend_from_slice(read);
         self.seed.set(self.seed.get().wrapping_add(1));
-        let Launch { entry, blocks, shared_bytes } = *launch;
+        let Launch { entry, blocks, cluster, shared_bytes } = *launch;
         *self.launches.borrow_mut().entry(entry.name).or_default() += 1;
-        emulate::launch(entry, blocks, shared_bytes, parameters, memory, &buffers, self.seed.get())
+        emulate::launch(entry, (blocks, cluster), shared_bytes, parameters, memory, &buffers, self.seed.get())
             .map_err(|report| Error::KernelFault { report: report.to_string() })
     }
 }
@@ -176,6 +176,17 @@ fn routed(
         buffer("counts", counts, count::LEN as u64),
     ]);
     buffers
+}
+
+/// What a kernel that makes a route leaves of it.
+fn made_route(p: &RouteParams) -> [emulate::Buffer; 3] {
+    let buckets = (p.slots * p.experts + 1).into();
+    let tiles = route::max_tiles(p.pair_count.into(), buckets, p.tile_rows.into());
+    [
+        buffer("pairs", p.pairs, p.pair_count.into()),
+        buffer("tiles", p.tiles, tiles),
+        buffer("counts", p.counts, count::LEN as u64),
+    ]
 }
 
 fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {

@@ -15,7 +15,8 @@ use crate::tensor::{Space, View};
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
-    AdoptParams, AlignParams, Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams, enabled,
+    AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams,
+    enabled,
 };
 
 /// The parameter block of a launch.
@@ -24,6 +25,7 @@ pub(crate) enum Parameters {
     Route(RouteParams),
     Align(AlignParams),
     Adopt(AdoptParams),
+    Decode(DecodeParams),
     Shrink(ShrinkParams),
     Expand(ExpandParams),
 }
@@ -134,6 +136,9 @@ impl Planner {
         };
         let &Forward { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
+        if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
+            return Ok([Some(decode), None, None]);
+        }
         Ok([
             prepared.route(&call.route),
             prepared.shrink(call.x.data.address(), call.a, H::Scratch),
@@ -187,14 +192,15 @@ impl Prepared<'_> {
     fn route<S: Space>(&self, route: &Route<'_, S>) -> Option<(Launch, Parameters)> {
         let launch = self.plan.route?;
         let parameters = match route {
-            Route::From(routing) => Parameters::Route(self.make(routing)),
+            Route::From(routing) => Parameters::Route(self.routing(routing)),
             Route::Sorted(sorted) => Parameters::Adopt(self.adopt(sorted)),
             Route::Kept => return None,
         };
         Some((launch, parameters))
     }
 
-    fn make<S: Space>(&self, routing: &RoutingTensors<'_, S>) -> RouteParams {
+    /// What `route` is told, or `decode` in its place.
+    fn routing<S: Space>(&self, routing: &RoutingTensors<'_, S>) -> RouteParams {
         let Prepared { projection, plan, parts, pair_count, .. } = self;
         let sizes = projection.sizes();
         let RoutingTensors { ranks, expert_map, .. } = routing;
@@ -219,6 +225,47 @@ impl Prepared<'_> {
             enabled_kind,
             window: plan.route_window,
         }
+    }
+
+    fn decode<S: Space, T: Element>(
+        &self,
+        x: u64,
+        a: &[View<'_, S, T>],
+        tail: &ExpandTail<'_, S, T>,
+        route: &Route<'_, S>,
+    ) -> Option<(Launch, Parameters)> {
+        let Prepared { projection, layout, plan, .. } = self;
+        let (Some(decode), Route::From(routing)) = (plan.decode, route) else { return None };
+        let sizes = projection.sizes();
+        let parameters = DecodeParams {
+            route: self.routing(routing),
+            x: Global::new(x),
+            a: addresses(a),
+            b: addresses(tail.b),
+            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
+            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
+            x_stride: layout.x_stride as u64,
+            out_stride: layout.out_stride as u64,
+            x_row: self.x_row(),
+            in_dim: sizes.in_dim as u32,
+            out_dim: sizes.out_dim as u32,
+            slices: sizes.slices as u32,
+            a_experts: projection.a_experts() as u32,
+            b_experts: projection.b_experts() as u32,
+            accumulate: tail.accumulate.into(),
+            room: decode.room,
+            clusters: decode.launch.blocks / decode.launch.cluster,
+        };
+        Some((decode.launch, Parameters::Decode(parameters)))
+    }
+
+    /// P over this gives the row of x.
+    fn x_row(&self) -> Divider {
+        let sizes = self.projection.sizes();
+        Divider::new(match sizes.x_rows {
+            XRows::Token => sizes.top_k as u32,
+            XRows::Pair => 1,
+        })
     }
 
     fn adopt<S: Space>(&self, sorted: &SortedTensors<'_, S>) -> AdoptParams {
@@ -260,10 +307,6 @@ impl Prepared<'_> {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
         let shrink = plan.shrink?;
         let sizes = projection.sizes();
-        let x_row = match sizes.x_rows {
-            XRows::Token => sizes.top_k as u32,
-            XRows::Pair => 1,
-        };
         let parameters = ShrinkParams {
             x: Global::new(x),
             a: addresses(a),
@@ -273,7 +316,7 @@ impl Prepared<'_> {
             tiles: parts.tiles,
             counts: parts.counts,
             x_stride: layout.x_stride as u64,
-            x_row: Divider::new(x_row),
+            x_row: self.x_row(),
             pair_count: *pair_count,
             in_dim: sizes.in_dim as u32,
             max_rank: sizes.max_rank as u32,
@@ -284,7 +327,7 @@ impl Prepared<'_> {
             splits: shrink.splits,
             steps_per_split: shrink.steps_per_split,
             write_all: matches!(h, H::Caller(_)).into(),
-            tile_parts: plan.tile_parts(),
+            tile_parts: plan.tile_parts,
             reserved: 0,
         };
         Some((shrink.launch, Parameters::Shrink(parameters)))
@@ -318,7 +361,7 @@ impl Prepared<'_> {
             splits: plan.splits(),
             accumulate: tail.accumulate.into(),
             route_is_old: plan.shrink.is_some().into(),
-            tile_parts: plan.tile_parts(),
+            tile_parts: plan.tile_parts,
             reserved: 0,
         };
         Some((expand.launch, Parameters::Expand(parameters)))

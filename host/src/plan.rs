@@ -10,7 +10,9 @@ use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
 use moe_lora_kernels::tile::TileShape;
-use moe_lora_kernels::{ENTRIES, ElementType, Entry, Kernel, Variant, adopt, expand, route, shrink};
+use moe_lora_kernels::{
+    ENTRIES, ElementType, Entry, Kernel, Variant, adopt, decode, expand, route, segments, shrink,
+};
 pub use moe_lora_kernels::{IndexWidth, TileKind};
 use std::fmt;
 
@@ -21,13 +23,20 @@ pub struct DeviceLimits {
     pub multiprocessors: u32,
     /// Most shared memory that a block may be given, in bytes.
     pub shared_bytes: u32,
-    /// Whether its kernels may use clusters of blocks.
-    pub clusters: bool,
+    /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time; zeros where its kernels have no
+    /// clusters.
+    pub decode_clusters: [u32; 4],
 }
 
 impl DeviceLimits {
     /// An H100, for plans that are made where no device is.
-    pub const H100: Self = DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, clusters: true };
+    pub const H100: Self =
+        DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, decode_clusters: [264, 132, 64, 32] };
+
+    /// Whether its kernels may use clusters of blocks.
+    pub fn has_clusters(&self) -> bool {
+        self.decode_clusters[0] > 0
+    }
 }
 
 /// Choices that a caller may take out of the planner's hands; `None` leaves them there.
@@ -35,17 +44,49 @@ impl DeviceLimits {
 pub struct Options {
     /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
     pub index: Option<IndexWidth>,
-    /// Tile. A tile for sizes in multiples of 8 is honoured only where they are.
+    /// Which kernels a whole call runs that makes its route. [`Form::Decode`] is honoured only where the device
+    /// and the shapes allow.
+    pub form: Option<Form>,
+    /// Tile of `shrink` and `expand`. A tile for sizes in multiples of 8 is honoured only where they are.
     pub tile: Option<TileKind>,
+    /// Blocks of a cluster of `decode`, 1 ..= 8.
+    pub cluster: Option<u32>,
+}
+
+/// Which kernels a whole call runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Form {
+    /// One launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
+    Decode,
+    /// `shrink`, then `expand`.
+    TwoLaunches,
 }
 
 impl Options {
+    /// Every way that a call can be run: as planned, and with each form, tile and index width forced.
+    pub fn every() -> Vec<Self> {
+        let mut every = vec![Options::default()];
+        for index in [IndexWidth::I32, IndexWidth::I64] {
+            let with_index = Options { index: Some(index), ..Options::default() };
+            every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
+            every.push(Options { form: Some(Form::Decode), ..with_index });
+        }
+        every.extend([1, 8].map(|cluster| Options {
+            form: Some(Form::Decode),
+            cluster: Some(cluster),
+            ..Options::default()
+        }));
+        every
+    }
+
     /// A back end's name and what was forced on it: `cuda i64 m32`.
     #[cfg(any(feature = "cuda", feature = "emulate"))]
-    pub(crate) fn name(&self, backend: &str) -> String {
+    pub fn name(&self, backend: &str) -> String {
         let index = self.index.map_or(String::new(), |index| format!(" {index:?}"));
+        let form = self.form.map_or(String::new(), |form| format!(" {form:?}"));
         let tile = self.tile.map_or(String::new(), |tile| format!(" {tile:?}"));
-        format!("{backend}{index}{tile}").to_lowercase()
+        let cluster = self.cluster.map_or(String::new(), |cluster| format!(" cluster{cluster}"));
+        format!("{backend}{index}{form}{tile}{cluster}").to_lowercase()
     }
 }
 
@@ -84,10 +125,21 @@ pub enum Stage {
 pub struct Launch {
     /// The kernel.
     pub entry: &'static Entry,
-    /// Blocks.
+    /// Blocks: a multiple of `cluster`.
     pub blocks: u32,
+    /// Blocks of a cluster; 1: no clusters.
+    pub cluster: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+}
+
+/// How `decode` divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecodePlan {
+    /// The launch.
+    pub launch: Launch,
+    /// Pairs that the blocks have room for.
+    pub room: u32,
 }
 
 /// How `shrink` divides its work.
@@ -123,16 +175,21 @@ pub struct Plan {
     pub index: IndexWidth,
     /// Tile of `shrink` and `expand`.
     pub tile: TileKind,
-    /// Pairs a tile of the route: the tile's, or as many as the route came with.
+    /// Pairs a tile of the route: the kernel's, or as many as the route came with.
     pub tile_rows: u32,
     /// Most tiles that the route can have.
     pub route_tiles: u64,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
     /// Largest element offset over all tensors of the call.
     pub largest_offset: u64,
-    /// The launch that makes or takes over the route; `None` when it is kept from an earlier call.
+    /// The launch that makes or takes over the route; `None` when it is kept from an earlier call, or found by
+    /// `decode`.
     pub route: Option<Launch>,
     /// Counters of `route`'s block.
     pub route_window: u32,
+    /// The launch that shrinks and expands, in place of the two.
+    pub decode: Option<DecodePlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -167,24 +224,25 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
-    Ok(tiles(projection, projection.pairs(tokens)?, TileShape::M16.rows()))
+    Ok(tiles(projection, projection.pairs(tokens)?, decode::ROWS))
 }
 
-/// One launch of `kernel`.
-fn launch(kernel: Kernel, blocks: u64, shared_bytes: u32) -> Result<Launch> {
+/// One launch of `kernel`, in clusters of `cluster` blocks.
+fn launch(kernel: Kernel, blocks: u64, cluster: u32, shared_bytes: u32) -> Result<Launch> {
     if blocks > MAX_BLOCKS {
         let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
         return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
     }
-    Ok(Launch { entry: entry(kernel), blocks: blocks as u32, shared_bytes })
+    Ok(Launch { entry: entry(kernel), blocks: blocks as u32, cluster, shared_bytes })
 }
 
 /// The launch that sorts `pairs` pairs of `experts` experts into blocks, slot by slot.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn align(pairs: usize, experts: usize, slots: usize, limits: &DeviceLimits) -> Result<Launch> {
-    let clustered = limits.clusters && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
+    let clustered = limits.has_clusters() && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
     let kernel = if clustered { Kernel::AlignCluster } else { Kernel::Align };
-    launch(kernel, slots as u64 * u64::from(entry(kernel).cluster), align::shared_bytes(experts as u32))
+    let cluster = entry(kernel).cluster;
+    launch(kernel, slots as u64 * u64::from(cluster), cluster, align::shared_bytes(experts as u32))
 }
 
 /// Elements of the list of pairs that any route of up to `tokens` tokens needs: in blocks of the largest size,
@@ -226,7 +284,9 @@ impl Plan {
 
         let multiples =
             [sizes.in_dim, sizes.out_dim, sizes.max_rank, layout.x_stride, layout.out_stride, layout.offset];
-        let fast = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
+        // A route made alone suits any call: those that cannot take its tiles whole take them in parts.
+        let aligned = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
+        let fast = aligned || stage == Stage::Route;
         let fits = |tile: &TileKind| {
             let shape = tile.shape();
             let room = column_room(projection, shape);
@@ -245,13 +305,16 @@ impl Plan {
             Some(tile) if fits(&tile) => tile,
             _ => heuristics::tile(pairs, buckets(projection), fits),
         };
+        let is_whole = stage == Stage::Forward && route == RouteSource::Made;
+        let decodes = is_whole && fast && decodes(projection, pairs, limits, options);
         let shape = tile.shape();
+        let rows = if decodes { decode::ROWS } else { shape.rows() };
         let tile_rows = match route {
-            RouteSource::Made => shape.rows(),
+            RouteSource::Made => rows,
             RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
         };
         // Every tile of a given route is taken in as many parts as a full one needs.
-        let tile_parts = tile_rows.div_ceil(shape.rows());
+        let tile_parts = tile_rows.div_ceil(rows);
         let route_tiles = tiles(projection, pairs, tile_rows);
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
@@ -264,7 +327,7 @@ impl Plan {
         let steps = (sizes.in_dim as u32).div_ceil(TileShape::DEPTH);
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
-            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) => {
+            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !decodes => {
                 let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
                 heuristics::splits(busy * u64::from(column_blocks), steps, most, limits)
             }
@@ -303,6 +366,18 @@ impl Plan {
             DType::F16 => ElementType::F16,
         };
         let variant = Variant { element, index, tile };
+        let decode = decodes
+            .then(|| {
+                let room = segments::room(pairs as u32);
+                let shared_bytes = decode::shared_bytes(sizes.max_rank as u32, room);
+                let units = tiles * slices;
+                let cluster = heuristics::decode_cluster(units, limits, options.cluster);
+                let clusters = heuristics::decode_clusters(units, cluster, limits);
+                let kernel = Kernel::Decode { element, index };
+                let launch = launch(kernel, clusters * u64::from(cluster), cluster, shared_bytes)?;
+                Ok::<_, Error>(DecodePlan { launch, room })
+            })
+            .transpose()?;
         let route_window = buckets(projection).min(route::max_window(limits.shared_bytes).into()) as u32;
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
@@ -310,27 +385,32 @@ impl Plan {
             tile,
             tile_rows,
             route_tiles,
+            tile_parts,
             largest_offset,
+            decode,
             route: match route {
+                RouteSource::Made if decodes => None,
                 RouteSource::Made => {
-                    let clustered = limits.clusters && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
+                    let clustered = limits.has_clusters() && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
                     let kernel = if clustered { Kernel::RouteCluster } else { Kernel::Route };
-                    let blocks = u64::from(entry(kernel).cluster);
-                    Some(launch(kernel, blocks, route::shared_bytes(route_window))?)
+                    let cluster = entry(kernel).cluster;
+                    Some(launch(kernel, u64::from(cluster), cluster, route::shared_bytes(route_window))?)
                 }
                 RouteSource::Sorted { .. } => {
                     let blocks = route_tiles.div_ceil(u64::from(adopt::TILES));
-                    Some(launch(Kernel::Adopt, blocks, adopt::shared_bytes(sizes.slots as u32))?)
+                    Some(launch(Kernel::Adopt, blocks, 1, adopt::shared_bytes(sizes.slots as u32))?)
                 }
                 RouteSource::Kept { .. } => None,
             },
             route_window,
             shrink: match stage {
+                _ if decodes => None,
                 Stage::Route | Stage::Expand => None,
                 Stage::Forward | Stage::Shrink => Some(ShrinkPlan {
                     launch: launch(
                         Kernel::Shrink(variant),
                         tiles * u64::from(column_blocks) * u64::from(splits),
+                        1,
                         shrink::shared_bytes(shape, column_room),
                     )?,
                     column_blocks,
@@ -340,11 +420,13 @@ impl Plan {
                 }),
             },
             expand: match stage {
+                _ if decodes => None,
                 Stage::Route | Stage::Shrink => None,
                 Stage::Forward | Stage::Expand => Some(ExpandPlan {
                     launch: launch(
                         Kernel::Expand(variant),
                         tiles * slices * u64::from(blocks_per_slice),
+                        1,
                         expand::shared_bytes(shape, sizes.max_rank as u32),
                     )?,
                     blocks_per_slice,
@@ -354,15 +436,27 @@ impl Plan {
         }))
     }
 
-    /// Parts that a tile of the route is taken in.
-    pub fn tile_parts(&self) -> u32 {
-        self.tile_rows.div_ceil(self.tile.shape().rows())
-    }
-
     /// Parts that `h` is summed from.
     pub fn splits(&self) -> u32 {
         self.shrink.map_or(1, |shrink| shrink.splits)
     }
+}
+
+/// Whether a whole call that makes its route, with sizes and addresses in multiples of 8 elements, is `decode`'s.
+fn decodes(projection: &Projection, pairs: usize, limits: &DeviceLimits, options: &Options) -> bool {
+    let sizes = projection.sizes();
+    let possible = limits.has_clusters()
+        && pairs <= segments::MAX_PAIRS as usize
+        && sizes.max_rank <= decode::MAX_RANK as usize
+        // Elements of one matrix of b are counted in 32 bits, whatever the index width.
+        && sizes.out_dim.saturating_mul(sizes.max_rank) <= i32::MAX as usize
+        && decode::shared_bytes(sizes.max_rank as u32, segments::MAX_PAIRS) <= limits.shared_bytes;
+    let wanted = match (options.form, options.tile) {
+        (Some(form), _) => form == Form::Decode,
+        (None, Some(_)) => false,
+        (None, None) => heuristics::wants_decode(pairs, buckets(projection)),
+    };
+    possible && wanted
 }
 
 /// Columns that a stage of `shrink` must have room for.
@@ -373,23 +467,25 @@ fn column_room(projection: &Projection, shape: TileShape) -> u32 {
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Launch { entry, blocks, shared_bytes } = self;
+        let Launch { entry, blocks, cluster, shared_bytes } = self;
         let Entry { name, threads, .. } = entry;
-        write!(f, "{name:<20} {blocks} blocks of {threads} threads, {shared_bytes} bytes shared")
+        write!(f, "{name:<20} {blocks} blocks of {threads} threads, {shared_bytes} bytes shared")?;
+        if *cluster > 1 { write!(f, ", clusters of {cluster}") } else { Ok(()) }
     }
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shape = self.tile.shape();
-        let (rows, columns) = (shape.rows(), shape.columns());
-        write!(
-            f,
-            "offsets {:?} (largest {}), tile {rows} pairs × {columns} columns",
-            self.index, self.largest_offset
-        )?;
+        write!(f, "offsets {:?} (largest {})", self.index, self.largest_offset)?;
+        if self.decode.is_none() {
+            let shape = self.tile.shape();
+            write!(f, ", tile {} pairs × {} columns", shape.rows(), shape.columns())?;
+        }
         if let Some(launch) = self.route {
             write!(f, "\n  {launch}")?;
+        }
+        if let Some(plan) = self.decode {
+            write!(f, "\n  {}", plan.launch)?;
         }
         if let Some(plan) = self.shrink {
             write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;

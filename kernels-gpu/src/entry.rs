@@ -5,7 +5,7 @@
 //! addresses that are not multiples of 8 elements.
 
 use crate::tile::TileShape;
-use crate::{adopt, align, route};
+use crate::{adopt, align, decode, route};
 
 /// Element type that an entry point is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +70,13 @@ pub enum Kernel {
     Shrink(Variant),
     /// [`crate::expand`].
     Expand(Variant),
+    /// [`crate::decode`], which has one tile.
+    Decode {
+        /// Type of activations and weights.
+        element: ElementType,
+        /// Width of offsets.
+        index: IndexWidth,
+    },
 }
 
 /// What a kernel is stamped out over.
@@ -94,7 +101,7 @@ pub struct Entry {
     pub threads: u32,
     /// Blocks that must fit on one multiprocessor at a time (`.minnctapersm`); bounds the registers.
     pub min_blocks: u32,
-    /// Blocks of a cluster (`.reqnctapercluster`); 1: no clusters.
+    /// Most blocks of a cluster; 1: no clusters. The launch says how many.
     pub cluster: u32,
 }
 
@@ -124,7 +131,9 @@ macro_rules! entry_point {
 }
 
 macro_rules! entries {
-    ($($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*) => {
+    (
+        $($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*
+    ) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
             Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1, cluster: 1 },
@@ -150,6 +159,10 @@ macro_rules! entries {
                 entries!(@row $kernel $Kernel "f16" F16 "i32" I32 $tile $Tile $min_blocks),
                 entries!(@row $kernel $Kernel "f16" F16 "i64" I64 $tile $Tile $min_blocks),
             )*)*
+            entries!(@decode_row "bf16" Bf16 "i32" I32 2),
+            entries!(@decode_row "bf16" Bf16 "i64" I64 1),
+            entries!(@decode_row "f16" F16 "i32" I32 2),
+            entries!(@decode_row "f16" F16 "i64" I64 1),
         ];
 
         /// The entry point `name`, as the emulated machine calls it: on the bytes of its parameter block.
@@ -163,6 +176,10 @@ macro_rules! entries {
                 entries!(@emulate name $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
                 entries!(@emulate name $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
             )*)*
+            entries!(@emulate_decode name "bf16" Bf16 "i32" u32);
+            entries!(@emulate_decode name "bf16" Bf16 "i64" u64);
+            entries!(@emulate_decode name "f16" F16 "i32" u32);
+            entries!(@emulate_decode name "f16" F16 "i64" u64);
             // SAFETY: what a caller must promise, the emulated machine checks.
             unsafe {
                 match name {
@@ -238,7 +255,40 @@ macro_rules! entries {
                 entries!(@stamp $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
                 entries!(@stamp $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
             )*)*
+            entries!(@stamp_decode "bf16" Bf16 "i32" u32);
+            entries!(@stamp_decode "bf16" Bf16 "i64" u64);
+            entries!(@stamp_decode "f16" F16 "i32" u32);
+            entries!(@stamp_decode "f16" F16 "i64" u64);
         }
+    };
+    (@decode_row $dtype:literal $E:ident $index:literal $I:ident $min_blocks:literal) => {
+        Entry {
+            name: concat!("decode_", $dtype, "_", $index),
+            kernel: Kernel::Decode { element: ElementType::$E, index: IndexWidth::$I },
+            threads: decode::THREADS,
+            min_blocks: $min_blocks,
+            cluster: decode::MAX_CLUSTER,
+        }
+    };
+    (@emulate_decode $name:ident $dtype:literal $E:ident $index:literal $I:ident) => {
+        if $name == concat!("decode_", $dtype, "_", $index) {
+            return Some(|parameters| {
+                // SAFETY: what a caller must promise, the emulated machine checks.
+                unsafe { crate::decode::decode::<$E, $I>(bytemuck::pod_read_unaligned(parameters)) }
+            });
+        }
+    };
+    (@stamp_decode $dtype:literal $E:ident $index:literal $I:ident) => {
+        #[cfg(feature = "sm_90")]
+        const _: () = {
+            entry_point! {
+                #[unsafe(export_name = concat!("decode_", $dtype, "_", $index))]
+                fn entry(p: crate::params::DecodeParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::decode::decode::<$E, $I>(p) }
+                }
+            }
+        };
     };
     (@row $kernel:ident $Kernel:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Tile:ident $min_blocks:literal) => {
         Entry {
@@ -288,16 +338,15 @@ macro_rules! entries {
 // Blocks a multiprocessor: what the tile's shared memory allows at R = 64, so that registers are not what
 // limits the loads in flight.
 entries! {
-    shrink Shrink ShrinkParams [
-        "m16" M16 4,
-        "m32" M32 4,
-        "m64" M64 3,
-        "any" Any 2,
-    ]
-    expand Expand ExpandParams [
-        "m16" M16 4,
-        "m32" M32 4,
-        "m64" M64 3,
-        "any" Any 2,
-    ]
-}
+shrink Shrink ShrinkParams [
+    "m16" M16 4,
+    "m32" M32 4,
+    "m64" M64 3,
+    "any" Any 2,
+]
+expand Expand ExpandParams [
+    "m16" M16 4,
+    "m32" M32 4,
+    "m64" M64 3,
+    "any" Any 2,
+]}

@@ -21,6 +21,7 @@ pub mod adopt;
 pub mod align;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod arch;
+pub mod decode;
 #[cfg(feature = "emulate")]
 pub mod emulate;
 pub mod entry;
@@ -30,6 +31,7 @@ pub mod params;
 pub mod route;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod scan;
+pub mod segments;
 pub mod shrink;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod slots;

@@ -331,6 +331,47 @@ pub struct ExpandParams {
     pub reserved: u32,
 }
 
+/// Parameters of `decode`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct DecodeParams {
+    /// The routing. Its results are left for later calls.
+    pub route: RouteParams,
+    /// `[T or P, K]`.
+    pub x: Global<u16>,
+    /// S of `[L, E or 1, R, K]`.
+    pub a: [Global<u16>; MAX_SLICES],
+    /// S of `[L, E or 1, N, R]`.
+    pub b: [Global<u16>; MAX_SLICES],
+    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    pub out: Global<u16>,
+    /// `[P]`, or null for 1.
+    pub topk_weights: Global<f32>,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: u64,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: u64,
+    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
+    pub x_row: Divider,
+    /// K.
+    pub in_dim: u32,
+    /// N.
+    pub out_dim: u32,
+    /// S.
+    pub slices: u32,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
+    /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
+    pub accumulate: u32,
+    /// Pairs that shared memory has room for.
+    pub room: u32,
+    /// Clusters of the launch.
+    pub clusters: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -47,7 +47,7 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub(crate) use kernel::{BATCH, Batches, Team};
+pub(crate) use kernel::{BATCH, Batches, Team, bucket, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
@@ -69,7 +69,7 @@ mod kernel {
     /// # Safety
     /// The tensors of `p` must be as their fields say.
     #[inline(always)]
-    unsafe fn slot_rank(p: &RouteParams, slot: u32) -> u32 {
+    pub(crate) unsafe fn slot_rank(p: &RouteParams, slot: u32) -> u32 {
         let &RouteParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = p;
         // SAFETY: as the caller promises.
         unsafe { Slots { adapter_enabled, enabled_kind, ranks, count, max_rank }.rank(slot) }
@@ -81,7 +81,7 @@ mod kernel {
     /// # Safety
     /// As for [`slot_rank`].
     #[inline(always)]
-    unsafe fn bucket(p: &RouteParams, slot: u32, global_expert: u32) -> u32 {
+    pub(crate) unsafe fn bucket(p: &RouteParams, slot: u32, global_expert: u32) -> u32 {
         let inactive = p.slots * p.experts;
         if global_expert >= p.global_experts {
             return inactive;

@@ -27,7 +27,7 @@ mod wide;
 mod gpu {
     use super::{blocks, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, IndexWidth, LoadedFrom, Options, Queue, TileKind};
+    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, LoadedFrom, Options, Queue};
     use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
@@ -99,14 +99,7 @@ mod gpu {
 
     /// Every way to make the back end work.
     fn ways() -> Vec<(String, Options)> {
-        let mut ways = vec![("planned".to_owned(), Options::default())];
-        for index in [IndexWidth::I32, IndexWidth::I64] {
-            for tile in TileKind::ALL {
-                let name = format!("{index:?}_{tile:?}").to_lowercase();
-                ways.push((name, Options { index: Some(index), tile: Some(tile) }));
-            }
-        }
-        ways
+        Options::every().into_iter().map(|options| (options.name("way").replace(' ', "_"), options)).collect()
     }
 
     /// More (slot, expert) buckets than `route` counts at a time, for one block and for a cluster of them.

@@ -1,9 +1,9 @@
 //! The GPU's kernels, run on the emulated machine with every access checked, keep the operator's contract:
-//! as the planner chooses, and with both index widths on every tile.
+//! as the planner chooses, and with every form, tile and index width forced.
 
 use moe_lora::DType;
 use moe_lora::emulated::Emulated;
-use moe_lora::plan::{IndexWidth, Options, TileKind};
+use moe_lora::plan::Options;
 use moe_lora::verify::{Case, Experts, Form, Loras, check, check_each, quick_grid};
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
@@ -19,14 +19,6 @@ const CASES: u32 = 64;
 
 /// Orders of threads and blocks that every kernel is run in.
 const SEEDS: u64 = 100;
-
-/// Every way to make the back end work.
-fn ways() -> Vec<Options> {
-    let forced = [IndexWidth::I32, IndexWidth::I64].into_iter().flat_map(|index| {
-        TileKind::ALL.into_iter().map(move |tile| Options { index: Some(index), tile: Some(tile) })
-    });
-    std::iter::once(Options::default()).chain(forced).collect()
-}
 
 /// Checks each case in each of `ways`, in an order of threads that is the case's own.
 fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
@@ -54,7 +46,7 @@ fn whatever_is_wrong_is_refused_and_nothing_is_written() {
 
 #[test]
 fn every_kernel_of_the_table_passes_in_every_mode() {
-    let small = check_all(&quick_grid(), &ways());
+    let small = check_all(&quick_grid(), &Options::every());
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [clustered(), vec![in_blocks]].concat();
     let tally = small.plus(check_all(&others, &[Options::default()]));
@@ -75,7 +67,7 @@ fn every_call_agrees_with_the_reference_and_touches_nothing_else() {
         check_some(small_cases(), CASES, passes).unwrap_or_else(|failure| panic!("{failure}"));
         tally.into_inner()
     };
-    ways().into_par_iter().map(check).reduce(Tally::default, Tally::plus).log();
+    Options::every().into_par_iter().map(check).reduce(Tally::default, Tally::plus).log();
 }
 
 #[test]
@@ -93,5 +85,5 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         ..Case::default()
     };
     let cases: Vec<_> = (0..2 * SEEDS).map(case).collect();
-    check_all(&cases, &ways()[1..]).log();
+    check_all(&cases, &Options::every()[1..]).log();
 }

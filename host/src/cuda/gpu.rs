@@ -1,15 +1,15 @@
 //! A device with the kernels loaded.
 
-use crate::cuda::{bind, failed, queue::Queue, status};
+use crate::cuda::{bind, failed, launch, queue::Queue, status};
 use crate::error::{Error, Result};
-use crate::plan::{DeviceLimits, Options};
+use crate::plan::{DeviceLimits, Launch, Options};
 use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
 use moe_lora_kernels::entry::CLUSTERS_SINCE;
-use moe_lora_kernels::{ENTRIES, Entry};
+use moe_lora_kernels::{ENTRIES, Entry, Kernel};
 use std::{fmt, ptr};
 
 /// The kernels for one generation of devices.
@@ -155,6 +155,7 @@ pub struct Gpu {
     embedded: &'static Embedded,
     loaded_from: LoadedFrom,
     info: DeviceInfo,
+    decode_clusters: [u32; 4],
 }
 
 // SAFETY: contexts, modules and functions may be used from any thread on which the context is current;
@@ -215,7 +216,18 @@ impl Gpu {
                 Ok(Some(function))
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Gpu { functions, _module: module, context, embedded, loaded_from, info })
+        let mut gpu =
+            Gpu { functions, _module: module, context, embedded, loaded_from, info, decode_clusters: [0; 4] };
+        if embedded.sm >= CLUSTERS_SINCE {
+            let decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
+            let entry = ENTRIES.iter().find(decode).expect("the table has decode");
+            for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
+                let shared_bytes = DECODE_SHARED_BYTES;
+                let launch = Launch { entry, blocks: 1 << i, cluster: 1 << i, shared_bytes };
+                *most = launch::most_clusters(gpu.functions[number(entry)].expect("sm_90 has it"), &launch)?;
+            }
+        }
+        Ok(gpu)
     }
 
     /// What the driver says of the device.
@@ -238,7 +250,7 @@ impl Gpu {
         DeviceLimits {
             multiprocessors: self.info.multiprocessors,
             shared_bytes: self.info.shared_bytes,
-            clusters: self.embedded.sm >= CLUSTERS_SINCE,
+            decode_clusters: self.decode_clusters,
         }
     }
 
@@ -285,9 +297,7 @@ impl Gpu {
 
     /// The loaded function of an entry of the table.
     pub(super) fn function(&self, entry: &'static Entry) -> CUfunction {
-        let number = ENTRIES.iter().position(|other| other.kernel == entry.kernel);
-        let function = number.and_then(|number| self.functions[number]);
-        function.expect("plans hold entries that the device has")
+        self.functions[number(entry)].expect("plans hold entries that the device has")
     }
 
     /// True when the loaded kernels wait for the launch before them on their own.
@@ -295,6 +305,15 @@ impl Gpu {
         self.embedded.sm >= 90
     }
 }
+
+/// Place of an entry in the table.
+fn number(entry: &Entry) -> usize {
+    ENTRIES.iter().position(|other| other.kernel == entry.kernel).expect("entries come from the table")
+}
+
+/// Shared memory of a block of `decode` that finds segments among a thousand pairs of rank 128: calls that need
+/// more are rare, and then only wait.
+const DECODE_SHARED_BYTES: u32 = 80 << 10;
 
 /// Why a device cannot be had.
 fn no_device(error: cust::error::CudaError) -> Error {

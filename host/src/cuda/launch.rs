@@ -10,6 +10,7 @@ use std::ptr;
 
 /// `CUlaunchAttribute`: an id and 64 bytes of value.
 #[repr(C, align(8))]
+#[derive(Clone, Copy)]
 struct Attribute {
     id: u32,
     padding: u32,
@@ -18,6 +19,17 @@ struct Attribute {
 
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`.
 const PROGRAMMATIC_STREAM_SERIALIZATION: u32 = 6;
+
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
+const CLUSTER_DIMENSION: u32 = 4;
+
+impl Attribute {
+    fn new(id: u32, words: [u32; 3]) -> Self {
+        let mut value = [0; 16];
+        value[..3].copy_from_slice(&words);
+        Attribute { id, padding: 0, value }
+    }
+}
 
 /// `CUlaunchConfig`.
 #[repr(C)]
@@ -31,6 +43,11 @@ struct Config {
 }
 
 unsafe extern "C" {
+    fn cuOccupancyMaxActiveClusters(
+        clusters: *mut i32,
+        function: CUfunction,
+        config: *const Config,
+    ) -> CUresult;
     fn cuLaunchKernelEx(
         config: *const Config,
         function: CUfunction,
@@ -52,22 +69,44 @@ pub(super) unsafe fn launch<P: Pod>(
     parameters: &P,
     overlap: bool,
 ) -> Result<()> {
-    let attribute = Attribute {
-        id: PROGRAMMATIC_STREAM_SERIALIZATION,
-        padding: 0,
-        value: [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    let overlapping = Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
+    let clustered = Attribute::new(CLUSTER_DIMENSION, [launch.cluster, 1, 1]);
+    let attributes = match (overlap, launch.cluster > 1) {
+        (true, true) => &[overlapping, clustered][..],
+        (true, false) => &[overlapping],
+        (false, true) => &[clustered],
+        (false, false) => &[],
     };
     let config = Config {
         grid: [launch.blocks, 1, 1],
         block: [launch.entry.threads, 1, 1],
         shared_bytes: launch.shared_bytes,
         stream,
-        attributes: &attribute,
-        attribute_count: u32::from(overlap),
+        attributes: attributes.as_ptr(),
+        attribute_count: attributes.len() as u32,
     };
     let mut parameter = ptr::from_ref(parameters).cast_mut().cast::<c_void>();
     // SAFETY: the driver copies the parameters before it returns; the rest is as the caller promises.
     status("cuLaunchKernelEx", unsafe {
         cuLaunchKernelEx(&config, function, &mut parameter, ptr::null_mut())
     })
+}
+
+/// Clusters of this launch that the device runs at a time.
+pub(super) fn most_clusters(function: CUfunction, launch: &Launch) -> Result<u32> {
+    let attribute = Attribute::new(CLUSTER_DIMENSION, [launch.cluster, 1, 1]);
+    let config = Config {
+        grid: [launch.blocks, 1, 1],
+        block: [launch.entry.threads, 1, 1],
+        shared_bytes: launch.shared_bytes,
+        stream: ptr::null_mut(),
+        attributes: &attribute,
+        attribute_count: 1,
+    };
+    let mut clusters = 0;
+    // SAFETY: writes one integer; the configuration and its attribute live through the call.
+    status("cuOccupancyMaxActiveClusters", unsafe {
+        cuOccupancyMaxActiveClusters(&mut clusters, function, &config)
+    })?;
+    Ok(clusters as u32)
 }

@@ -3,7 +3,10 @@
 //! build stamps its size onto the entry point. Below sm_90 there are no clusters: no entry point there uses
 //! one.
 
+use super::barrier;
 use super::shared::Shared;
+#[cfg(target_arch = "nvptx64")]
+use super::thread;
 #[cfg(feature = "emulate")]
 use crate::emulate;
 #[cfg(target_arch = "nvptx64")]
@@ -80,6 +83,27 @@ pub fn sync() {
     wait();
 }
 
+/// All blocks of the cluster meet, each after its own threads have met: as [`barrier::sync`] and then [`sync`], at
+/// less cost. The first warp of each block releases what all of the block have done (a release is cumulative, PTX
+/// ISA 8.8), where otherwise every warp would wait until its own accesses are visible to the whole device.
+#[inline(always)]
+#[track_caller]
+pub fn sync_blocks() {
+    barrier::sync();
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only; the branch is the same for a whole warp.
+    unsafe {
+        if thread::warp() == 0 {
+            asm!("barrier.cluster.arrive.release.aligned;", options(nostack));
+        } else {
+            asm!("barrier.cluster.arrive.relaxed.aligned;", options(nostack));
+        }
+    }
+    #[cfg(feature = "emulate")]
+    emulate::arrive_cluster();
+    wait();
+}
+
 /// An address in another block's shared memory.
 #[derive(Clone, Copy)]
 pub struct Remote(u32);
@@ -127,6 +151,29 @@ impl Remote {
         {
             let [value] = emulate::load_shared(self.0);
             value
+        }
+    }
+
+    /// `ld.shared::cluster.v2.f32`.
+    ///
+    /// # Safety
+    /// Eight bytes here must be inside that block's allocation, aligned, and written before.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load2(self) -> [f32; 2] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let (first, second): (f32, f32);
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.shared::cluster.v2.f32 {{{}, {}}}, [{}];",
+                    out(reg32) first, out(reg32) second, in(reg32) self.0, options(nostack, readonly));
+            }
+            [first, second]
+        }
+        #[cfg(feature = "emulate")]
+        {
+            emulate::load_shared::<2>(self.0).map(f32::from_bits)
         }
     }
 

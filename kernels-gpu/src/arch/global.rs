@@ -109,6 +109,52 @@ impl<T> Global<T> {
         }
     }
 
+    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a
+    /// row. `ONCE`: nobody on this multiprocessor wants the line again, so it passes L1 by.
+    ///
+    /// # Safety
+    /// If wanted, the address must be valid for a read of 16 bytes, and 16-byte aligned.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16_if<const ONCE: bool>(self, wanted: bool) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            macro_rules! load {
+                ($modifier:literal) => {
+                    // SAFETY: as the caller promises.
+                    unsafe {
+                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.global", $modifier,
+                                ".v4.u32 {{{}, {}, {}, {}}}, [{}]; }}"),
+                            in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
+                            in(reg64) self.address(), options(nostack, readonly));
+                    }
+                };
+            }
+            if ONCE {
+                load!(".L1::no_allocate");
+            } else {
+                load!("");
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        if wanted { bytemuck::cast(emulate::load_global::<16>(self.address())) } else { [0; 4] }
+    }
+
+    /// Asks L2 for the line here (PTX ISA 9.7.9.16, `prefetch.global.L2`).
+    ///
+    /// # Safety
+    /// The address must be inside a tensor.
+    #[inline(always)]
+    pub unsafe fn prefetch(self) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: a hint.
+        unsafe {
+            asm!("prefetch.global.L2 [{}];", in(reg64) self.address(), options(nostack, readonly));
+        }
+    }
+
     /// Stores 16 bytes.
     ///
     /// # Safety

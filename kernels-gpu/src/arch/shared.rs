@@ -99,6 +99,70 @@ impl Shared {
         emulate::store_shared(self.0, values);
     }
 
+    /// `ld.shared.v4.u32`.
+    ///
+    /// # Safety
+    /// Sixteen bytes here must be inside the block's allocation, aligned, and written before.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16(self) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0,
+                    options(nostack, readonly));
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        {
+            emulate::load_shared(self.0)
+        }
+    }
+
+    /// `atom.shared.cas.b32`: stores `value` where `expected` was, and returns what was there
+    /// (PTX ISA 9.7.12.4).
+    ///
+    /// # Safety
+    /// As for [`Shared::load`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn compare_exchange(self, expected: u32, value: u32) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let before: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("atom.shared.cas.b32 {}, [{}], {}, {};",
+                    out(reg32) before, in(reg32) self.0, in(reg32) expected, in(reg32) value, options(nostack));
+            }
+            before
+        }
+        #[cfg(feature = "emulate")]
+        {
+            emulate::update_shared(self.0, |before| if before == expected { value } else { before })
+        }
+    }
+
+    /// `red.shared.min.u32`: leaves the smaller of what was there and `value`.
+    ///
+    /// # Safety
+    /// As for [`Shared::load`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn fetch_min(self, value: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("red.shared.min.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::update_shared(self.0, |before| before.min(value));
+    }
+
     /// `atom.shared.add.u32`: adds, and returns what was there (PTX ISA 9.7.12.4).
     ///
     /// # Safety

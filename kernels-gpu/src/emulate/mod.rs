@@ -89,14 +89,14 @@ pub fn run(
 /// As for [`run`], and when `parameters` is not of the entry's type.
 pub fn launch<P: Pod>(
     entry: &Entry,
-    blocks: u32,
+    (blocks, cluster): (u32, u32),
     shared_bytes: u32,
     parameters: &P,
     memory: &mut Memory,
     buffers: &[Buffer],
     seed: u64,
 ) -> Result<(), Box<Report>> {
-    let Entry { name: kernel, threads, cluster, .. } = *entry;
+    let Entry { name: kernel, threads, .. } = *entry;
     let launch = Launch { kernel, blocks, cluster, threads, shared_bytes, overlaps: true, seed };
     let body = crate::entry::emulated(entry.name).expect("every entry has an emulated form");
     let parameters = bytemuck::bytes_of(parameters).to_vec();

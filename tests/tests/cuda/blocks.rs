@@ -13,7 +13,7 @@ fn narrow() -> Case {
 fn check(gpu: &Gpu, case: &Case) -> Result<(), Failed> {
     let tiles = [None, Some(TileKind::M16), Some(TileKind::M64)];
     let queues: Result<Vec<_>, _> =
-        tiles.into_iter().map(|tile| gpu.queue(Options { tile, index: None })).collect();
+        tiles.into_iter().map(|tile| gpu.queue(Options { tile, ..Options::default() })).collect();
     check_each(&queues?, case)?;
     Ok(())
 }

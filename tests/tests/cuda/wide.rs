@@ -11,7 +11,7 @@ const PAST_31_BITS: usize = (1 << 31) + (1 << 20);
 
 /// Checks a case with a small tile and a large one, and with the index width that the planner chooses.
 fn check(gpu: &Gpu, case: &Case) -> Result<(), Failed> {
-    let queue = |tile| gpu.queue(Options { index: None, tile: Some(tile) });
+    let queue = |tile| gpu.queue(Options { tile: Some(tile), ..Options::default() });
     let queues = [queue(TileKind::M16)?, queue(TileKind::M64)?];
     check_each(&queues, case)?;
     Ok(())

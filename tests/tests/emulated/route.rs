@@ -84,8 +84,16 @@ fn run(kernel: Kernel, call: &Call, tile_rows: u32, window: u32, seed: u64) -> (
         window,
     };
     let shared_bytes = route::shared_bytes(window);
-    emulate::launch(entry, entry.cluster, shared_bytes, &parameters, &mut memory, &buffers, seed)
-        .unwrap_or_else(|report| panic!("{report}"));
+    emulate::launch(
+        entry,
+        (entry.cluster, entry.cluster),
+        shared_bytes,
+        &parameters,
+        &mut memory,
+        &buffers,
+        seed,
+    )
+    .unwrap_or_else(|report| panic!("{report}"));
     let words = |address, len: usize| -> Vec<u32> {
         bytemuck::pod_collect_to_vec(memory.bytes(address, 4 * len as u64))
     };

@@ -7,7 +7,7 @@ use moe_lora::cuda::{EMBEDDED, Embedded, Gpu, LoadedFrom, Queue};
 #[cfg(feature = "emulate")]
 use moe_lora::emulated::Emulated;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
-use moe_lora::plan::{IndexWidth, Options, TileKind};
+use moe_lora::plan::Options;
 #[cfg(feature = "cuda")]
 use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::verify::{Case, Failure, Outcome, check_each};
@@ -55,15 +55,6 @@ pub enum Ways<'m> {
     /// The emulated machine: as the GPU.
     #[cfg(feature = "emulate")]
     Emulated(Vec<Emulated>),
-}
-
-/// As the planner chooses, and every index width with every tile.
-#[cfg(any(feature = "cuda", feature = "emulate"))]
-fn all_options() -> Vec<Options> {
-    let forced = [IndexWidth::I32, IndexWidth::I64]
-        .into_iter()
-        .flat_map(|index| TileKind::ALL.map(|tile| Options { index: Some(index), tile: Some(tile) }));
-    [Options::default()].into_iter().chain(forced).collect()
 }
 
 impl Ways<'_> {
@@ -158,7 +149,7 @@ impl Machine {
         #[cfg(feature = "emulate")]
         if choice == Choice::Emulated {
             let machine = |options| Emulated::new(options, EMULATED_SEED);
-            return Ok(vec![Ways::Emulated(all_options().into_iter().map(machine).collect())]);
+            return Ok(vec![Ways::Emulated(Options::every().into_iter().map(machine).collect())]);
         }
         let mut all = Vec::new();
         if choice != Choice::Cuda {
@@ -166,7 +157,7 @@ impl Machine {
         }
         #[cfg(feature = "cuda")]
         {
-            let queues = self.queues(choice, &all_options())?;
+            let queues = self.queues(choice, &Options::every())?;
             all.extend((!queues.is_empty()).then_some(Ways::Cuda(queues)));
         }
         self.require(choice)?;

@@ -1,7 +1,7 @@
 use crate::DTypeArg;
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue, TileKind};
+use moe_lora::cuda::{DeviceBuffer, Form, Gpu, Options, Queue, TileKind};
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes,
     Route, RoutingTensors, Rows, View, XRows,
@@ -38,6 +38,9 @@ pub struct Args {
     /// Only this tile, where it can be had: m16, m32, m64 or any
     #[arg(long, value_parser = tile)]
     tile: Option<TileKind>,
+    /// Time every form, tile and cluster that a plan could choose, too
+    #[arg(long, conflicts_with = "tile")]
+    every_way: bool,
     /// Device number
     #[arg(long, default_value_t = 0)]
     device: u32,
@@ -191,10 +194,10 @@ impl<T: Element> Inputs<T> {
 
 /// Times in microseconds.
 struct Times {
-    /// Shrink and expand.
+    /// With the route of the call before.
     kernels: f64,
-    /// What routing adds.
-    route: f64,
+    /// With the routing step.
+    routed: f64,
     /// What a call costs the host.
     host: f64,
     floor: f64,
@@ -232,7 +235,9 @@ fn floor<T: Element>(projection: &Projection, inputs: &Inputs<T>) -> f64 {
     ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
 }
 
-fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<Times> {
+/// Times of the case run in each of `ways`.
+fn time<T: Element>(queues: &[Queue<'_>], case: &Case, seed: u64) -> anyhow::Result<Vec<Times>> {
+    let queue = &queues[0];
     let projection = case.projection(T::DTYPE)?;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(case, &projection, &mut StdRng::seed_from_u64(seed));
@@ -254,7 +259,8 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
         // SAFETY: the buffers outlive the graphs below.
         slices.iter().map(|slice| unsafe { View::from_raw(slice.view().address(), slice.len()) }).collect()
     };
-    let mut out = queue.upload(&vec![T::from_f32(0.0); pairs * projection.out_width()])?;
+    let zeros = vec![T::from_f32(0.0); pairs * projection.out_width()];
+    let mut out = queue.upload(&zeros)?;
     let mut workspace = queue.workspace(&[projection], case.tokens)?;
     let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
         let (a, b) = (views(&weights[set].0), views(&weights[set].1));
@@ -282,71 +288,87 @@ fn time<T: Element>(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result
         )
     };
 
-    // Twice, on a fresh and on a kept route: out was zero, so it now holds twice the delta.
-    call(queue, &mut out, 0, false)?;
-    call(queue, &mut out, 0, true)?;
-    // The graphs: the calls' times do not depend on what out holds, as long as it stays finite.
-    let calls = MIN_CALLS.div_ceil(sets) * sets;
-    let mut graphs = Vec::new();
-    for kept in [true, false] {
-        // SAFETY: every buffer outlives the graphs.
-        graphs.push(unsafe {
-            queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, &mut out, i % sets, kept)))
-        }?);
-    }
-    let result = queue.download(&out)?;
-    let mut rng = StdRng::seed_from_u64(seed + 1);
-    let (mut wrong, mut right) = (0.0, 0.0);
-    for _ in 0..CHECKED_PAIRS {
-        let pair = rng.random_range(0..pairs);
-        let width = projection.out_width();
-        for (got, delta) in
-            result[pair * width..][..width].iter().zip(inputs.delta(&projection, pair, weighted))
-        {
-            wrong += (f64::from(got.to_f32()) - 2.0 * delta).powi(2);
-            right += (2.0 * delta).powi(2);
+    let mut times = Vec::new();
+    for queue in queues {
+        queue.write(&mut out, 0, &zeros)?;
+        // Twice, on a fresh and on a kept route: out was zero, so it now holds twice the delta.
+        call(queue, &mut out, 0, false)?;
+        call(queue, &mut out, 0, true)?;
+        let result = queue.download(&out)?;
+        let mut rng = StdRng::seed_from_u64(seed + 1);
+        let (mut wrong, mut right) = (0.0, 0.0);
+        for _ in 0..CHECKED_PAIRS {
+            let pair = rng.random_range(0..pairs);
+            let width = projection.out_width();
+            for (got, delta) in
+                result[pair * width..][..width].iter().zip(inputs.delta(&projection, pair, weighted))
+            {
+                wrong += (f64::from(got.to_f32()) - 2.0 * delta).powi(2);
+                right += (2.0 * delta).powi(2);
+            }
         }
-    }
-    let error = (wrong / right).sqrt();
-    // Each of the two sums was rounded to the element type.
-    let tolerance = 2.0 * T::DTYPE.tolerance();
-    if error.is_nan() || error > tolerance {
-        anyhow::bail!("wrong result: error {error:.1e}, at most {tolerance:.1e} is allowed");
-    }
+        let error = (wrong / right).sqrt();
+        // Each of the two sums was rounded to the element type.
+        let tolerance = 2.0 * T::DTYPE.tolerance();
+        if error.is_nan() || error > tolerance {
+            anyhow::bail!("{}: error {error:.1e}, at most {tolerance:.1e} is allowed", queue.variant());
+        }
 
-    let host = host_time(queue, || call(queue, &mut out, 0, false))?;
-    let mut measured = Vec::new();
-    for graph in &graphs {
-        queue.time(graph, WARM_UP)?;
-        measured.push(median(queue.time(graph, REPLAYS)?) / calls as f64);
+        // The graphs: the calls' times do not depend on what out holds, as long as it stays finite.
+        let calls = MIN_CALLS.div_ceil(sets) * sets;
+        let mut measured = Vec::new();
+        for kept in [true, false] {
+            // SAFETY: every buffer outlives the graph.
+            let graph = unsafe {
+                queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, &mut out, i % sets, kept)))
+            }?;
+            queue.time(&graph, WARM_UP)?;
+            measured.push(median(queue.time(&graph, REPLAYS)?) / calls as f64);
+        }
+        let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
+        let host = host_time(queue, || call(queue, &mut out, 0, false))?;
+        times.push(Times { kernels, routed, host, floor: floor(&projection, &inputs), error });
     }
-    let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
-    Ok(Times { kernels, route: routed - kernels, host, floor: floor(&projection, &inputs), error })
+    Ok(times)
 }
 
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
     println!("{}", gpu.info());
-    let queue = gpu.queue(Options { index: None, tile: args.tile })?;
-    println!("| model | op | T | R | adapters | floor µs | time µs | × floor | route µs | host µs | error |");
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    let ways = if args.every_way { ways() } else { vec![Options { tile: args.tile, ..Options::default() }] };
+    let queues = ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<Vec<_>, _>>()?;
+    println!(
+        "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     let wanted = |case: &Case| {
         (args.tokens.is_empty() || args.tokens.contains(&case.tokens))
             && args.op.as_deref().is_none_or(|op| op == case.op)
     };
     for (seed, case) in cases().into_iter().enumerate().filter(|(_, case)| wanted(case)) {
         let timed = match args.dtype {
-            DTypeArg::Bf16 => time::<bf16>(&queue, &case, seed as u64),
-            DTypeArg::F16 => time::<f16>(&queue, &case, seed as u64),
+            DTypeArg::Bf16 => time::<bf16>(&queues, &case, seed as u64),
+            DTypeArg::F16 => time::<f16>(&queues, &case, seed as u64),
         };
         let Case { model, op, tokens, rank, loras } = case;
         let name = model.name;
-        let Times { kernels, route, host, floor, error } =
-            timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
-        let ratio = kernels / floor;
-        println!(
-            "| {name} | {op} | {tokens} | {rank} | {loras} | {floor:.1} | {kernels:.1} | {ratio:.2} | {route:.1} | {host:.2} | {error:.1e} |"
-        );
+        let timed = timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
+        for (queue, Times { kernels, routed, host, floor, error }) in queues.iter().zip(timed) {
+            let (way, ratio) = (queue.variant(), routed / floor);
+            println!(
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
+            );
+        }
     }
     Ok(())
+}
+
+/// As planned, and every form, tile and cluster that a plan could choose.
+fn ways() -> Vec<Options> {
+    let mut ways = vec![Options::default()];
+    let decode = Options { form: Some(Form::Decode), ..Options::default() };
+    ways.extend([1, 2, 4, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
+    let tiles = [TileKind::M16, TileKind::M32, TileKind::M64];
+    ways.extend(tiles.map(|tile| Options { tile: Some(tile), ..Options::default() }));
+    ways
 }
