@@ -2,7 +2,7 @@
 //!
 //! Without `.maxntid` ptxas does not know how large a block is, and without `.minnctapersm` not how
 //! many of them should share a multiprocessor; the two together bound the registers of a thread.
-//! `All follow an entry point's parameter list:
+//! All follow an entry point's parameter list:
 //!
 //! ```text
 //! .visible .entry shrink(

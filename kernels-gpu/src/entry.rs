@@ -2,7 +2,7 @@
 //! keeps the table that the build and the host read.
 //!
 //! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
-//! addresses that are not multiples of 8 elements.
+//! addresses that are not multiples of 8 elements. `decode` has one tile, and none in its name.
 
 use crate::tile::TileShape;
 use crate::{adopt, align, decode, route};

@@ -1,7 +1,6 @@
 //! A cluster: up to eight blocks that run at once on neighbouring multiprocessors, and read and write each
 //! other's shared memory (PTX ISA 5.1.7.1 and 9.7.12.4, `.shared::cluster`, `barrier.cluster`, `mapa`). The
-//! build stamps its size onto the entry point. Below sm_90 there are no clusters: no entry point there uses
-//! one.
+//! launch says how many blocks it has. Below sm_90 there are no clusters: no entry point there uses one.
 
 use super::barrier;
 use super::shared::Shared;
