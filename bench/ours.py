@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from torch import Tensor
 
 from .data import Projection, Routing
@@ -16,6 +18,14 @@ def stand_in(routing: Routing, rank: int) -> Peer:
     return Peer(operator, routing, rank, block_m=None)
 
 
+class Sizes(TypedDict):
+    """What a route is for."""
+
+    experts: int
+    slots: int
+    max_rank: int
+
+
 class Ours:
     """The operator on one routing, with a workspace of its own."""
 
@@ -24,7 +34,7 @@ class Ours:
         import moe_lora
 
         self.library, self.routing = moe_lora, routing
-        self.sizes = {"experts": routing.experts, "slots": routing.adapters, "max_rank": rank}
+        self.sizes: Sizes = {"experts": routing.experts, "slots": routing.adapters, "max_rank": rank}
         self.workspace = moe_lora.Workspace(routing.tokens, top_k=routing.top_k, **self.sizes)
 
     def use(self, routing: Routing) -> None:
