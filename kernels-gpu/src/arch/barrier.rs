@@ -1,4 +1,4 @@
-//! All threads of a block meet (PTX ISA 9.7.12.1).
+//! Threads of a block meet (PTX ISA 9.7.12.1).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -17,4 +17,19 @@ pub fn sync() {
     }
     #[cfg(feature = "emulate")]
     emulate::sync_block();
+}
+
+/// `bar.sync` with a number and a count: as [`sync`], for some of the block's threads, `THREADS` of them, whole warps.
+/// `NUMBER` (1 ..= 15) is the barrier; [`sync`] is number 0.
+#[inline(always)]
+#[track_caller]
+pub fn sync_some<const NUMBER: u32, const THREADS: u32>() {
+    const { assert!(NUMBER >= 1 && NUMBER <= 15 && THREADS % 32 == 0) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only; the compiler keeps memory accesses on their side of it.
+    unsafe {
+        asm!("bar.sync {}, {};", const NUMBER, const THREADS, options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::sync_some(NUMBER, THREADS);
 }

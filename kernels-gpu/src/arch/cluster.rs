@@ -3,6 +3,7 @@
 //! launch says how many blocks it has. Below sm_90 there are no clusters: no entry point there uses one.
 
 use super::barrier;
+use super::mbarrier::RemoteMbarrier;
 use super::shared::Shared;
 #[cfg(target_arch = "nvptx64")]
 use super::thread;
@@ -190,5 +191,32 @@ impl Remote {
         };
         #[cfg(feature = "emulate")]
         emulate::store_shared(self.0, [value]);
+    }
+
+    /// `st.async.shared::cluster` of 16 bytes: starts the store, of which `barrier`, of the same block, counts the
+    /// bytes in its current phase (PTX ISA 9.7.9.12). Whoever waits for the phase sees them.
+    ///
+    /// # Safety
+    /// Sixteen bytes here must be inside that block's allocation, aligned, and used by nobody before the phase has
+    /// ended.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store4_async(self, values: [f32; 4], barrier: RemoteMbarrier) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            let [a, b, c, d] = values;
+            asm!("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{}], {{{}, {}, {}, {}}}, [{}];",
+                in(reg32) self.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) barrier.address(),
+                options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::start_store(self.0, values.map(f32::to_bits), barrier.address());
+    }
+
+    /// The address as the instructions take it.
+    #[inline(always)]
+    pub(super) fn address(self) -> u32 {
+        self.0
     }
 }

@@ -6,9 +6,11 @@
 //! | [`global`] | device memory | `ld.global`, `st.global` | – |
 //! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
+//! | `bulk` | global → shared by the copy engine | `cp.async.bulk` | sm_90 |
 //! | [`barrier`] | a block's threads meet | `bar.sync` | – |
-//! | [`warp`] | a warp's threads exchange | `shfl.sync`, `vote.sync` | – |
-//! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster` | sm_90 |
+//! | `mbarrier` | arrivals and bytes are counted | `mbarrier` | sm_90 |
+//! | [`warp`] | a warp's threads meet and exchange | `shfl.sync`, `vote.sync`, `bar.warp.sync` | – |
+//! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster`, `st.async` | sm_90 |
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |
 //!
@@ -20,9 +22,13 @@
 pub mod async_copy;
 pub mod barrier;
 #[cfg(any(feature = "sm_90", feature = "emulate"))]
+pub mod bulk;
+#[cfg(any(feature = "sm_90", feature = "emulate"))]
 pub mod cluster;
 pub mod global;
 pub mod grid;
+#[cfg(any(feature = "sm_90", feature = "emulate"))]
+pub mod mbarrier;
 pub mod mma;
 pub mod shared;
 pub mod thread;

@@ -49,3 +49,17 @@ pub fn ballot(vote: bool) -> u32 {
         emulate::ballot(vote)
     }
 }
+
+/// `bar.warp.sync`: the threads of a warp meet; their accesses to memory before it are visible to all of them after
+/// it (PTX ISA 9.7.12.2). The whole warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn sync() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("bar.warp.sync {};", const ALL, options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::sync_warp();
+}
