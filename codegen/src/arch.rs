@@ -46,12 +46,13 @@ impl Arch {
         }
     }
 
-    /// The PTX version to emit: the oldest that has every instruction in use (8.0 for `wgmma`) and
+    /// The PTX version to emit: the oldest that has every instruction in use (8.1 for `st.async`) and
     /// knows the architecture (8.7 for `sm_120`), so that the module loads on the oldest driver
     /// possible.
     pub fn ptx_version(self) -> &'static str {
         match self {
-            Self::Sm80 | Self::Sm90a => "8.0",
+            Self::Sm80 => "8.0",
+            Self::Sm90a => "8.1",
             Self::Sm100 | Self::Sm120 => "8.7",
         }
     }

@@ -137,7 +137,7 @@ impl Planner {
         let &Forward { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
         if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
-            return Ok([Some(decode), None, None]);
+            return Ok([prepared.route(&call.route), Some(decode), None]);
         }
         Ok([
             prepared.route(&call.route),
@@ -201,16 +201,33 @@ impl Prepared<'_> {
 
     /// What `route` is told, or `decode` in its place.
     fn routing<S: Space>(&self, routing: &RoutingTensors<'_, S>) -> RouteParams {
-        let Prepared { projection, plan, parts, pair_count, .. } = self;
-        let sizes = projection.sizes();
+        let sizes = self.projection.sizes();
         let RoutingTensors { ranks, expert_map, .. } = routing;
         let (adapter_enabled, enabled_kind) = flags(&routing.adapter_enabled);
         RouteParams {
             topk_ids: Global::new(routing.topk_ids.address()),
             token_lora: Global::new(routing.token_lora.address()),
             adapter_enabled,
+            enabled_kind,
             ranks: Global::new(ranks.map_or(0, |view| view.address())),
             expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
+            global_experts: expert_map.map_or(sizes.experts, |map| map.len()) as u32,
+            ..self.made()
+        }
+    }
+
+    /// What is told of a route that was made before: where it is.
+    fn made(&self) -> RouteParams {
+        let Prepared { projection, plan, parts, pair_count, .. } = self;
+        let sizes = projection.sizes();
+        RouteParams {
+            topk_ids: Global::NULL,
+            token_lora: Global::NULL,
+            adapter_enabled: Global::NULL,
+            enabled_kind: enabled::ALL,
+            ranks: Global::NULL,
+            expert_map: Global::NULL,
+            global_experts: sizes.experts as u32,
             pairs: parts.pairs,
             tiles: parts.tiles,
             counts: parts.counts,
@@ -219,10 +236,8 @@ impl Prepared<'_> {
             top_k: Divider::new(sizes.top_k as u32),
             slots: sizes.slots as u32,
             experts: sizes.experts as u32,
-            global_experts: expert_map.map_or(sizes.experts, |map| map.len()) as u32,
             max_rank: sizes.max_rank as u32,
             tile_rows: plan.tile_rows,
-            enabled_kind,
             window: plan.route_window,
         }
     }
@@ -235,10 +250,13 @@ impl Prepared<'_> {
         route: &Route<'_, S>,
     ) -> Option<(Launch, Parameters)> {
         let Prepared { projection, layout, plan, .. } = self;
-        let (Some(decode), Route::From(routing)) = (plan.decode, route) else { return None };
+        let decode = plan.decode?;
         let sizes = projection.sizes();
         let parameters = DecodeParams {
-            route: self.routing(routing),
+            route: match route {
+                Route::From(routing) if decode.finds => self.routing(routing),
+                _ => self.made(),
+            },
             x: Global::new(x),
             a: addresses(a),
             b: addresses(tail.b),
@@ -250,11 +268,18 @@ impl Prepared<'_> {
             in_dim: sizes.in_dim as u32,
             out_dim: sizes.out_dim as u32,
             slices: sizes.slices as u32,
+            over_slices: Divider::new(sizes.slices as u32),
+            tile_parts: plan.tile_parts,
+            over_parts: Divider::new(plan.tile_parts),
             a_experts: projection.a_experts() as u32,
             b_experts: projection.b_experts() as u32,
             accumulate: tail.accumulate.into(),
+            finds: decode.finds.into(),
             room: decode.room,
+            shrink_stages: decode.stages[0],
+            expand_stages: decode.stages[1],
             clusters: decode.launch.blocks / decode.launch.cluster,
+            reserved: 0,
         };
         Some((decode.launch, Parameters::Decode(parameters)))
     }

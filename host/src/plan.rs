@@ -9,11 +9,12 @@ use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
+use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
+pub use moe_lora_kernels::{DecodeRows, IndexWidth, TileKind};
 use moe_lora_kernels::{
     ENTRIES, ElementType, Entry, Kernel, Variant, adopt, decode, expand, route, segments, shrink,
 };
-pub use moe_lora_kernels::{IndexWidth, TileKind};
 use std::fmt;
 
 /// What a plan needs to know of a device.
@@ -31,7 +32,7 @@ pub struct DeviceLimits {
 impl DeviceLimits {
     /// An H100, for plans that are made where no device is.
     pub const H100: Self =
-        DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, decode_clusters: [264, 132, 64, 32] };
+        DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, decode_clusters: [132, 66, 32, 16] };
 
     /// Whether its kernels may use clusters of blocks.
     pub fn has_clusters(&self) -> bool {
@@ -44,11 +45,12 @@ impl DeviceLimits {
 pub struct Options {
     /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
     pub index: Option<IndexWidth>,
-    /// Which kernels a whole call runs that makes its route. [`Form::Decode`] is honoured only where the device
-    /// and the shapes allow.
+    /// Which kernels a whole call runs. [`Form::Decode`] is honoured only where the device and the shapes allow.
     pub form: Option<Form>,
     /// Tile of `shrink` and `expand`. A tile for sizes in multiples of 8 is honoured only where they are.
     pub tile: Option<TileKind>,
+    /// Pairs of a tile of `decode`. Honoured only where shared memory has room.
+    pub rows: Option<DecodeRows>,
     /// Blocks of a cluster of `decode`, 1 ..= 8.
     pub cluster: Option<u32>,
 }
@@ -56,7 +58,7 @@ pub struct Options {
 /// Which kernels a whole call runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Form {
-    /// One launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
+    /// `decode`, one launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
     Decode,
     /// `shrink`, then `expand`.
     TwoLaunches,
@@ -71,11 +73,9 @@ impl Options {
             every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
             every.push(Options { form: Some(Form::Decode), ..with_index });
         }
-        every.extend([1, 8].map(|cluster| Options {
-            form: Some(Form::Decode),
-            cluster: Some(cluster),
-            ..Options::default()
-        }));
+        let decode = Options { form: Some(Form::Decode), ..Options::default() };
+        every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
+        every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
         every
     }
 
@@ -85,8 +85,9 @@ impl Options {
         let index = self.index.map_or(String::new(), |index| format!(" {index:?}"));
         let form = self.form.map_or(String::new(), |form| format!(" {form:?}"));
         let tile = self.tile.map_or(String::new(), |tile| format!(" {tile:?}"));
+        let rows = self.rows.map_or(String::new(), |rows| format!(" {rows:?}"));
         let cluster = self.cluster.map_or(String::new(), |cluster| format!(" cluster{cluster}"));
-        format!("{backend}{index}{form}{tile}{cluster}").to_lowercase()
+        format!("{backend}{index}{form}{tile}{rows}{cluster}").to_lowercase()
     }
 }
 
@@ -138,8 +139,12 @@ pub struct Launch {
 pub struct DecodePlan {
     /// The launch.
     pub launch: Launch,
-    /// Pairs that the blocks have room for.
-    pub room: u32,
+    /// Whether each block finds the segments itself.
+    pub finds: bool,
+    /// What the blocks have room for; nothing when they find no segments.
+    pub room: Room,
+    /// Stages of the rings for shrink and for expand.
+    pub stages: [u32; 2],
 }
 
 /// How `shrink` divides its work.
@@ -224,7 +229,7 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
-    Ok(tiles(projection, projection.pairs(tokens)?, decode::ROWS))
+    Ok(tiles(projection, projection.pairs(tokens)?, DecodeRows::M8.count()))
 }
 
 /// One launch of `kernel`, in clusters of `cluster` blocks.
@@ -305,10 +310,12 @@ impl Plan {
             Some(tile) if fits(&tile) => tile,
             _ => heuristics::tile(pairs, buckets(projection), fits),
         };
-        let is_whole = stage == Stage::Forward && route == RouteSource::Made;
-        let decodes = is_whole && fast && decodes(projection, pairs, limits, options);
         let shape = tile.shape();
-        let rows = if decodes { decode::ROWS } else { shape.rows() };
+        let decode_shape = match stage {
+            Stage::Forward if fast => DecodeShape::new(projection, pairs, route, limits, options),
+            _ => None,
+        };
+        let rows = decode_shape.as_ref().map_or(shape.rows(), |shape| shape.rows.count());
         let tile_rows = match route {
             RouteSource::Made => rows,
             RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
@@ -327,7 +334,7 @@ impl Plan {
         let steps = (sizes.in_dim as u32).div_ceil(TileShape::DEPTH);
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
-            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !decodes => {
+            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if decode_shape.is_none() => {
                 let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
                 heuristics::splits(busy * u64::from(column_blocks), steps, most, limits)
             }
@@ -366,18 +373,9 @@ impl Plan {
             DType::F16 => ElementType::F16,
         };
         let variant = Variant { element, index, tile };
-        let decode = decodes
-            .then(|| {
-                let room = segments::room(pairs as u32);
-                let shared_bytes = decode::shared_bytes(sizes.max_rank as u32, room);
-                let units = tiles * slices;
-                let cluster = heuristics::decode_cluster(units, limits, options.cluster);
-                let clusters = heuristics::decode_clusters(units, cluster, limits);
-                let kernel = Kernel::Decode { element, index };
-                let launch = launch(kernel, clusters * u64::from(cluster), cluster, shared_bytes)?;
-                Ok::<_, Error>(DecodePlan { launch, room })
-            })
-            .transpose()?;
+        let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
+        let decode = decode.transpose()?;
+        let finds = decode.is_some_and(|decode| decode.finds);
         let route_window = buckets(projection).min(route::max_window(limits.shared_bytes).into()) as u32;
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
@@ -389,7 +387,7 @@ impl Plan {
             largest_offset,
             decode,
             route: match route {
-                RouteSource::Made if decodes => None,
+                RouteSource::Made if finds => None,
                 RouteSource::Made => {
                     let clustered = limits.has_clusters() && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
                     let kernel = if clustered { Kernel::RouteCluster } else { Kernel::Route };
@@ -404,7 +402,7 @@ impl Plan {
             },
             route_window,
             shrink: match stage {
-                _ if decodes => None,
+                _ if decode.is_some() => None,
                 Stage::Route | Stage::Expand => None,
                 Stage::Forward | Stage::Shrink => Some(ShrinkPlan {
                     launch: launch(
@@ -420,7 +418,7 @@ impl Plan {
                 }),
             },
             expand: match stage {
-                _ if decodes => None,
+                _ if decode.is_some() => None,
                 Stage::Route | Stage::Shrink => None,
                 Stage::Forward | Stage::Expand => Some(ExpandPlan {
                     launch: launch(
@@ -442,21 +440,107 @@ impl Plan {
     }
 }
 
-/// Whether a whole call that makes its route, with sizes and addresses in multiples of 8 elements, is `decode`'s.
-fn decodes(projection: &Projection, pairs: usize, limits: &DeviceLimits, options: &Options) -> bool {
+/// How `decode` will be used for a call.
+struct DecodeShape {
+    rows: DecodeRows,
+    cluster: u32,
+    finds: bool,
+    room: Room,
+    stages: [u32; 2],
+}
+
+impl DecodeShape {
+    /// For a whole call with sizes and addresses in multiples of 8 elements. `None` where `decode` cannot be, or
+    /// should not be, what runs.
+    fn new(
+        projection: &Projection,
+        pairs: usize,
+        route: RouteSource,
+        limits: &DeviceLimits,
+        options: &Options,
+    ) -> Option<Self> {
+        let sizes = projection.sizes();
+        let wanted = match (options.form, options.tile) {
+            (Some(form), _) => form == Form::Decode,
+            (None, Some(_)) => false,
+            (None, None) => heuristics::wants_decode(pairs, buckets(projection)),
+        };
+        let possible = limits.has_clusters()
+            && sizes.max_rank <= decode::MAX_RANK as usize
+            // Elements of one matrix of b are counted in 32 bits, whatever the index width.
+            && sizes.out_dim.saturating_mul(sizes.max_rank) <= i32::MAX as usize;
+        if !(wanted && possible) {
+            return None;
+        }
+        let finds = route == RouteSource::Made
+            && pairs <= segments::MAX_PAIRS as usize
+            && sizes.slots.max(sizes.experts) <= segments::MAX_NUMBER as usize;
+        let most_rows = match route {
+            RouteSource::Made => u32::MAX,
+            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
+        };
+        let wanted = options.rows.unwrap_or_else(|| heuristics::decode_rows(pairs, buckets(projection)));
+        // From the wanted size downwards: a large rank may leave no room for a large tile, and a route may have
+        // small ones.
+        DecodeRows::ALL.into_iter().rev().skip_while(|rows| *rows > wanted).find_map(|rows| {
+            let count = rows.count();
+            if count > most_rows.max(DecodeRows::M8.count()) {
+                return None;
+            }
+            let tiles = tiles(projection, pairs, count);
+            let room = if finds { Room::new(pairs as u32, tiles as u32) } else { Room::NONE };
+            let cluster = heuristics::decode_cluster(pairs, count, sizes, limits, options.cluster);
+            let fixed = decode::fixed_bytes(count, sizes.max_rank as u32, cluster, room);
+            let stages = decode_stages(projection, count, limits.shared_bytes.checked_sub(fixed)?)?;
+            let has_scratch = !finds || ring_bytes(count, stages) >= room.scratch_bytes();
+            has_scratch.then_some(DecodeShape { rows, cluster, finds, room, stages })
+        })
+    }
+
+    fn plan(
+        self,
+        projection: &Projection,
+        units: u64,
+        element: ElementType,
+        index: IndexWidth,
+        limits: &DeviceLimits,
+    ) -> Result<DecodePlan> {
+        let DecodeShape { rows, cluster, finds, room, stages } = self;
+        let max_rank = projection.sizes().max_rank as u32;
+        let shared_bytes =
+            decode::fixed_bytes(rows.count(), max_rank, cluster, room) + ring_bytes(rows.count(), stages);
+        let clusters = heuristics::decode_clusters(units, cluster, limits);
+        let kernel = Kernel::Decode { element, index, rows };
+        let launch = launch(kernel, clusters * u64::from(cluster), cluster, shared_bytes)?;
+        Ok(DecodePlan { launch, finds, room, stages })
+    }
+}
+
+/// Bytes of both rings of `decode`.
+fn ring_bytes(rows: u32, [shrink, expand]: [u32; 2]) -> u32 {
+    shrink * decode::shrink_stage_bytes(rows) + expand * decode::expand_stage_bytes(rows)
+}
+
+/// Stages of the rings of `decode` for which `bytes` bytes have room: as many of each as its share of the weights'
+/// bytes is. `None` when there is not even room for the fewest.
+fn decode_stages(projection: &Projection, rows: u32, bytes: u32) -> Option<[u32; 2]> {
     let sizes = projection.sizes();
-    let possible = limits.has_clusters()
-        && pairs <= segments::MAX_PAIRS as usize
-        && sizes.max_rank <= decode::MAX_RANK as usize
-        // Elements of one matrix of b are counted in 32 bits, whatever the index width.
-        && sizes.out_dim.saturating_mul(sizes.max_rank) <= i32::MAX as usize
-        && decode::shared_bytes(sizes.max_rank as u32, segments::MAX_PAIRS) <= limits.shared_bytes;
-    let wanted = match (options.form, options.tile) {
-        (Some(form), _) => form == Form::Decode,
-        (None, Some(_)) => false,
-        (None, None) => heuristics::wants_decode(pairs, buckets(projection)),
+    let fits = |stages: [u32; 2]| {
+        ring_bytes(rows, stages) <= bytes && stages.iter().all(|stages| *stages <= decode::MAX_STAGES)
     };
-    possible && wanted
+    let mut stages = [decode::MIN_STAGES; 2];
+    if !fits(stages) {
+        return None;
+    }
+    loop {
+        let [shrink, expand] = stages;
+        let more = [[shrink + 1, expand], [shrink, expand + 1]];
+        let wanted = usize::from(shrink as usize * sizes.out_dim > expand as usize * sizes.in_dim);
+        match [more[wanted], more[1 - wanted]].into_iter().find(|stages| fits(*stages)) {
+            Some(more) => stages = more,
+            None => return Some(stages),
+        }
+    }
 }
 
 /// Columns that a stage of `shrink` must have room for.
@@ -485,7 +569,8 @@ impl fmt::Display for Plan {
             write!(f, "\n  {launch}")?;
         }
         if let Some(plan) = self.decode {
-            write!(f, "\n  {}", plan.launch)?;
+            let [shrink, expand] = plan.stages;
+            write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
         }
         if let Some(plan) = self.shrink {
             write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;

@@ -172,7 +172,7 @@ mod kernel {
             padded += counted(i).1;
             i += 1;
         }
-        let ([mut start, _], [total, _]) = scan::<THREADS>(scratch, [padded, 0]);
+        let ([mut start], [total]) = scan::<THREADS, 1>(scratch, [padded]);
         let mut i = from;
         while i < to {
             let (before, padded) = counted(i);

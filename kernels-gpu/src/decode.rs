@@ -1,67 +1,117 @@
-//! `decode`: shrink and expand of few pairs in one launch,
+//! `decode`: shrink and expand of few pairs a segment in one launch,
 //! `out[p, offset + s·N + n] (+)= weight[p] · Σ_q (Σ_c x[row(p), c] · a[s][l, e, q, c]) · b[s][l, e, n, q]`.
 //!
-//! A call of few pairs reads every weight of the adapters in use once and does hardly any arithmetic. What it
-//! costs beyond that read is waiting: for launches, for ids, for one another. So there is one launch. A *unit* of
-//! work is one tile of up to 8 pairs and one slice; a cluster takes one unit after another. Its blocks
+//! Such a call reads every weight of the adapters in use once and does hardly any arithmetic: it costs what the
+//! weights' bytes cost, if nothing ever waits with no bytes under way. So the warps of a block have roles, and each
+//! role goes through the units of work at its own pace. A *unit* is a tile of pairs and a slice; a cluster takes one
+//! unit after another, and shares it.
 //!
-//! 1. shrink: each takes a share of K, and all ranks: a part of h, in shared memory;
-//! 2. meet, and add up each other's parts, all in the same order: h;
-//! 3. expand: each takes a share of the columns.
+//! | warps | role |
+//! |---|---|
+//! | 8 | shrink: the block takes some of the ranks, in groups of 16, and where there are fewer groups than blocks a share of K; it sends its part of h to all blocks of the cluster |
+//! | 8 | expand: adds up the parts of h that have come, always in the same order, and takes a share of the columns |
+//! | 2 | fill a ring of stages for shrink, one with a, one with x |
+//! | 2 | fill a ring for expand, one with b, one with the old values of `out` |
 //!
-//! Weights go from device memory straight into mma fragments, sixteen bytes a thread. They are the operand with
-//! sixteen rows, pairs are the eight columns. A thread of number c in its quad holds elements 8c … 8c + 7 of a
-//! run of 32, which mma would have it hold as 2c, 2c + 1, 2c + 8, 2c + 9 of two steps: since both operands are
-//! permuted alike, the sum is the same. Rows of b are permuted so that a thread's two rows are neighbouring
-//! columns of the output.
+//! Who fills a ring does nothing but ask the copy engine for the next stage, and needs no h.
 //!
-//! Each block finds the segments itself ([`segments`]): no launch comes before this one.
+//! Weights are mma's operand with sixteen rows, pairs its eight columns. Both come as sixteen bytes a thread: a
+//! thread of number c in its quad holds elements 8c … 8c + 7 of a run of 32, which mma would have it hold as 2c,
+//! 2c + 1, 2c + 8, 2c + 9 of two steps; since both operands are permuted alike, the sum is the same. Rows of b are
+//! permuted so that a thread's two rows are neighbouring columns of the output.
 //!
-//! Shared memory:
+//! Segments come from [`segments`], found by each block itself, or from `route`.
+//!
+//! Shared memory, with `ROWS` pairs a tile:
 //!
 //! | bytes | what |
 //! |---|---|
-//! | [`segments::shared_bytes`] | the segments |
-//! | 2 × 32 | pairs of a tile, in turns |
-//! | 8 × (128 + 4) × 4 | parts of h of the warps that share K |
-//! | 2 × 8 × (R′ + 4) × 4 | part of h of this block, in turns |
-//! | 8 × `h_row_bytes` | h |
+//! | 384 | barriers |
+//! | [`Room::shared_bytes`] | the segments |
+//! | 2 × ROWS × `row_bytes(R)` | h, in turns |
+//! | 8 × ROWS × 80 | the shrink warps' sums of 16 ranks |
+//! | 2 × `landing_bytes` | parts of h as they come from the blocks of the cluster, in turns |
+//! | stages × ([`A_STAGE`] + ROWS × `row_bytes(CHUNK)`) | ring for shrink: 16 ranks of a and the tile's rows of x, [`CHUNK`] elements of K |
+//! | stages × ([`B_STAGE`] + ROWS × `old_row_bytes`) | ring for expand: rows of b, and the old values of those columns |
 //!
-//! with R′ the rank rounded up to 16.
+//! Before the rings are used, they are the scratch of [`segments`].
 
-use crate::segments;
+use crate::segments::{self, Room};
 
+/// Warps that shrink; as many expand.
+const WORKERS: u32 = 8;
+/// Warps that fill a ring.
+const FILLERS: u32 = 2;
 /// Threads of a block.
-pub const THREADS: u32 = segments::THREADS;
-/// Pairs of a full tile: the columns of one mma.
-pub const ROWS: u32 = 8;
-/// Largest R that the parts of h are laid out for.
-pub const MAX_RANK: u32 = 256;
+pub const THREADS: u32 = 32 * (2 * WORKERS + 2 * FILLERS);
+const _: () = assert!(THREADS == segments::THREADS);
+/// Largest R.
+pub const MAX_RANK: u32 = 512;
 /// Most blocks of a cluster that every device with clusters allows.
 pub const MAX_CLUSTER: u32 = 8;
+/// Most stages of a ring.
+pub const MAX_STAGES: u32 = 8;
+/// Fewest stages of a ring: with one being multiplied, one is under way.
+pub const MIN_STAGES: u32 = 2;
 
+/// Elements of K of a stage.
+pub const CHUNK: u32 = 512;
+/// Most columns of a stage.
+const MAX_COLUMNS: u32 = 256;
 /// Elements that a quad of threads loads of a row at a time, sixteen bytes each.
 const RUN: u32 = 32;
-/// Rows of a matrix of weights that a warp takes at a time.
+/// Rows of a matrix of weights that a warp multiplies at a time.
 const GROUP: u32 = 16;
-/// Words after a row of parts, so that a warp's stores of one fragment meet 32 different banks.
-const PAD: u32 = 4;
-/// Columns of parts that the warps of a block write between them.
-const WARP_COLUMNS: u32 = THREADS / 32 * GROUP;
 
-/// Bytes from one row of h to the next: an odd multiple of 64, so that the quads of a warp read different banks.
-const fn h_row_bytes(max_rank: u32) -> u32 {
-    let bytes = max_rank.next_multiple_of(RUN) * 2;
-    if bytes.is_multiple_of(128) { bytes + 64 } else { bytes }
+/// Bytes of the barriers: two a stage of each ring, and two for each turn of h.
+const BARRIER_BYTES: u32 = 384;
+const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 4));
+
+/// Bytes from one row of `elements` elements of K or of ranks to the next: an odd multiple of 64, so that two quads
+/// that read two rows at once meet different banks.
+const fn row_bytes(elements: u32) -> u32 {
+    (2 * elements).next_multiple_of(64) | 64
 }
 
-/// Bytes of shared memory of a block, with room for `room` pairs (see [`segments::room`]).
-pub const fn shared_bytes(max_rank: u32, room: u32) -> u32 {
-    segments::shared_bytes(room)
-        + 2 * ROWS * 4
-        + ROWS * (WARP_COLUMNS + PAD) * 4
-        + 2 * ROWS * (max_rank.next_multiple_of(GROUP) + PAD) * 4
-        + ROWS * h_row_bytes(max_rank)
+/// Bytes from one row of old values of `columns` columns to the next: such that a warp's reads of two columns of
+/// eight rows meet different banks.
+const fn old_row_bytes(columns: u32) -> u32 {
+    2 * columns + 16
+}
+
+/// Bytes of a stage's part of a.
+pub const A_STAGE: u32 = GROUP * row_bytes(CHUNK);
+/// Bytes of a stage's part of b.
+pub const B_STAGE: u32 = 16 << 10;
+
+/// Bytes of a stage for shrink, with `rows` pairs a tile.
+pub const fn shrink_stage_bytes(rows: u32) -> u32 {
+    A_STAGE + rows * row_bytes(CHUNK)
+}
+
+/// Bytes of a stage for expand, with `rows` pairs a tile.
+pub const fn expand_stage_bytes(rows: u32) -> u32 {
+    B_STAGE + rows * old_row_bytes(MAX_COLUMNS)
+}
+
+/// Bytes from one row to the next of a warp's sums: 16 floats, and a distance that keeps a warp's stores apart.
+const SUM_ROW: u32 = 4 * (GROUP + 4);
+
+/// Bytes that the parts of h of one unit take, sent by `cluster` blocks, a power of two.
+const fn landing_bytes(rows: u32, max_rank: u32, cluster: u32) -> u32 {
+    let groups = max_rank.div_ceil(GROUP);
+    rows * 4 * GROUP * ((groups + cluster - 1) & !(cluster - 1))
+}
+
+/// Bytes of shared memory of a block beside its rings, with `rows` pairs a tile and room for the segments (none
+/// when these come from `route`).
+pub const fn fixed_bytes(rows: u32, max_rank: u32, cluster: u32, room: Room) -> u32 {
+    let bytes = BARRIER_BYTES
+        + room.shared_bytes()
+        + 2 * rows * row_bytes(max_rank.next_multiple_of(RUN))
+        + WORKERS * rows * SUM_ROW
+        + 2 * landing_bytes(rows, max_rank, cluster);
+    bytes.next_multiple_of(128)
 }
 
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90"), feature = "emulate"))]
@@ -69,56 +119,46 @@ pub use kernel::decode;
 
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90"), feature = "emulate"))]
 mod kernel {
-    use super::{GROUP, MAX_CLUSTER, PAD, ROWS, RUN, THREADS, WARP_COLUMNS, h_row_bytes};
+    use super::{
+        A_STAGE, B_STAGE, BARRIER_BYTES, CHUNK, FILLERS, GROUP, MAX_COLUMNS, MAX_STAGES, RUN, SUM_ROW,
+        WORKERS, expand_stage_bytes, fixed_bytes, landing_bytes, old_row_bytes, row_bytes,
+        shrink_stage_bytes,
+    };
+    use crate::arch::mbarrier::{self, Mbarrier};
     use crate::arch::mma::Element;
     use crate::arch::shared::Shared;
-    use crate::arch::{barrier, cluster, grid, thread};
+    use crate::arch::{barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
-    use crate::params::{DecodeParams, Tile};
-    use crate::segments::{self, Segments};
+    use crate::params::{DecodeParams, Tile, count};
+    use crate::segments::Segments;
     use crate::tile::{quotient, select_slice, unroll};
 
-    const WARPS: u32 = THREADS / 32;
-    /// Runs of two rows that a thread requests at a time.
-    const BATCH: usize = 4;
-    /// Of these, in the expand, runs of ranks and groups of columns.
-    const RUNS: usize = 2;
-    const GROUPS: usize = BATCH / RUNS;
-    /// Elements of a line of L2.
-    const LINE: u32 = 64;
+    /// Threads that shrink, or that expand.
+    const ROLE_THREADS: u32 = 32 * WORKERS;
+    /// The barriers at which they meet among themselves.
+    const SHRINK_MEETS: u32 = 1;
+    const EXPAND_MEETS: u32 = 2;
 
-    /// This thread's elements of one run: sixteen bytes of two rows of weights.
-    type Rows = [[u32; 4]; 2];
+    /// Number of this thread among those of its role.
+    #[inline(always)]
+    fn worker() -> u32 {
+        thread::index() % ROLE_THREADS
+    }
 
     /// Adds one run's product with `columns`, this thread's elements of the run of its pair.
     #[inline(always)]
-    fn multiply<E: Element>(sum: &mut [f32; 4], [low, high]: Rows, columns: [u32; 4]) {
+    fn multiply<E: Element>(sum: &mut [f32; 4], [low, high]: [[u32; 4]; 2], columns: [u32; 4]) {
         E::mma(sum, [low[0], high[0], low[1], high[1]], [columns[0], columns[1]]);
         E::mma(sum, [low[2], high[2], low[3], high[3]], [columns[2], columns[3]]);
     }
 
-    /// The share of `length` things that block `block` of `blocks` takes: the first, and the end.
+    /// The share of `length` things that block `block` of `blocks`, a power of two, takes: the first, and the end.
     #[inline(always)]
     fn share_of(length: u32, block: u32, blocks: u32) -> (u32, u32) {
-        let each = quotient(length, blocks);
-        let more = length - each * blocks;
+        let each = length >> blocks.trailing_zeros();
+        let more = length & (blocks - 1);
         let first = block * each + block.min(more);
         (first, first + each + (block < more) as u32)
-    }
-
-    /// Calls `body` with this thread's share of `rows` × `width` items. A power of two of threads takes a row,
-    /// so that no thread divides.
-    #[inline(always)]
-    fn each_item(rows: u32, width: u32, mut body: impl FnMut(u32, u32)) {
-        let room = width.next_power_of_two();
-        let (shift, mask) = (room.trailing_zeros(), room - 1);
-        let mut item = thread::index();
-        while item < rows << shift {
-            if item & mask < width {
-                body(item >> shift, item & mask);
-            }
-            item += THREADS;
-        }
     }
 
     /// The first `count` of eight elements, zeros after them.
@@ -136,387 +176,844 @@ mod kernel {
         kept
     }
 
-    /// How the warps of a block share the ranks and the block's part of K.
+    /// Number of the first row of the matrix of a or b, of `rows` rows, that a unit uses.
+    #[inline(always)]
+    fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
+        let expert = if experts == 1 { 0 } else { tile.expert };
+        let matrix = I::from_u32(tile.slot).times(I::from_u32(experts)).plus(I::from_u32(expert));
+        matrix.times(I::from_u32(rows))
+    }
+
+    /// The barrier of this number.
+    #[inline(always)]
+    fn mbarrier(number: u32) -> Mbarrier {
+        Mbarrier::at(Shared::base().offset(8 * number))
+    }
+
+    /// Ends when all parts of h of a turn have landed: one thread of this block, and the bytes.
+    #[inline(always)]
+    fn landed(turn: u32) -> Mbarrier {
+        mbarrier(4 * MAX_STAGES + turn)
+    }
+
+    /// Ends when all blocks of the cluster have read what had landed in a turn.
+    #[inline(always)]
+    fn read(turn: u32) -> Mbarrier {
+        mbarrier(4 * MAX_STAGES + 2 + turn)
+    }
+
+    /// A ring of stages, and where in it a warp is: each warp keeps that for itself.
+    #[derive(Clone, Copy)]
+    struct Ring {
+        start: Shared,
+        stages: u32,
+        stage_bytes: u32,
+        /// Number of the first of its barriers: a stage's *full* ends when the warps that fill it have come, and all
+        /// bytes have; its *empty* when all warps that work on it have left it.
+        barriers: u32,
+        stage: u32,
+        /// Parity of the phase of the stage's barriers.
+        parity: u32,
+    }
+
+    impl Ring {
+        /// Makes the barriers ready.
+        ///
+        /// # Safety
+        /// One thread may come here, before any other uses the ring.
+        #[inline(always)]
+        unsafe fn init(&self) {
+            let mut stage = 0;
+            while stage < self.stages {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    self.full(stage).init(FILLERS);
+                    self.empty(stage).init(WORKERS);
+                }
+                stage += 1;
+            }
+        }
+
+        #[inline(always)]
+        fn full(&self, stage: u32) -> Mbarrier {
+            mbarrier(self.barriers + stage)
+        }
+
+        #[inline(always)]
+        fn empty(&self, stage: u32) -> Mbarrier {
+            mbarrier(self.barriers + MAX_STAGES + stage)
+        }
+
+        #[inline(always)]
+        fn step(&mut self) {
+            self.stage += 1;
+            if self.stage == self.stages {
+                self.stage = 0;
+                self.parity ^= 1;
+            }
+        }
+
+        /// Waits for an empty stage and announces `bytes` bytes. Returns the stage, and the barrier that counts them.
+        ///
+        /// # Safety
+        /// The whole warp must come here, and start copies of so many bytes.
+        #[inline(always)]
+        unsafe fn fill(&mut self, bytes: u32) -> (Shared, Mbarrier) {
+            let full = self.full(self.stage);
+            let stage = self.start.offset(self.stage * self.stage_bytes);
+            // SAFETY: the barriers are initialised.
+            unsafe {
+                self.empty(self.stage).wait(self.parity ^ 1);
+                if thread::lane() == 0 {
+                    full.arrive_expecting(bytes);
+                }
+            }
+            warp::sync();
+            self.step();
+            (stage, full)
+        }
+
+        /// Waits for the next stage.
+        ///
+        /// # Safety
+        /// The whole warp must come here, and then to [`Ring::leave`].
+        #[inline(always)]
+        unsafe fn enter(&self) -> Shared {
+            // SAFETY: the barrier is initialised.
+            unsafe { self.full(self.stage).wait(self.parity) };
+            self.start.offset(self.stage * self.stage_bytes)
+        }
+
+        /// Gives the stage back.
+        ///
+        /// # Safety
+        /// As for [`Ring::enter`].
+        #[inline(always)]
+        unsafe fn leave(&mut self) {
+            warp::sync();
+            if thread::lane() == 0 {
+                // SAFETY: the barrier is initialised.
+                unsafe { self.empty(self.stage).arrive() };
+            }
+            self.step();
+        }
+    }
+
+    /// What all roles know of the launch.
+    #[derive(Clone, Copy)]
+    struct Context<'p> {
+        p: &'p DecodeParams,
+        found: Segments,
+        block: u32,
+        blocks: u32,
+        h: Shared,
+        sums: Shared,
+        landings: Shared,
+    }
+
+    /// A tile of pairs and a slice.
+    #[derive(Clone, Copy)]
+    struct Unit {
+        tile: Tile,
+        slice: u32,
+    }
+
+    impl Context<'_> {
+        /// Calls `body` with the units of this block's cluster that have pairs, one after another.
+        ///
+        /// # Safety
+        /// Where the segments come from `route`, it must have ended.
+        #[inline(always)]
+        unsafe fn each_unit(&self, rows: u32, mut body: impl FnMut(Unit)) {
+            let p = self.p;
+            let accumulate = p.accumulate != 0;
+            let tiles = if p.finds != 0 {
+                if accumulate { self.found.active } else { self.found.tiles }
+            } else {
+                let count = if accumulate { count::ACTIVE } else { count::ALL };
+                // SAFETY: `counts` has `count::LEN` elements.
+                unsafe { p.route.counts.at(count).load() }
+            };
+            let end = tiles * p.tile_parts * p.slices;
+            let mut next = quotient(thread::block(), self.blocks);
+            while next < end {
+                let number = p.over_slices.quotient(next);
+                let slice = next - number * p.slices;
+                next += p.clusters;
+                // SAFETY: the tile is one of `tiles`.
+                let tile = unsafe {
+                    if p.finds != 0 {
+                        self.found.tile(number)
+                    } else {
+                        let whole = p.over_parts.quotient(number);
+                        let tile = p.route.tiles.at(whole).load_tile();
+                        tile.part(number - whole * p.tile_parts, rows)
+                    }
+                };
+                if tile.rows > 0 {
+                    body(Unit { tile, slice });
+                }
+            }
+        }
+
+        /// Pair `row` of a tile.
+        ///
+        /// # Safety
+        /// The tile must have so many.
+        #[inline(always)]
+        unsafe fn pair(&self, tile: &Tile, row: u32) -> u32 {
+            // SAFETY: as the caller promises.
+            unsafe {
+                if self.p.finds != 0 {
+                    self.found.pair_at(tile.first + row).load()
+                } else {
+                    self.p.route.pairs.at(tile.first + row).load()
+                }
+            }
+        }
+
+        /// Where the slice's columns of a pair begin in `out`.
+        #[inline(always)]
+        fn out_row<I: Index>(&self, unit: &Unit, pair: u32) -> Global<u16> {
+            let row = I::from_u32(pair).times(I::from_u64(self.p.out_stride));
+            self.p.out.at(row.plus(I::from_u32(unit.slice).times(I::from_u32(self.p.out_dim))))
+        }
+
+        /// Where the parts of h of a turn land.
+        #[inline(always)]
+        fn landing<const ROWS: u32>(&self, turn: u32) -> Shared {
+            // Blocks of a cluster are a power of two.
+            self.landings.offset(turn * landing_bytes(ROWS, self.p.route.max_rank, self.blocks))
+        }
+    }
+
+    /// How the blocks of a cluster share the shrink of units of one rank.
     #[derive(Clone, Copy)]
     struct Shares {
+        rank: u32,
         /// Groups of 16 ranks.
         groups: u32,
-        /// Warps that share K for one group: a power of two.
+        /// Blocks among which groups are shared: a power of two. Groups of a block are so many apart.
+        group_shares: u32,
+        /// Blocks among which K is shared.
         k_shares: u32,
+        /// This block's first group.
+        group: u32,
+        /// This block's share of K: its number, its first element, and its end.
+        k_share: u32,
+        k: (u32, u32),
     }
 
     impl Shares {
         #[inline(always)]
-        fn of(rank: u32) -> Self {
+        fn new(context: &Context<'_>, rank: u32) -> Self {
+            let &Context { p, block, blocks, .. } = context;
             let groups = rank.div_ceil(GROUP);
-            let k_shares = match groups {
-                0 | 1 => 8,
-                2 => 4,
-                3 | 4 => 2,
-                _ => 1,
-            };
-            Shares { groups, k_shares }
+            let group_shares = groups.next_power_of_two().min(blocks);
+            let shift = group_shares.trailing_zeros();
+            let (k_share, k_shares) = (block >> shift, blocks >> shift);
+            let (first, end) = share_of(p.in_dim.div_ceil(RUN), k_share, k_shares);
+            let k = (RUN * first, p.in_dim.min(RUN * end));
+            Shares { rank, groups, group_shares, k_shares, group: block & (group_shares - 1), k_share, k }
+        }
+
+        /// The shares for units of another rank: most have the one before.
+        #[inline(always)]
+        fn change(&mut self, context: &Context<'_>, rank: u32) {
+            if rank != self.rank {
+                *self = Self::new(context, rank);
+            }
+        }
+
+        /// Groups of ranks that a part of h has room for.
+        #[inline(always)]
+        fn landing_groups(&self) -> u32 {
+            (self.groups + self.group_shares - 1) & !(self.group_shares - 1)
         }
     }
 
-    /// The matrix of a or b that a unit uses: the first of the matrix's `rows` rows in its slice's tensor.
-    #[inline(always)]
-    fn first_row<I: Index>(slot: u32, expert: u32, experts: u32, rows: u32) -> I {
-        let expert = if experts == 1 { 0 } else { expert };
-        let matrix = I::from_u32(slot).times(I::from_u32(experts)).plus(I::from_u32(expert));
-        matrix.times(I::from_u32(rows))
-    }
-
-    /// What is left of a unit once each block has its part of h.
-    struct Tail<'p, I> {
-        p: &'p DecodeParams,
-        slice: u32,
-        rows: u32,
+    /// This block's share of the columns, for units of one rank.
+    #[derive(Clone, Copy)]
+    struct Columns {
+        first: u32,
+        end: u32,
+        /// Ranks in use, rounded up to whole sixteen bytes.
         rank: u32,
-        /// This block's columns, in groups of 16: the first, and the end.
-        groups: (u32, u32),
-        b: Global<u16>,
-        /// First row of the unit's matrix in `b`.
-        b_matrix: I,
-        /// The pair of each row.
-        list: Shared,
-        /// This block's part of h, and bytes from one pair's to the next.
-        part: Shared,
-        part_row: u32,
-        /// h, and bytes from one pair's to the next.
-        h: Shared,
-        h_row: u32,
+        /// Columns of a stage: a power of two.
+        step: u32,
     }
 
-    impl<I: Index> Tail<'_, I> {
-        /// Asks L2 for this block's share of b.
-        ///
-        /// # Safety
-        /// The matrix must be one of b's.
+    impl Columns {
+        /// Of no rank.
         #[inline(always)]
-        unsafe fn prefetch(&self) {
-            let max_rank = self.p.route.max_rank;
-            let first = GROUP * self.groups.0;
-            let columns = self.p.out_dim.min(GROUP * self.groups.1).saturating_sub(first);
-            let start = self.b.at(self.b_matrix.plus(I::from_u32(first)).times(I::from_u32(max_rank)));
-            // Where ranks are used whole, rows follow one another: a line each. Otherwise a row each.
-            let step = if self.rank == max_rank { LINE } else { max_rank };
-            let end = if self.rank == 0 { 0 } else { columns * max_rank };
-            let mut at = thread::index() * step;
+        fn new(context: &Context<'_>) -> Self {
+            let &Context { p, block, blocks, .. } = context;
+            let (first, end) = share_of(p.out_dim.div_ceil(GROUP), block, blocks);
+            Columns { first: GROUP * first, end: p.out_dim.min(GROUP * end), rank: 0, step: MAX_COLUMNS }
+        }
+
+        #[inline(always)]
+        fn change(&mut self, rank: u32) {
+            self.rank = rank.next_multiple_of(8);
+            self.step = ((B_STAGE / 2) >> self.rank.next_power_of_two().trailing_zeros()).min(MAX_COLUMNS);
+        }
+
+        /// Calls `body` with each stage that they take: the first column, and how many. Without ranks there are none.
+        #[inline(always)]
+        fn each_step(&self, mut body: impl FnMut(u32, u32)) {
+            let mut at = self.first;
+            while at < self.end && self.rank > 0 {
+                body(at, self.step.min(self.end - at));
+                at += self.step;
+            }
+        }
+    }
+    const _: () = assert!(B_STAGE / 2 / super::MAX_RANK >= GROUP);
+
+    /// Calls `body` with each stage that the block's share of a unit's shrink takes: the group of ranks, the first
+    /// element of K, and how many.
+    #[inline(always)]
+    fn each_chunk(shares: &Shares, mut body: impl FnMut(u32, u32, u32)) {
+        let mut group = shares.group;
+        while group < shares.groups {
+            let (mut at, end) = shares.k;
             while at < end {
-                // SAFETY: inside the matrix.
-                unsafe { start.at(at).prefetch() };
-                at += THREADS * step;
+                body(group, at, CHUNK.min(end - at));
+                at += CHUNK;
             }
-        }
-
-        /// Meets the other blocks, adds up h, and expands it. The first weights are requested before they meet.
-        ///
-        /// # Safety
-        /// This thread's share of the block's part must be written; the whole cluster must come here.
-        #[inline(always)]
-        unsafe fn finish<E: Element>(&self) {
-            let Tail { p, rows, rank, .. } = *self;
-            let (g, c) = (thread::lane() / 4, thread::lane() % 4);
-            let accumulate = p.accumulate != 0;
-            let (mut group, end) = (self.groups.0 + thread::warp(), self.groups.1);
-            // The two pairs whose sums this thread ends up with: where they begin in `out`, at the slice's column 0.
-            let mut start = [Global::<u16>::NULL; 2];
-            let mut weight = [1.0; 2];
-            unroll::<2>(|i| {
-                // Past the last pair: never stored.
-                let row = (2 * c + i as u32).min(rows - 1);
-                // SAFETY: the list holds a pair for each row.
-                let pair = unsafe { self.list.offset(4 * row).load() };
-                let column = I::from_u32(self.slice).times(I::from_u32(p.out_dim));
-                start[i] = p.out.at(I::from_u32(pair).times(I::from_u64(p.out_stride)).plus(column));
-                // An inactive pair's weight may be anything; its zeros stay zeros.
-                if !p.topk_weights.is_null() && rank > 0 {
-                    // SAFETY: the pair is one of P.
-                    weight[i] = unsafe { p.topk_weights.at(pair).load() };
-                }
-            });
-            let request = |group: u32, first_run: u32| {
-                let mut batch = [[[[0u32; 4]; 2]; RUNS]; GROUPS];
-                unroll::<GROUPS>(|t| {
-                    unroll::<2>(|half| {
-                        let column = GROUP * (group + WARPS * t as u32) + 2 * g + half as u32;
-                        let row =
-                            self.b_matrix.plus(I::from_u32(column)).times(I::from_u32(p.route.max_rank));
-                        let first = RUN * first_run + 8 * c;
-                        let at = self.b.at(row.plus(I::from_u32(first)));
-                        let exists = group + WARPS * (t as u32) < end && column < p.out_dim;
-                        unroll::<RUNS>(|r| {
-                            let ahead = RUN * r as u32;
-                            let wanted = exists && first + ahead < rank;
-                            // SAFETY: eight elements are inside the row, and aligned.
-                            let elements = unsafe { at.at(ahead).load16_if::<true>(wanted) };
-                            batch[t][r][half] = if rank % 8 == 0 {
-                                elements
-                            } else {
-                                // Above the rank the row may hold anything, NaN too.
-                                keep_first(elements, rank.saturating_sub(first + ahead))
-                            };
-                        });
-                    });
-                });
-                batch
-            };
-            let old_of = |group| {
-                let mut old = [[0u32; 2]; GROUPS];
-                if accumulate {
-                    // SAFETY: two columns are inside the row; offset and N are multiples of 8.
-                    self.each_output(start, group, |t, i, at| old[t][i] = unsafe { at.load() });
-                }
-                old
-            };
-            let mut batch = request(group, 0);
-            let mut old = old_of(group);
-
-            cluster::sync_blocks();
-            // SAFETY: all parts are written; nobody reads h any more.
-            unsafe { self.add_up::<E>() };
-            barrier::sync();
-
-            let runs = rank.div_ceil(RUN);
-            // Rows past the last pair make columns that are never stored.
-            let h = self.h.offset(g.min(rows - 1) * self.h_row + 16 * c);
-            while group < end {
-                let mut sum = [[0.0f32; 4]; GROUPS];
-                let mut run = 0;
-                loop {
-                    unroll::<RUNS>(|r| {
-                        let run = run + r as u32;
-                        if run < runs {
-                            // SAFETY: h is written up to the end of the run.
-                            let columns = unsafe { h.offset(2 * RUN * run).load16() };
-                            unroll::<GROUPS>(|t| multiply::<E>(&mut sum[t], batch[t][r], columns));
-                        }
-                    });
-                    run += RUNS as u32;
-                    if run >= runs {
-                        break;
-                    }
-                    batch = request(group, run);
-                }
-                self.each_output(start, group, |t, i, at| {
-                    let [first, second] = E::unpack(old[t][i]);
-                    let packed = E::pack(sum[t][i] * weight[i] + first, sum[t][i + 2] * weight[i] + second);
-                    // SAFETY: as above.
-                    unsafe { at.store(packed) };
-                });
-                group += WARPS * GROUPS as u32;
-                if group < end {
-                    batch = request(group, 0);
-                    old = old_of(group);
-                }
-            }
-        }
-
-        /// Calls `body` with each two columns that this thread stores, of groups `group`, `group` + 8, …: which group
-        /// of these, which of the thread's two pairs, and where they go.
-        #[inline(always)]
-        fn each_output(
-            &self,
-            start: [Global<u16>; 2],
-            group: u32,
-            mut body: impl FnMut(usize, usize, Global<u32>),
-        ) {
-            let (g, c) = (thread::lane() / 4, thread::lane() % 4);
-            unroll::<GROUPS>(|t| {
-                let group = group + WARPS * t as u32;
-                let column = GROUP * group + 2 * g;
-                unroll::<2>(|i| {
-                    let exists = group < self.groups.1 && column < self.p.out_dim;
-                    if exists && 2 * c + (i as u32) < self.rows {
-                        body(t, i, Global::new(start[i].at(column).address()));
-                    }
-                });
-            });
-        }
-
-        /// h: the sum of all blocks' parts, in the order of the blocks. Two ranks of a pair a thread.
-        ///
-        /// # Safety
-        /// All blocks must have written their parts, and met since.
-        #[inline(always)]
-        unsafe fn add_up<E: Element>(&self) {
-            let blocks = cluster::blocks();
-            each_item(self.rows, self.rank.max(1).next_multiple_of(RUN) / 2, |row, two| {
-                let mut sum = [0.0f32; 2];
-                if 2 * two < self.rank {
-                    let place = self.part.offset(row * self.part_row + 8 * two);
-                    let mut values = [[0.0f32; 2]; MAX_CLUSTER as usize];
-                    unroll::<{ MAX_CLUSTER as usize }>(|other| {
-                        if (other as u32) < blocks {
-                            // SAFETY: that block wrote its part before the barrier.
-                            values[other] = unsafe { place.in_block(other as u32).load2() };
-                        }
-                    });
-                    unroll::<{ MAX_CLUSTER as usize }>(|other| unroll::<2>(|i| sum[i] += values[other][i]));
-                    // The rank above an odd one is zero, whatever the part holds.
-                    if 2 * two + 1 == self.rank {
-                        sum[1] = 0.0;
-                    }
-                }
-                // SAFETY: there is room for every pair and every run of ranks.
-                unsafe { self.h.offset(row * self.h_row + 4 * two).store(E::pack(sum[0], sum[1])) };
-            });
+            group += shares.group_shares;
         }
     }
 
-    /// The kernel, launched in clusters of up to [`MAX_CLUSTER`] blocks.
+    /// Fills the ring for shrink with a, a lane a row.
+    ///
+    /// # Safety
+    /// As for [`decode`]; the whole warp must come here.
+    #[inline(always)]
+    unsafe fn fill_a<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
+        let p = context.p;
+        let rank = thread::lane();
+        let mut shares = Shares::new(context, 0);
+        let unit = |Unit { tile, slice }: Unit| {
+            shares.change(context, tile.rank);
+            let matrix = first_row::<I>(&tile, p.a_experts, p.route.max_rank);
+            let a = select_slice(p.a, slice);
+            each_chunk(&shares, |group, at, length| {
+                let ranks = (tile.rank - GROUP * group).min(GROUP);
+                // SAFETY: the rows are inside the tensor, and elements come in eights; as many bytes are announced as
+                // are copied.
+                unsafe {
+                    let (stage, full) = ring.fill(2 * length * ranks);
+                    if rank < ranks {
+                        let row = matrix.plus(I::from_u32(GROUP * group + rank)).times(I::from_u32(p.in_dim));
+                        let target = stage.offset(rank * row_bytes(length));
+                        bulk::copy(target, a.at(row.plus(I::from_u32(at))), 2 * length, full);
+                    }
+                }
+            });
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(rows, unit) };
+    }
+
+    /// Fills the ring for shrink with x, a lane a row.
+    ///
+    /// # Safety
+    /// As for [`fill_a`].
+    #[inline(always)]
+    unsafe fn fill_x<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
+        let (p, lane) = (context.p, thread::lane());
+        let mut shares = Shares::new(context, 0);
+        let unit = |Unit { tile, .. }: Unit| {
+            shares.change(context, tile.rank);
+            let mut x = Global::<u16>::NULL;
+            if tile.rank > 0 && lane < tile.rows {
+                // SAFETY: the tile has so many pairs.
+                let pair = unsafe { context.pair(&tile, lane) };
+                x = p.x.at(I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride)));
+            }
+            each_chunk(&shares, |_, at, length| {
+                // SAFETY: as in `fill_a`.
+                unsafe {
+                    let (stage, full) = ring.fill(2 * length * tile.rows);
+                    if !x.is_null() {
+                        let target = stage.offset(A_STAGE + lane * row_bytes(length));
+                        bulk::copy(target, x.at(at), 2 * length, full);
+                    }
+                }
+            });
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(rows, unit) };
+    }
+
+    /// Fills the ring for expand with b, a lane a column, or, where ranks are used whole, all columns in one piece.
+    ///
+    /// # Safety
+    /// As for [`fill_a`].
+    #[inline(always)]
+    unsafe fn fill_b<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
+        let p = context.p;
+        let max_rank = p.route.max_rank;
+        let mut columns = Columns::new(context);
+        let unit = |Unit { tile, slice }: Unit| {
+            columns.change(tile.rank);
+            let matrix = first_row::<I>(&tile, p.b_experts, p.out_dim);
+            let b = select_slice(p.b, slice);
+            columns.each_step(|at, count| {
+                let row = matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank));
+                let source = b.at(row);
+                let (pieces, ranks) =
+                    if columns.rank == max_rank { (1, count * max_rank) } else { (count, columns.rank) };
+                // SAFETY: as in `fill_a`.
+                unsafe {
+                    let (stage, full) = ring.fill(2 * count * columns.rank);
+                    let mut piece = thread::lane();
+                    while piece < pieces {
+                        let target = stage.offset(2 * piece * ranks);
+                        bulk::copy(target, source.at(piece * max_rank), 2 * ranks, full);
+                        piece += 32;
+                    }
+                }
+            });
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(rows, unit) };
+    }
+
+    /// Fills the ring for expand with the old values of `out`, a lane a row.
+    ///
+    /// # Safety
+    /// As for [`fill_a`].
+    #[inline(always)]
+    unsafe fn fill_old<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
+        let (p, lane) = (context.p, thread::lane());
+        let mut columns = Columns::new(context);
+        let unit = |unit: Unit| {
+            let tile = unit.tile;
+            columns.change(tile.rank);
+            let rows = if p.accumulate != 0 { tile.rows } else { 0 };
+            let mut out = Global::<u16>::NULL;
+            if lane < rows {
+                // SAFETY: the tile has so many pairs.
+                out = context.out_row::<I>(&unit, unsafe { context.pair(&tile, lane) });
+            }
+            columns.each_step(|at, count| {
+                // SAFETY: as in `fill_a`.
+                unsafe {
+                    let (stage, full) = ring.fill(2 * count * rows);
+                    if lane < rows {
+                        let target = stage.offset(B_STAGE + lane * old_row_bytes(count));
+                        bulk::copy(target, out.at(at), 2 * count, full);
+                    }
+                }
+            });
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(rows, unit) };
+    }
+
+    /// Shrinks, and sends this block's parts of h to all blocks of the cluster.
+    ///
+    /// # Safety
+    /// As for [`decode`]; all threads of the role must come here.
+    #[inline(always)]
+    unsafe fn shrink<E: Element, const FRAGMENTS: usize, const ROWS: u32>(
+        context: &Context<'_>,
+        mut ring: Ring,
+    ) {
+        let (g, c) = (thread::lane() / 4, thread::lane() % 4);
+        let warp = worker() / 32;
+        let mut shares = Shares::new(context, 0);
+        // Units whose h was sent.
+        let mut sent = 0;
+        let unit = |Unit { tile, .. }: Unit| {
+            if tile.rank == 0 {
+                return;
+            }
+            shares.change(context, tile.rank);
+            let (turn, parity) = (sent & 1, sent >> 1 & 1);
+            sent += 1;
+            let mut group = shares.group;
+            while group < shares.groups {
+                let ranks = (tile.rank - GROUP * group).min(GROUP);
+                let mut sum = [[0.0f32; 4]; FRAGMENTS];
+                let (mut at, end) = shares.k;
+                while at < end {
+                    let length = CHUNK.min(end - at);
+                    let row_bytes = row_bytes(length);
+                    // SAFETY: who fills the ring comes to the same stages.
+                    let stage = unsafe { ring.enter() }.offset(16 * c);
+                    // Ranks and pairs past the last are computed from it, and never read.
+                    let weights = [0, 8].map(|half| stage.offset((g + half).min(ranks - 1) * row_bytes));
+                    let mut run = warp;
+                    while RUN * run < length {
+                        let here = 2 * RUN * run;
+                        let exists = RUN * run + 8 * c < length;
+                        // SAFETY: the stage holds these rows up to `length`.
+                        unsafe {
+                            let rows = weights.map(|weights| weights.offset(here).load16_if(exists));
+                            unroll::<FRAGMENTS>(|f| {
+                                if f == 0 || 8 * (f as u32) < tile.rows {
+                                    let row = (8 * f as u32 + g).min(tile.rows - 1);
+                                    let x = stage.offset(A_STAGE + row * row_bytes + here);
+                                    multiply::<E>(&mut sum[f], rows, x.load16_if(exists));
+                                }
+                            });
+                        }
+                        run += WORKERS;
+                    }
+                    // SAFETY: as above.
+                    unsafe { ring.leave() };
+                    at += CHUNK;
+                }
+
+                // The warps' sums meet. Nobody may still read those before.
+                barrier::sync_some::<SHRINK_MEETS, ROLE_THREADS>();
+                unroll::<FRAGMENTS>(|f| {
+                    unroll::<4>(|i| {
+                        let row = warp * ROWS + 8 * f as u32 + 2 * c + (i as u32 & 1);
+                        let place = context.sums.offset(row * SUM_ROW + 4 * (g + 8 * (i as u32 >> 1)));
+                        // SAFETY: there is room for every warp, pair and rank of the group.
+                        unsafe { place.store(sum[f][i].to_bits()) };
+                    });
+                });
+                barrier::sync_some::<SHRINK_MEETS, ROLE_THREADS>();
+                // SAFETY: all sums are there.
+                unsafe { send::<ROWS>(context, &shares, tile.rows, group, turn, parity) };
+                group += shares.group_shares;
+            }
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(ROWS, unit) };
+    }
+
+    /// Adds up the warps' sums of a group of ranks, and sends them to all blocks: four ranks of one pair to one
+    /// block a thread.
+    ///
+    /// # Safety
+    /// The sums must be written, and all threads of the role come here.
+    #[inline(always)]
+    unsafe fn send<const ROWS: u32>(
+        context: &Context<'_>,
+        shares: &Shares,
+        rows: u32,
+        group: u32,
+        turn: u32,
+        parity: u32,
+    ) {
+        const FOURS: u32 = GROUP / 4;
+        let mut item = worker();
+        while item < context.blocks * ROWS * FOURS {
+            let (four, row, block) = (item % FOURS, item / FOURS % ROWS, item / FOURS / ROWS);
+            item += ROLE_THREADS;
+            if row >= rows {
+                continue;
+            }
+            let mut sum = [0.0f32; 4];
+            unroll::<{ WORKERS as usize }>(|w| {
+                let place = context.sums.offset((w as u32 * ROWS + row) * SUM_ROW + 16 * four);
+                // SAFETY: as the caller promises.
+                let values = unsafe { place.load16() };
+                unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
+            });
+            let part = (shares.k_share * ROWS + row) * shares.landing_groups() + group;
+            let place = context.landing::<ROWS>(turn).offset(4 * (part * GROUP + 4 * four));
+            // SAFETY: the barrier is initialised: what was sent in this turn before was read by all. There is room
+            // for every part; nobody reads there before the phase has ended.
+            unsafe {
+                read(turn).wait(parity ^ 1);
+                place.in_block(block).store4_async(sum, landed(turn).in_block(block));
+            }
+        }
+    }
+
+    /// h of a unit: waits for all parts and adds them up, in the order of the shares of K. Returns h and the bytes
+    /// from one row to the next.
+    ///
+    /// # Safety
+    /// All blocks of the cluster must send their parts, and all threads of the role come here.
+    #[inline(always)]
+    unsafe fn receive<E: Element, const ROWS: u32>(
+        context: &Context<'_>,
+        shares: &Shares,
+        rows: u32,
+        turn: u32,
+        parity: u32,
+    ) -> (Shared, u32) {
+        let rank = shares.rank;
+        let row_bytes = row_bytes(context.p.route.max_rank.next_multiple_of(RUN));
+        let h = context.h.offset(turn * ROWS * row_bytes);
+        let landing = context.landing::<ROWS>(turn);
+        let part_row = 4 * GROUP * shares.landing_groups();
+        // SAFETY: the barrier is initialised.
+        unsafe {
+            if worker() == 0 {
+                landed(turn).arrive_expecting(shares.k_shares * shares.groups * GROUP * rows * 4);
+            }
+            landed(turn).wait(parity);
+        }
+        // Four ranks of a pair a thread; a power of two of threads takes a row, so that no thread divides.
+        let width = rank.next_multiple_of(RUN) / 4;
+        let room = width.next_power_of_two();
+        let (shift, mask) = (room.trailing_zeros(), room - 1);
+        let mut item = worker();
+        while item < rows << shift {
+            let (row, four) = (item >> shift, item & mask);
+            item += ROLE_THREADS;
+            if four >= width {
+                continue;
+            }
+            let mut sum = [0.0f32; 4];
+            if 4 * four < rank {
+                let mut place = landing.offset(row * part_row + 16 * four);
+                let mut share = 0;
+                while share < shares.k_shares {
+                    // SAFETY: the part has landed.
+                    let values = unsafe { place.load16() };
+                    unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
+                    place = place.offset(ROWS * part_row);
+                    share += 1;
+                }
+                // Ranks above the last are zero, whatever the part holds.
+                unroll::<4>(|i| sum[i] = if 4 * four + (i as u32) < rank { sum[i] } else { 0.0 });
+            }
+            let place = h.offset(row * row_bytes + 8 * four);
+            // SAFETY: there is room for every pair and every run of ranks.
+            unsafe {
+                place.store(E::pack(sum[0], sum[1]));
+                place.offset(4).store(E::pack(sum[2], sum[3]));
+            }
+        }
+        barrier::sync_some::<EXPAND_MEETS, ROLE_THREADS>();
+        if worker() < context.blocks {
+            // SAFETY: no block ends before all have met at the end.
+            unsafe { read(turn).in_block(worker()).arrive() };
+        }
+        (h, row_bytes)
+    }
+
+    /// Expands.
+    ///
+    /// # Safety
+    /// As for [`decode`]; all threads of the role must come here.
+    #[inline(always)]
+    unsafe fn expand<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u32>(
+        context: &Context<'_>,
+        mut ring: Ring,
+    ) {
+        let p = context.p;
+        let accumulate = p.accumulate != 0;
+        let (g, c) = (thread::lane() / 4, thread::lane() % 4);
+        let warp = worker() / 32;
+        let mut shares = Shares::new(context, 0);
+        let mut columns = Columns::new(context);
+        // Units whose h was received.
+        let mut received = 0;
+        let unit = |unit: Unit| {
+            let tile = unit.tile;
+            // The two pairs of each fragment whose sums this thread ends up with.
+            let mut out = [[Global::<u16>::NULL; 2]; FRAGMENTS];
+            let mut weight = [[1.0; 2]; FRAGMENTS];
+            unroll::<FRAGMENTS>(|f| {
+                unroll::<2>(|i| {
+                    let row = 8 * f as u32 + 2 * c + i as u32;
+                    if row < tile.rows {
+                        // SAFETY: the tile has so many pairs, and each is below P.
+                        unsafe {
+                            let pair = context.pair(&tile, row);
+                            out[f][i] = context.out_row::<I>(&unit, pair);
+                            // An inactive pair's weight may be anything; its zeros stay zeros.
+                            if !p.topk_weights.is_null() && tile.rank > 0 {
+                                weight[f][i] = p.topk_weights.at(pair).load();
+                            }
+                        }
+                    }
+                });
+            });
+            // Stores two columns of a pair, if it exists.
+            let store = |f: usize, i: usize, column: u32, values: u32| {
+                if !out[f][i].is_null() {
+                    let place = Global::<u32>::new(out[f][i].at(column).address());
+                    // SAFETY: two columns are inside the row; sizes are multiples of 8.
+                    unsafe { place.store(values) };
+                }
+            };
+            if tile.rank == 0 {
+                // Inactive pairs: untouched, or overwritten by zeros.
+                let mut column = columns.first + GROUP * warp + 2 * g;
+                while column < columns.end && !accumulate {
+                    unroll::<FRAGMENTS>(|f| unroll::<2>(|i| store(f, i, column, 0)));
+                    column += GROUP * WORKERS;
+                }
+                return;
+            }
+            shares.change(context, tile.rank);
+            columns.change(tile.rank);
+            let (turn, parity) = (received & 1, received >> 1 & 1);
+            received += 1;
+            // SAFETY: as the caller promises.
+            let (h, h_row) = unsafe { receive::<E, ROWS>(context, &shares, tile.rows, turn, parity) };
+            let h = h.offset(16 * c);
+            columns.each_step(|at, count| {
+                // SAFETY: who fills the ring comes to the same stages.
+                let stage = unsafe { ring.enter() };
+                let mut group = GROUP * warp;
+                while group < count {
+                    let column = group + 2 * g;
+                    let b = stage.offset(2 * column * columns.rank + 16 * c);
+                    let mut sum = [[0.0f32; 4]; FRAGMENTS];
+                    let mut rank = 0;
+                    while rank < tile.rank {
+                        let exists = column < count && rank + 8 * c < columns.rank;
+                        // SAFETY: the stage holds these columns up to the rank, h all runs of them.
+                        unsafe {
+                            let rows = [0, 1].map(|row| {
+                                let elements = b.offset(2 * (row * columns.rank + rank)).load16_if(exists);
+                                // Above the rank the row may hold anything, NaN too.
+                                if tile.rank % 8 == 0 {
+                                    elements
+                                } else {
+                                    keep_first(elements, tile.rank.saturating_sub(rank + 8 * c))
+                                }
+                            });
+                            unroll::<FRAGMENTS>(|f| {
+                                if f == 0 || 8 * (f as u32) < tile.rows {
+                                    // Pairs past the last are computed from it, and never stored.
+                                    let row = (8 * f as u32 + g).min(tile.rows - 1);
+                                    let h = h.offset(row * h_row + 2 * rank);
+                                    multiply::<E>(&mut sum[f], rows, h.load16());
+                                }
+                            });
+                        }
+                        rank += RUN;
+                    }
+                    if column < count {
+                        unroll::<FRAGMENTS>(|f| {
+                            unroll::<2>(|i| {
+                                let mut old = 0;
+                                let row = 8 * f as u32 + 2 * c + i as u32;
+                                if accumulate && row < tile.rows {
+                                    let row = stage.offset(B_STAGE + row * old_row_bytes(count));
+                                    // SAFETY: the stage holds the old values of these columns.
+                                    old = unsafe { row.offset(2 * column).load() };
+                                }
+                                let [low, high] = E::unpack(old);
+                                let weight = weight[f][i];
+                                let values = E::pack(sum[f][i] * weight + low, sum[f][i + 2] * weight + high);
+                                store(f, i, at + column, values);
+                            });
+                        });
+                    }
+                    group += GROUP * WORKERS;
+                }
+                // SAFETY: as above.
+                unsafe { ring.leave() };
+            });
+        };
+        // SAFETY: as the caller promises.
+        unsafe { context.each_unit(ROWS, unit) };
+    }
+
+    /// The kernel, launched in clusters of a power of two of blocks. `FRAGMENTS`: of eight pairs each, of a tile of
+    /// `ROWS`.
     ///
     /// # Safety
     /// As for the entry points: every tensor of `p` must be as its field says.
     #[inline(always)]
-    pub unsafe fn decode<E: Element, I: Index>(p: DecodeParams) {
-        let max_rank = p.route.max_rank;
-        let (g, c) = (thread::lane() / 4, thread::lane() % 4);
+    pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u32>(p: DecodeParams) {
+        const { assert!(ROWS == 8 * FRAGMENTS as u32 && ROWS <= 32) };
         let (block, blocks) = (cluster::block(), cluster::blocks());
-        let accumulate = p.accumulate != 0;
 
         // The map of shared memory.
-        let lists = Shared::base().offset(segments::shared_bytes(p.room));
-        let warp_parts = lists.offset(2 * ROWS * 4);
-        let warp_part_row = 4 * (WARP_COLUMNS + PAD);
-        let block_parts = warp_parts.offset(ROWS * warp_part_row);
-        let part_row = 4 * (max_rank.next_multiple_of(GROUP) + PAD);
-        let h = block_parts.offset(2 * ROWS * part_row);
+        let max_rank = p.route.max_rank;
+        let segments = Shared::base().offset(BARRIER_BYTES);
+        let h = segments.offset(p.room.shared_bytes());
+        let sums = h.offset(2 * ROWS * row_bytes(max_rank.next_multiple_of(RUN)));
+        let landings = sums.offset(WORKERS * ROWS * SUM_ROW);
+        let start = Shared::base().offset(fixed_bytes(ROWS, max_rank, blocks, p.room));
+        let shrink_ring = Ring {
+            start,
+            stages: p.shrink_stages,
+            stage_bytes: const { shrink_stage_bytes(ROWS) },
+            barriers: 0,
+            stage: 0,
+            parity: 0,
+        };
+        let expand_ring = Ring {
+            start: start.offset(p.shrink_stages * const { shrink_stage_bytes(ROWS) }),
+            stages: p.expand_stages,
+            stage_bytes: const { expand_stage_bytes(ROWS) },
+            barriers: 2 * MAX_STAGES,
+            ..shrink_ring
+        };
 
+        if thread::index() == 0 {
+            // SAFETY: the first bytes of shared memory are the barriers'; nobody uses them yet.
+            unsafe {
+                shrink_ring.init();
+                expand_ring.init();
+                unroll::<2>(|turn| {
+                    landed(turn as u32).init(1);
+                    read(turn as u32).init(blocks);
+                });
+            }
+            mbarrier::publish();
+        }
+        // No block may be sent anything before it has its barriers.
+        cluster::arrive_relaxed();
+        if p.finds != 0 {
+            // SAFETY: the rings are not in use yet.
+            unsafe { Segments::prepare(start, p.room) };
+        }
         grid::wait_for_previous();
         grid::let_next_start();
-        // SAFETY: as the caller promises.
-        let segments = unsafe { Segments::find(&p.route, Shared::base(), p.room) };
-        let units = segments.tiles * p.slices;
-        // This block's share of K, in runs, and of the columns, in groups.
-        let k_share = share_of(p.in_dim.div_ceil(RUN), block, blocks);
-        let groups = share_of(p.out_dim.div_ceil(GROUP), block, blocks);
 
-        let mut turn = 0;
-        let mut unit = quotient(thread::block(), blocks);
-        while unit < units {
-            let number = quotient(unit, p.slices);
-            let slice = unit - number * p.slices;
-            unit += p.clusters;
-            // SAFETY: the tile is one of `tiles`.
-            let found = unsafe { segments.tile(&p.route, number) };
-            let Tile { slot, expert, rows, rank, .. } = found.tile;
-            let list = lists.offset(turn * ROWS * 4);
-            let part = block_parts.offset(turn * ROWS * part_row);
-
-            // The first weights are requested before anybody knows the pairs.
-            let shares = Shares::of(rank);
-            let warp_k_share = thread::warp() & (shares.k_shares - 1);
-            let runs = {
-                let (first, end) = k_share;
-                let each = (end - first).div_ceil(shares.k_shares);
-                let first = end.min(first + warp_k_share * each);
-                (first, end.min(first + each))
-            };
-            let (mut group, mut run) = (thread::warp() / shares.k_shares, runs.0);
-            let a = select_slice(p.a, slice);
-            let a_matrix = first_row::<I>(slot, expert, p.a_experts, max_rank);
-            let request = |group: u32, run: u32| {
-                let mut batch = [[[0; 4]; 2]; BATCH];
-                unroll::<2>(|half| {
-                    // Ranks above the last are computed from it, and never read.
-                    let row = (GROUP * group + 8 * half as u32 + g).min(rank.saturating_sub(1));
-                    let row = a_matrix.plus(I::from_u32(row)).times(I::from_u32(p.in_dim));
-                    let at = a.at(row.plus(I::from_u32(RUN * run + 8 * c)));
-                    unroll::<BATCH>(|i| {
-                        let ahead = RUN * i as u32;
-                        let wanted = group < shares.groups
-                            && run + (i as u32) < runs.1
-                            && RUN * run + 8 * c + ahead < p.in_dim;
-                        // SAFETY: eight elements are inside the row, and aligned.
-                        batch[i][half] = unsafe { at.at(ahead).load16_if::<true>(wanted) };
-                    });
-                });
-                batch
-            };
-            let mut batch = request(group, run);
-            let b = select_slice(p.b, slice);
-            let b_matrix = first_row::<I>(slot, expert, p.b_experts, p.out_dim);
-            let h_row = h_row_bytes(max_rank);
-            let tail = Tail { p: &p, slice, rows, rank, groups, b, b_matrix, list, part, part_row, h, h_row };
-            // SAFETY: the matrix is one of b's.
-            unsafe { tail.prefetch() };
-
-            // The pairs.
-            // SAFETY: a list has room for every tile's rows; who read this one before has met the others since.
-            unsafe { segments.pairs(&p.route, found, list) };
-            barrier::sync();
-            if block == 0 && slice == 0 {
-                // SAFETY: the list holds the tile's pairs.
-                unsafe { segments.keep(&p.route, number, found, list) };
-            }
-            if rank == 0 && accumulate {
-                // Nobody may write the list of the next unit before all have read this one.
-                barrier::sync();
-                continue;
-            }
-            // Columns past the last pair are computed from it, and never read.
-            // SAFETY: the list holds a pair for each row.
-            let pair = unsafe { list.offset(4 * g.min(rows - 1)).load() };
-            let x = I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride));
-            let x = x.plus(I::from_u32(8 * c));
-
-            // 1. Shrink.
-            let (store_at, store_row) = if shares.k_shares > 1 {
-                (warp_parts.offset(4 * warp_k_share * shares.groups * GROUP), warp_part_row)
+        // SAFETY: as the caller promises; the rings are not in use yet.
+        let found = unsafe {
+            if p.finds != 0 {
+                Segments::find::<ROWS>(&p.route, segments, start, p.room)
             } else {
-                (part, part_row)
-            };
-            let mut sum = [0.0f32; 4];
-            while group < shares.groups {
-                let mut columns = [[0u32; 4]; BATCH];
-                unroll::<BATCH>(|i| {
-                    let depth = RUN * (run + i as u32);
-                    let wanted = run + (i as u32) < runs.1 && depth + 8 * c < p.in_dim;
-                    // SAFETY: eight elements from there are inside the row, and aligned.
-                    columns[i] = unsafe { p.x.at(x.plus(I::from_u32(depth))).load16_if::<false>(wanted) };
-                });
-                unroll::<BATCH>(|i| multiply::<E>(&mut sum, batch[i], columns[i]));
-                run += BATCH as u32;
-                if run >= runs.1 {
-                    unroll::<4>(|i| {
-                        let (row, rank) = (2 * c + (i as u32 & 1), GROUP * group + 8 * (i as u32 >> 1) + g);
-                        // SAFETY: there is room for every pair and every group of ranks.
-                        unsafe { store_at.offset(row * store_row + 4 * rank).store(sum[i].to_bits()) };
-                    });
-                    sum = [0.0; 4];
-                    run = runs.0;
-                    group += WARPS / shares.k_shares;
-                }
-                if group < shares.groups {
-                    batch = request(group, run);
-                }
+                Segments::none(segments)
             }
-            if shares.k_shares > 1 {
-                barrier::sync();
-                let fours = shares.groups * GROUP / 4;
-                each_item(rows, fours, |row, four| {
-                    let mut sum = [0.0f32; 4];
-                    let mut share = 0;
-                    while share < shares.k_shares {
-                        let place = warp_parts.offset(row * warp_part_row + 16 * (share * fours + four));
-                        // SAFETY: every warp wrote its columns.
-                        let values = unsafe { place.load16() };
-                        unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
-                        share += 1;
-                    }
-                    // SAFETY: there is room for every pair and every rank.
-                    unsafe { part.offset(row * part_row + 16 * four).store16(sum.map(f32::to_bits)) };
-                });
-            }
+        };
+        // The rings held the scratch of the search.
+        bulk::fence();
+        barrier::sync();
+        let context = Context { p: &p, found, block, blocks, h, sums, landings };
 
-            // 2 and 3: add up, expand.
-            // SAFETY: the block's part is written.
-            unsafe { tail.finish::<E>() };
-            turn ^= 1;
+        // SAFETY: the launch before this one has ended; the warps of each role are whole.
+        unsafe {
+            const EXPAND: u32 = WORKERS;
+            const FILL: u32 = 2 * WORKERS;
+            let warp = thread::warp();
+            if warp < EXPAND {
+                cluster::wait();
+                shrink::<E, FRAGMENTS, ROWS>(&context, shrink_ring);
+            } else if warp < FILL {
+                cluster::wait();
+                expand::<E, I, FRAGMENTS, ROWS>(&context, expand_ring);
+            } else {
+                match warp - FILL {
+                    0 => fill_a::<I>(&context, shrink_ring, ROWS),
+                    1 => {
+                        fill_x::<I>(&context, shrink_ring, ROWS);
+                        if p.finds != 0 {
+                            found.keep(
+                                &p.route,
+                                thread::block() * 32 + thread::lane(),
+                                p.clusters * blocks * 32,
+                            );
+                        }
+                    }
+                    2 => fill_b::<I>(&context, expand_ring, ROWS),
+                    _ => fill_old::<I>(&context, expand_ring, ROWS),
+                }
+                cluster::wait();
+            }
         }
-        // No block may end while another reads its part.
-        cluster::sync_blocks();
+        // No block may end while another may still send to it.
+        cluster::arrive_relaxed();
+        cluster::wait();
     }
 }

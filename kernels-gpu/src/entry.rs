@@ -2,7 +2,7 @@
 //! keeps the table that the build and the host read.
 //!
 //! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
-//! addresses that are not multiples of 8 elements. `decode` has one tile, and none in its name.
+//! addresses that are not multiples of 8 elements.
 
 use crate::tile::TileShape;
 use crate::{adopt, align, decode, route};
@@ -52,6 +52,28 @@ impl TileKind {
     }
 }
 
+/// Pairs of a tile of `decode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DecodeRows {
+    /// 8.
+    M8,
+    /// 16.
+    M16,
+}
+
+impl DecodeRows {
+    /// All of them, the smallest first.
+    pub const ALL: [Self; 2] = [Self::M8, Self::M16];
+
+    /// How many.
+    pub const fn count(self) -> u32 {
+        match self {
+            DecodeRows::M8 => 8,
+            DecodeRows::M16 => 16,
+        }
+    }
+}
+
 /// What an entry point computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
@@ -70,12 +92,14 @@ pub enum Kernel {
     Shrink(Variant),
     /// [`crate::expand`].
     Expand(Variant),
-    /// [`crate::decode`], which has one tile.
+    /// [`crate::decode`].
     Decode {
         /// Type of activations and weights.
         element: ElementType,
         /// Width of offsets.
         index: IndexWidth,
+        /// Pairs of a tile.
+        rows: DecodeRows,
     },
 }
 
@@ -132,7 +156,8 @@ macro_rules! entry_point {
 
 macro_rules! entries {
     (
-        $($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*
+        $($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*;
+        decode [$($decode_tile:literal $Rows:ident $decode_min_blocks:literal,)*]
     ) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
@@ -159,10 +184,12 @@ macro_rules! entries {
                 entries!(@row $kernel $Kernel "f16" F16 "i32" I32 $tile $Tile $min_blocks),
                 entries!(@row $kernel $Kernel "f16" F16 "i64" I64 $tile $Tile $min_blocks),
             )*)*
-            entries!(@decode_row "bf16" Bf16 "i32" I32 2),
-            entries!(@decode_row "bf16" Bf16 "i64" I64 1),
-            entries!(@decode_row "f16" F16 "i32" I32 2),
-            entries!(@decode_row "f16" F16 "i64" I64 1),
+            $(
+                entries!(@decode_row "bf16" Bf16 "i32" I32 $decode_tile $Rows $decode_min_blocks),
+                entries!(@decode_row "bf16" Bf16 "i64" I64 $decode_tile $Rows $decode_min_blocks),
+                entries!(@decode_row "f16" F16 "i32" I32 $decode_tile $Rows $decode_min_blocks),
+                entries!(@decode_row "f16" F16 "i64" I64 $decode_tile $Rows $decode_min_blocks),
+            )*
         ];
 
         /// The entry point `name`, as the emulated machine calls it: on the bytes of its parameter block.
@@ -176,10 +203,12 @@ macro_rules! entries {
                 entries!(@emulate name $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
                 entries!(@emulate name $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
             )*)*
-            entries!(@emulate_decode name "bf16" Bf16 "i32" u32);
-            entries!(@emulate_decode name "bf16" Bf16 "i64" u64);
-            entries!(@emulate_decode name "f16" F16 "i32" u32);
-            entries!(@emulate_decode name "f16" F16 "i64" u64);
+            $(
+                entries!(@emulate_decode name "bf16" Bf16 "i32" u32 $decode_tile $Rows);
+                entries!(@emulate_decode name "bf16" Bf16 "i64" u64 $decode_tile $Rows);
+                entries!(@emulate_decode name "f16" F16 "i32" u32 $decode_tile $Rows);
+                entries!(@emulate_decode name "f16" F16 "i64" u64 $decode_tile $Rows);
+            )*
             // SAFETY: what a caller must promise, the emulated machine checks.
             unsafe {
                 match name {
@@ -204,6 +233,8 @@ macro_rules! entries {
         /// it; ids within the tensors may be anything.
         #[cfg(target_arch = "nvptx64")]
         mod stamped {
+            #[cfg(feature = "sm_90")]
+            use super::DecodeRows;
             use super::TileKind;
             use crate::arch::mma::{Bf16, F16};
 
@@ -255,37 +286,52 @@ macro_rules! entries {
                 entries!(@stamp $kernel $Params "f16" F16 "i32" u32 $tile $Tile);
                 entries!(@stamp $kernel $Params "f16" F16 "i64" u64 $tile $Tile);
             )*)*
-            entries!(@stamp_decode "bf16" Bf16 "i32" u32);
-            entries!(@stamp_decode "bf16" Bf16 "i64" u64);
-            entries!(@stamp_decode "f16" F16 "i32" u32);
-            entries!(@stamp_decode "f16" F16 "i64" u64);
+            $(
+                entries!(@stamp_decode "bf16" Bf16 "i32" u32 $decode_tile $Rows);
+                entries!(@stamp_decode "bf16" Bf16 "i64" u64 $decode_tile $Rows);
+                entries!(@stamp_decode "f16" F16 "i32" u32 $decode_tile $Rows);
+                entries!(@stamp_decode "f16" F16 "i64" u64 $decode_tile $Rows);
+            )*
         }
     };
-    (@decode_row $dtype:literal $E:ident $index:literal $I:ident $min_blocks:literal) => {
+    (@decode_row $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Rows:ident $min_blocks:literal) => {
         Entry {
-            name: concat!("decode_", $dtype, "_", $index),
-            kernel: Kernel::Decode { element: ElementType::$E, index: IndexWidth::$I },
+            name: concat!("decode_", $dtype, "_", $index, "_", $tile),
+            kernel: Kernel::Decode {
+                element: ElementType::$E,
+                index: IndexWidth::$I,
+                rows: DecodeRows::$Rows,
+            },
             threads: decode::THREADS,
             min_blocks: $min_blocks,
             cluster: decode::MAX_CLUSTER,
         }
     };
-    (@emulate_decode $name:ident $dtype:literal $E:ident $index:literal $I:ident) => {
-        if $name == concat!("decode_", $dtype, "_", $index) {
+    (@emulate_decode $name:ident $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Rows:ident) => {
+        if $name == concat!("decode_", $dtype, "_", $index, "_", $tile) {
             return Some(|parameters| {
+                let parameters: crate::params::DecodeParams = bytemuck::pod_read_unaligned(parameters);
                 // SAFETY: what a caller must promise, the emulated machine checks.
-                unsafe { crate::decode::decode::<$E, $I>(bytemuck::pod_read_unaligned(parameters)) }
+                unsafe { entries!(@call_decode $E $I $Rows parameters) }
             });
         }
     };
-    (@stamp_decode $dtype:literal $E:ident $index:literal $I:ident) => {
+    (@call_decode $E:ident $I:ident $Rows:ident $parameters:ident) => {
+        crate::decode::decode::<
+            $E,
+            $I,
+            { DecodeRows::$Rows.count() as usize / 8 },
+            { DecodeRows::$Rows.count() },
+        >($parameters)
+    };
+    (@stamp_decode $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Rows:ident) => {
         #[cfg(feature = "sm_90")]
         const _: () = {
             entry_point! {
-                #[unsafe(export_name = concat!("decode_", $dtype, "_", $index))]
+                #[unsafe(export_name = concat!("decode_", $dtype, "_", $index, "_", $tile))]
                 fn entry(p: crate::params::DecodeParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::decode::decode::<$E, $I>(p) }
+                    unsafe { entries!(@call_decode $E $I $Rows p) }
                 }
             }
         };
@@ -349,4 +395,9 @@ expand Expand ExpandParams [
     "m32" M32 4,
     "m64" M64 3,
     "any" Any 2,
+];
+// One block a multiprocessor: its rings take all shared memory.
+decode [
+    "m8" M8 1,
+    "m16" M16 1,
 ]}

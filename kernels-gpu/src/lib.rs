@@ -37,7 +37,7 @@ pub mod shrink;
 mod slots;
 pub mod tile;
 
-pub use entry::{ENTRIES, ElementType, Entry, IndexWidth, Kernel, TileKind, Variant};
+pub use entry::{DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, TileKind, Variant};
 
 /// A kernel cannot unwind and has nobody to tell: it stops the launch, and the host sees an error.
 /// No shipped kernel reaches this; the build refuses PTX in which formatting code is left.

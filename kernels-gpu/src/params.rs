@@ -3,6 +3,7 @@
 //! 16-bit floats are `u16` here: a block is the same for bf16 and f16, the entry point knows which.
 
 use crate::memory::Global;
+use crate::segments::Room;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
@@ -66,6 +67,9 @@ pub struct Tile {
 }
 
 impl Tile {
+    /// No pairs.
+    pub const EMPTY: Self = Tile { slot: 0, expert: 0, first: 0, rows: 0, rank: 0, reserved: [0; 3] };
+
     /// Part `part` of the tile, `rows` pairs at most; no pairs when the tile ends before it. A route may be
     /// used by kernels of smaller tiles than it was cut into.
     #[inline(always)]
@@ -336,7 +340,7 @@ pub struct ExpandParams {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct DecodeParams {
-    /// The routing. Its results are left for later calls.
+    /// The routing: what to find segments from, whose results are then left for later calls, or where they are.
     pub route: RouteParams,
     /// `[T or P, K]`.
     pub x: Global<u16>,
@@ -360,16 +364,30 @@ pub struct DecodeParams {
     pub out_dim: u32,
     /// S.
     pub slices: u32,
+    /// A number over S gives the tile's part of a unit.
+    pub over_slices: Divider,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// A number over these gives the tile.
+    pub over_parts: Divider,
     /// Matrices of `a` in a slot: E or 1.
     pub a_experts: u32,
     /// Matrices of `b` in a slot: E or 1.
     pub b_experts: u32,
     /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
     pub accumulate: u32,
-    /// Pairs that shared memory has room for.
-    pub room: u32,
+    /// 1: every block finds the segments itself. 0: `route` or `adopt` has left them.
+    pub finds: u32,
+    /// What shared memory has room for; nothing when no segments are to be found.
+    pub room: Room,
+    /// Stages of the ring for shrink.
+    pub shrink_stages: u32,
+    /// Stages of the ring for expand.
+    pub expand_stages: u32,
     /// Clusters of the launch.
     pub clusters: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 #[cfg(test)]

@@ -277,7 +277,7 @@ mod kernel {
                 tiles += quotient(count + p.tile_rows - 1, p.tile_rows);
                 i += 1;
             }
-            let (before, total) = scan::<THREADS>(scratch, [pairs, tiles]);
+            let (before, total) = scan::<THREADS, 2>(scratch, [pairs, tiles]);
             // The shares of the blocks before this one come first.
             if thread::index() < BLOCKS {
                 // SAFETY: two words a block.

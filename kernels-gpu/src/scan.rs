@@ -2,6 +2,7 @@
 
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
+use crate::tile::unroll;
 
 /// Sum over this thread and those before it in its warp. The whole warp must come here.
 #[inline(always)]
@@ -17,31 +18,31 @@ pub fn inclusive(value: u32) -> u32 {
     sum
 }
 
-/// Sums over the threads before this one, and over all, of two numbers at once. The whole block of `THREADS`
-/// threads must come here; `scratch` has two words a warp.
+/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS`
+/// threads must come here; `scratch` has `N` words a warp.
 #[inline(always)]
-pub fn scan<const THREADS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
+pub fn scan<const THREADS: u32, const N: usize>(scratch: Shared, values: [u32; N]) -> ([u32; N], [u32; N]) {
     let sums = values.map(inclusive);
-    let word = |number: u32| scratch.offset(4 * number);
-    // SAFETY: two words a warp; the barriers separate their writers from their readers.
-    unsafe {
-        if thread::lane() == 31 {
-            word(2 * thread::warp()).store(sums[0]);
-            word(2 * thread::warp() + 1).store(sums[1]);
-        }
-        barrier::sync();
-        let mut before = [0u32; 2];
-        let mut total = [0u32; 2];
-        let mut w = 0;
-        while w < THREADS / 32 {
-            let [a, b] = [word(2 * w).load(), word(2 * w + 1).load()];
-            if w < thread::warp() {
-                before = [before[0] + a, before[1] + b];
-            }
-            total = [total[0] + a, total[1] + b];
-            w += 1;
-        }
-        barrier::sync();
-        ([before[0] + sums[0] - values[0], before[1] + sums[1] - values[1]], total)
+    let word = |warp: u32, number: usize| scratch.offset(4 * (N as u32 * warp + number as u32));
+    if thread::lane() == 31 {
+        // SAFETY: `N` words a warp; the barriers separate their writers from their readers.
+        unroll::<N>(|n| unsafe { word(thread::warp(), n).store(sums[n]) });
     }
+    barrier::sync();
+    // Every warp adds up the warps before it, a thread a warp.
+    const { assert!(THREADS / 32 <= 32) };
+    let mut before = [0u32; N];
+    let mut total = [0u32; N];
+    unroll::<N>(|n| {
+        let mut of_warp = 0;
+        if thread::lane() < THREADS / 32 {
+            // SAFETY: as above.
+            of_warp = unsafe { word(thread::lane(), n).load() };
+        }
+        let up_to = inclusive(of_warp);
+        total[n] = warp::shuffle(up_to, 31);
+        before[n] = warp::shuffle(up_to - of_warp, thread::warp()) + sums[n] - values[n];
+    });
+    barrier::sync();
+    (before, total)
 }

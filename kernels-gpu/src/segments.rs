@@ -6,32 +6,69 @@
 //! tiles of active segments come in the order of their first pairs (as the threads see them), those of
 //! inactive pairs last. The pairs of a segment are in ascending order.
 //!
-//! Shared memory, for `room` pairs:
+//! Shared memory that stays, for as many pairs and tiles as [`Room`] says:
 //!
 //! | bytes | what |
 //! |---|---|
-//! | room × 4 | bucket of each pair |
-//! | room × 16 | tiles |
-//! | room × 24 | the table: key, first pair and count of 2 · room places |
-//! | 256 | scratch of the scan, and pairs a warp found |
+//! | pairs × 4 | the pairs, segment after segment |
+//! | tiles × 8 | tiles: slot and expert, first pair, rows and rank |
+//!
+//! and that is free again once they are found ([`scratch_bytes`]):
+//!
+//! | bytes | what |
+//! |---|---|
+//! | places × 16 | the table: key, first pair, count, position of the segment |
+//! | pairs × 4 | the pairs, each segment's in the order of arrival |
+//! | 128 | scratch of the scan |
+//!
+//! The table has as many places as twice the pairs, rounded up to a power of two.
 
-/// Most pairs: four a thread.
-pub const MAX_PAIRS: u32 = 4 * THREADS;
+/// Most pairs.
+pub const MAX_PAIRS: u32 = 1024;
 /// Threads of the block.
-pub const THREADS: u32 = 256;
-/// Bytes for the scan and for the counts of [`MAX_PAIRS`] / 32 warps' worth of pairs.
-const SCRATCH: u32 = 256;
-const _: () = assert!(SCRATCH >= THREADS / 32 * 8 && SCRATCH >= MAX_PAIRS / 32 * 4);
+pub const THREADS: u32 = 640;
+/// Bytes for the scan.
+const SCAN: u32 = 128;
+const _: () = assert!(SCAN >= THREADS / 32 * 4);
 
-/// Pairs that shared memory has room for when `pairs` are to be sorted: a power of two.
-pub const fn room(pairs: u32) -> u32 {
-    let room = pairs.next_power_of_two();
-    if room < 32 { 32 } else { room }
+/// Most slots, and most experts: a number of each, and one more, must fit half a word.
+pub const MAX_NUMBER: u32 = (1 << 16) - 1;
+
+/// What shared memory has room for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(bytemuck::Pod, bytemuck::Zeroable))]
+pub struct Room {
+    /// Pairs: a multiple of 4.
+    pub pairs: u32,
+    /// Tiles: a multiple of 2.
+    pub tiles: u32,
 }
 
-/// Bytes of shared memory for `room` pairs.
-pub const fn shared_bytes(room: u32) -> u32 {
-    room * 44 + SCRATCH
+impl Room {
+    /// Nothing.
+    pub const NONE: Self = Room { pairs: 0, tiles: 0 };
+
+    /// For `pairs` pairs in at most `tiles` tiles.
+    pub const fn new(pairs: u32, tiles: u32) -> Self {
+        Room { pairs: pairs.next_multiple_of(4), tiles: tiles.next_multiple_of(2) }
+    }
+
+    /// Bytes that stay.
+    pub const fn shared_bytes(self) -> u32 {
+        self.pairs * 4 + self.tiles * 8
+    }
+
+    /// Places of the table.
+    const fn places(self) -> u32 {
+        let pairs = self.pairs.next_power_of_two();
+        2 * if pairs < 32 { 32 } else { pairs }
+    }
+
+    /// Bytes that are free again once the segments are found.
+    pub const fn scratch_bytes(self) -> u32 {
+        self.places() * 16 + self.pairs * 4 + SCAN
+    }
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
@@ -39,163 +76,167 @@ pub use kernel::Segments;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{MAX_PAIRS, THREADS};
+    use super::{MAX_PAIRS, Room, THREADS};
     use crate::arch::shared::Shared;
-    use crate::arch::{barrier, thread, warp};
+    use crate::arch::{barrier, thread};
     use crate::params::{RouteParams, Tile, count};
     use crate::route::{bucket, slot_rank};
     use crate::scan::scan;
-    use crate::tile::{quotient, unroll};
+    use crate::tile::unroll;
 
     /// Pairs a thread.
-    const BATCH: usize = (MAX_PAIRS / THREADS) as usize;
+    const BATCH: usize = MAX_PAIRS.div_ceil(THREADS) as usize;
     /// A place of the table that is free; no bucket has this number.
     const FREE: u32 = u32::MAX;
 
-    /// A tile, and the pairs of its segment that come before it.
-    #[derive(Clone, Copy)]
-    pub struct FoundTile {
-        /// The tile.
-        pub tile: Tile,
-        skipped: u32,
-    }
+    /// Words of a place of the table.
+    const FIRST: u32 = 4;
+    const COUNT: u32 = 8;
+    const POSITION: u32 = 12;
 
     /// The segments of a call, cut into tiles, in a block's shared memory.
+    #[derive(Clone, Copy)]
     pub struct Segments {
         start: Shared,
-        room: u32,
+        room: Room,
+        /// Tiles of active pairs: these come first.
+        pub active: u32,
         /// All tiles.
         pub tiles: u32,
     }
 
     impl Segments {
         #[inline(always)]
-        fn bucket_of(&self, pair: u32) -> Shared {
-            self.start.offset(4 * pair)
-        }
-
-        #[inline(always)]
         fn tile_at(&self, number: u32) -> Shared {
-            self.start.offset(4 * self.room + 16 * number)
+            self.start.offset(4 * self.room.pairs + 8 * number)
         }
 
+        /// Where pair `number` of the sorted list is.
         #[inline(always)]
-        fn key(&self, place: u32) -> Shared {
-            self.start.offset(20 * self.room + 4 * place)
+        pub fn pair_at(&self, number: u32) -> Shared {
+            self.start.offset(4 * number)
         }
 
+        /// No segments.
         #[inline(always)]
-        fn first(&self, place: u32) -> Shared {
-            self.key(2 * self.room + place)
+        pub fn none(start: Shared) -> Self {
+            Segments { start, room: Room::NONE, active: 0, tiles: 0 }
         }
 
-        #[inline(always)]
-        fn count(&self, place: u32) -> Shared {
-            self.key(4 * self.room + place)
-        }
-
-        #[inline(always)]
-        fn scratch(&self) -> Shared {
-            self.start.offset(44 * self.room)
-        }
-
-        /// Finds them. The whole block must come here, with the same `start` and `room`.
+        /// Empties the table in `scratch`, for `room` pairs. The whole block must come here before it comes to
+        /// [`Segments::find`]; nothing is read that a launch before this one may write.
         ///
         /// # Safety
-        /// Every tensor of `p` must be as its field says, and hold at most `room` pairs.
+        /// `scratch` must have room for the table.
         #[inline(always)]
-        pub unsafe fn find(p: &RouteParams, start: Shared, room: u32) -> Self {
-            let mut found = Segments { start, room, tiles: 0 };
-            let places = 2 * room;
-            let inactive = p.slots * p.experts;
+        pub unsafe fn prepare(scratch: Shared, room: Room) {
+            let mut number = thread::index();
+            while number < room.places() {
+                // SAFETY: the place is in the table.
+                unsafe { scratch.offset(16 * number).store16([FREE, FREE, 0, 0]) };
+                number += THREADS;
+            }
+        }
 
-            // Ask for the ids, then empty the table.
+        /// Finds them, and cuts them into tiles of `ROWS` pairs. The whole block must come here, with the `start`, `scratch` and `room` of
+        /// [`Segments::prepare`], and meet before it uses the result.
+        ///
+        /// # Safety
+        /// Every tensor of `p` must be as its field says, and hold no more than there is room for; `start` and `scratch` must
+        /// have room for them.
+        #[inline(always)]
+        pub unsafe fn find<const ROWS: u32>(
+            p: &RouteParams,
+            start: Shared,
+            scratch: Shared,
+            room: Room,
+        ) -> Self {
+            let mut found = Segments { start, room, active: 0, tiles: 0 };
+            let places = room.places();
+            let inactive = p.slots * p.experts;
+            let place = |number: u32| scratch.offset(16 * number);
+            let arrived = scratch.offset(16 * places);
+            let scan_scratch = arrived.offset(4 * room.pairs);
+            let pair_of = |i: usize| i as u32 * THREADS + thread::index();
+
+            // Ask for the ids.
             let (mut slots, mut experts) = ([u32::MAX; BATCH], [u32::MAX; BATCH]);
             unroll::<BATCH>(|i| {
-                let pair = i as u32 * THREADS + thread::index();
-                if pair < p.pair_count {
+                if pair_of(i) < p.pair_count {
                     // SAFETY: the pair is one of P, its token one of T.
                     unsafe {
-                        slots[i] = p.token_lora.at(p.top_k.quotient(pair)).load();
-                        experts[i] = p.topk_ids.at(pair).load();
+                        slots[i] = p.token_lora.at(p.top_k.quotient(pair_of(i))).load();
+                        experts[i] = p.topk_ids.at(pair_of(i)).load();
                     }
                 }
             });
-            let mut place = thread::index();
-            while place < places {
-                // SAFETY: the place is in the table.
-                unsafe {
-                    found.key(place).store(FREE);
-                    found.first(place).store(FREE);
-                    found.count(place).store(0);
-                }
-                place += THREADS;
-            }
+            // The table is empty.
             barrier::sync();
 
             // Each pair into its bucket's place.
-            let (mut buckets, mut at) = ([FREE; BATCH], [0; BATCH]);
+            let (mut buckets, mut at, mut arrival) = ([FREE; BATCH], [scratch; BATCH], [0; BATCH]);
             let shift = 32 - places.trailing_zeros();
             unroll::<BATCH>(|i| {
-                let pair = i as u32 * THREADS + thread::index();
-                if pair < p.pair_count {
+                if pair_of(i) < p.pair_count {
                     // SAFETY: as the caller promises; the table has twice as many places as there are pairs, so a
                     // free one is found.
                     unsafe {
                         buckets[i] = bucket(p, slots[i], experts[i]);
-                        found.bucket_of(pair).store(buckets[i]);
-                        at[i] = buckets[i].wrapping_mul(0x9e37_79b1) >> shift;
+                        let mut number = buckets[i].wrapping_mul(0x9e37_79b1) >> shift;
                         loop {
-                            let key = found.key(at[i]).compare_exchange(FREE, buckets[i]);
+                            let key = place(number).compare_exchange(FREE, buckets[i]);
                             if key == FREE || key == buckets[i] {
                                 break;
                             }
-                            at[i] = (at[i] + 1) & (places - 1);
+                            number = (number + 1) & (places - 1);
                         }
-                        found.first(at[i]).fetch_min(pair);
-                        found.count(at[i]).fetch_add(1);
+                        at[i] = place(number);
+                        at[i].offset(FIRST).fetch_min(pair_of(i));
+                        arrival[i] = at[i].offset(COUNT).fetch_add(1);
                     }
                 }
             });
             barrier::sync();
 
-            // The first pair of each segment cuts it into tiles.
+            // The first pair of each segment cuts it into tiles. Pairs and tiles are counted in halves of a word.
             let mut counts = [0; BATCH];
-            let (mut pairs, mut tiles) = (0, 0);
+            let mut leads = [false; BATCH];
+            let mut sum = 0;
             unroll::<BATCH>(|i| {
-                let pair = i as u32 * THREADS + thread::index();
-                // SAFETY: the place is in the table.
-                if pair < p.pair_count && unsafe { found.first(at[i]).load() } == pair {
-                    // SAFETY: as above.
-                    counts[i] = unsafe { found.count(at[i]).load() };
-                    if buckets[i] != inactive {
-                        pairs += counts[i];
-                        tiles += quotient(counts[i] + p.tile_rows - 1, p.tile_rows);
+                if pair_of(i) < p.pair_count {
+                    // SAFETY: the place is in the table.
+                    let [_, first, count, _] = unsafe { at[i].load16() };
+                    counts[i] = count;
+                    leads[i] = first == pair_of(i);
+                    if leads[i] && buckets[i] != inactive {
+                        sum += count << 16 | count.div_ceil(ROWS);
                     }
                 }
             });
-            let (before, total) = scan::<THREADS>(found.scratch(), [pairs, tiles]);
-            found.tiles = total[1] + quotient(p.pair_count - total[0] + p.tile_rows - 1, p.tile_rows);
-            let [mut first, mut tile] = before;
+            let ([before], [total]) = scan::<THREADS, 1>(scan_scratch, [sum]);
+            let [active_pairs, active_tiles] = [total >> 16, total & 0xffff];
+            found.active = active_tiles;
+            found.tiles = active_tiles + (p.pair_count - active_pairs).div_ceil(ROWS);
+            let [mut first, mut tile] = [before >> 16, before & 0xffff];
             unroll::<BATCH>(|i| {
-                if counts[i] > 0 {
+                if leads[i] {
                     let is_active = buckets[i] != inactive;
-                    let slot = quotient(buckets[i], p.experts);
+                    // The bucket of inactive pairs is expert 0 of one slot more.
+                    let slot = if is_active { slots[i] } else { p.slots };
                     // SAFETY: the tensors of `p` are as their fields say; there is a tile for every pair.
                     unsafe {
                         let rank = if is_active { slot_rank(p, slot) } else { 0 };
                         let [mut first_here, mut tile_here] =
-                            if is_active { [first, tile] } else { [total[0], total[1]] };
-                        let mut skipped = 0;
-                        while skipped < counts[i] {
-                            let rows = (counts[i] - skipped).min(p.tile_rows);
-                            found.tile_at(tile_here).store16([
-                                buckets[i],
-                                first_here,
-                                skipped,
-                                rows << 16 | rank,
-                            ]);
-                            skipped += rows;
+                            if is_active { [first, tile] } else { [active_pairs, active_tiles] };
+                        at[i].offset(POSITION).store(first_here);
+                        let mut left = counts[i];
+                        while left > 0 {
+                            let rows = left.min(ROWS);
+                            let expert = buckets[i] - slot * p.experts;
+                            let place = found.tile_at(tile_here);
+                            place.store(slot << 16 | expert);
+                            place.offset(4).store(first_here << 16 | rows << 10 | rank);
+                            left -= rows;
                             first_here += rows;
                             tile_here += 1;
                         }
@@ -206,17 +247,35 @@ mod kernel {
                 }
             });
             barrier::sync();
-            found
-        }
 
-        /// Whether tile `number` is of active pairs: these come first.
-        ///
-        /// # Safety
-        /// There must be such a tile.
-        #[inline(always)]
-        unsafe fn is_active(&self, p: &RouteParams, number: u32) -> bool {
-            // SAFETY: as the caller promises.
-            unsafe { self.tile_at(number).load() != p.slots * p.experts }
+            // Each pair into its segment, as it arrived; then in order: a pair's rank is how many of its segment
+            // are smaller.
+            let mut positions = [0; BATCH];
+            unroll::<BATCH>(|i| {
+                if pair_of(i) < p.pair_count {
+                    // SAFETY: the place is in the table; positions are below P.
+                    unsafe {
+                        positions[i] = at[i].offset(POSITION).load();
+                        arrived.offset(4 * (positions[i] + arrival[i])).store(pair_of(i));
+                    }
+                }
+            });
+            barrier::sync();
+            unroll::<BATCH>(|i| {
+                if pair_of(i) < p.pair_count {
+                    let (mut rank, mut other) = (0, 0);
+                    // SAFETY: every pair of the segment has arrived.
+                    unsafe {
+                        while counts[i] > 1 && other < counts[i] {
+                            let pair = arrived.offset(4 * (positions[i] + other)).load();
+                            rank += (pair < pair_of(i)) as u32;
+                            other += 1;
+                        }
+                        found.pair_at(positions[i] + rank).store(pair_of(i));
+                    }
+                }
+            });
+            found
         }
 
         /// Tile `number`.
@@ -224,94 +283,33 @@ mod kernel {
         /// # Safety
         /// There must be such a tile.
         #[inline(always)]
-        pub unsafe fn tile(&self, p: &RouteParams, number: u32) -> FoundTile {
+        pub unsafe fn tile(&self, number: u32) -> Tile {
             // SAFETY: as the caller promises.
-            let [bucket, first, skipped, rows_and_rank] = unsafe { self.tile_at(number).load16() };
-            let slot = quotient(bucket, p.experts);
-            let expert = bucket - slot * p.experts;
-            let (rows, rank) = (rows_and_rank >> 16, rows_and_rank & 0xffff);
-            FoundTile { tile: Tile { slot, expert, first, rows, rank, reserved: [0; 3] }, skipped }
+            let [which, what] = unsafe { [0, 4].map(|word| self.tile_at(number).offset(word).load()) };
+            let (slot, expert) = (which >> 16, which & 0xffff);
+            let (first, rows, rank) = (what >> 16, what >> 10 & 63, what & 1023);
+            Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
         }
 
-        /// Writes the pairs of a tile to `list`, one word a pair. The whole block must come here, and meet before
-        /// anybody reads `list` or comes here again.
+        /// Leaves all where `route` would have left it, for later calls: thread `number` of `threads` takes its share.
         ///
         /// # Safety
-        /// `list` must have room for the tile's rows.
+        /// The tensors of `p` must be as their fields say, and `threads` threads come here.
         #[inline(always)]
-        pub unsafe fn pairs(&self, p: &RouteParams, FoundTile { tile, skipped }: FoundTile, list: Shared) {
-            let bucket = tile.slot * p.experts + tile.expert;
-            let counts = self.scratch();
-            let mut votes = [0; BATCH];
-            unroll::<BATCH>(|i| {
-                if i as u32 * THREADS < p.pair_count {
-                    let pair = i as u32 * THREADS + thread::index();
-                    // SAFETY: the pair's bucket was stored.
-                    let mine = pair < p.pair_count && unsafe { self.bucket_of(pair).load() } == bucket;
-                    votes[i] = warp::ballot(mine);
-                    if thread::lane() == 0 {
-                        let group = i as u32 * (THREADS / 32) + thread::warp();
-                        // SAFETY: a word for every 32 pairs.
-                        unsafe { counts.offset(4 * group).store(votes[i].count_ones()) };
-                    }
-                }
-            });
-            barrier::sync();
-            let mut groups_before = 0;
-            unroll::<BATCH>(|i| {
-                if i as u32 * THREADS < p.pair_count {
-                    // Pairs of the segment before this thread's.
-                    let (mut before, mut here) = (groups_before, 0);
-                    unroll::<{ (THREADS / 32) as usize }>(|w| {
-                        // SAFETY: stored before the barrier.
-                        let count =
-                            unsafe { counts.offset(4 * (i as u32 * (THREADS / 32) + w as u32)).load() };
-                        before += if (w as u32) < thread::warp() { count } else { 0 };
-                        here += count;
-                    });
-                    groups_before += here;
-                    let below = (1u32 << thread::lane()) - 1;
-                    let row = (before + (votes[i] & below).count_ones()).wrapping_sub(skipped);
-                    if votes[i] >> thread::lane() & 1 != 0 && row < tile.rows {
-                        // SAFETY: as the caller promises.
-                        unsafe { list.offset(4 * row).store(i as u32 * THREADS + thread::index()) };
-                    }
-                }
-            });
-        }
-
-        /// Leaves tile `number` where `route` would have left it, for later calls. One block must come here for
-        /// each tile, whole.
-        ///
-        /// # Safety
-        /// `list` must hold the tile's pairs.
-        #[inline(always)]
-        pub unsafe fn keep(
-            &self,
-            p: &RouteParams,
-            number: u32,
-            FoundTile { tile, .. }: FoundTile,
-            list: Shared,
-        ) {
-            // SAFETY: there is room for all tiles and pairs.
+        pub unsafe fn keep(&self, p: &RouteParams, number: u32, threads: u32) {
+            // SAFETY: there is room for all pairs and tiles, and all were found.
             unsafe {
-                if thread::index() < tile.rows {
-                    let pair = list.offset(4 * thread::index()).load();
-                    p.pairs.at(tile.first + thread::index()).store(pair);
+                let mut i = number;
+                while i < p.pair_count {
+                    p.pairs.at(i).store(self.pair_at(i).load());
+                    if i < self.tiles {
+                        p.tiles.at(i).store_tile(self.tile(i));
+                    }
+                    i += threads;
                 }
-                if thread::index() == 0 {
-                    p.tiles.at(number).store_tile(tile);
-                    // Tiles of active pairs come first.
-                    let is_active = tile.slot < p.slots;
-                    if number == 0 && !is_active {
-                        p.counts.at(count::ACTIVE).store(0);
-                    }
-                    if is_active && (number + 1 == self.tiles || !self.is_active(p, number + 1)) {
-                        p.counts.at(count::ACTIVE).store(number + 1);
-                    }
-                    if number == 0 {
-                        p.counts.at(count::ALL).store(self.tiles);
-                    }
+                if number == 0 {
+                    p.counts.at(count::ACTIVE).store(self.active);
+                    p.counts.at(count::ALL).store(self.tiles);
                 }
             }
         }

@@ -221,10 +221,12 @@ impl Gpu {
         if embedded.sm >= CLUSTERS_SINCE {
             let decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
             let entry = ENTRIES.iter().find(decode).expect("the table has decode");
+            let function = gpu.functions[number(entry)].expect("sm_90 has it");
+            // With all the shared memory that a block can have: `decode` takes nearly all.
+            let shared_bytes = gpu.info.shared_bytes;
             for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
-                let shared_bytes = DECODE_SHARED_BYTES;
                 let launch = Launch { entry, blocks: 1 << i, cluster: 1 << i, shared_bytes };
-                *most = launch::most_clusters(gpu.functions[number(entry)].expect("sm_90 has it"), &launch)?;
+                *most = launch::most_clusters(function, &launch)?;
             }
         }
         Ok(gpu)
@@ -310,10 +312,6 @@ impl Gpu {
 fn number(entry: &Entry) -> usize {
     ENTRIES.iter().position(|other| other.kernel == entry.kernel).expect("entries come from the table")
 }
-
-/// Shared memory of a block of `decode` that finds segments among a thousand pairs of rank 128: calls that need
-/// more are rare, and then only wait.
-const DECODE_SHARED_BYTES: u32 = 80 << 10;
 
 /// Why a device cannot be had.
 fn no_device(error: cust::error::CudaError) -> Error {

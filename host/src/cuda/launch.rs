@@ -71,7 +71,8 @@ pub(super) unsafe fn launch<P: Pod>(
 ) -> Result<()> {
     let overlapping = Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
     let clustered = Attribute::new(CLUSTER_DIMENSION, [launch.cluster, 1, 1]);
-    let attributes = match (overlap, launch.cluster > 1) {
+    // Also a cluster of one: its block stores to itself as to another.
+    let attributes = match (overlap, launch.entry.cluster > 1) {
         (true, true) => &[overlapping, clustered][..],
         (true, false) => &[overlapping],
         (false, true) => &[clustered],

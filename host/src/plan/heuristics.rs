@@ -1,7 +1,9 @@
 //! The rules that choose tiles and divide work, each with its reason. docs/PERFORMANCE.md has the
 //! measurements.
 
-use super::{DeviceLimits, TileKind};
+use super::{DecodeRows, DeviceLimits, TileKind};
+use crate::dtype::DType;
+use crate::projection::ProjectionSizes;
 use moe_lora_kernels::decode;
 use moe_lora_kernels::tile::TileShape;
 
@@ -51,26 +53,54 @@ pub(super) fn expand_columns(blocks: u64, out_dim: u32, shape: TileShape, limits
     column_tiles.div_ceil(runs) * shape.columns()
 }
 
-/// Most pairs of a call that `decode` serves better. Of 128 pairs, w13 takes 28 µs and 33 in three launches, w2 the
-/// same in either; one launch costs the host 3 µs, three 8.
-const DECODE_PAIRS: usize = 128;
+/// Pairs a segment up to which `decode` is the faster form.
+const DECODE_SEGMENT: u64 = 12;
 
-/// Whether one launch of clusters is the faster form: while a call is so small that waiting for launches is much
-/// of its time, and its segments are of a pair or two. 64 tokens of Mixtral (128 pairs, 16 segments of large
-/// matrices) take `decode` 60 µs, three launches less than 40.
+/// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost.
 pub(super) fn wants_decode(pairs: usize, buckets: u64) -> bool {
-    pairs <= DECODE_PAIRS && pairs as u64 <= 2 * buckets
+    pairs as u64 <= DECODE_SEGMENT * buckets
 }
 
-/// Blocks of a cluster of `decode`: as many as give every multiprocessor a block. More only make the blocks meet
-/// more often: 64 units take 14.0 µs in clusters of 2, 17.4 of 4 and 18.7 of 8; 16 units 11.2, 8.3 and 8.1.
-pub(super) fn decode_cluster(units: u64, limits: &DeviceLimits, asked: Option<u32>) -> u32 {
-    let most = u64::from(decode::MAX_CLUSTER);
-    let cluster = match asked {
-        Some(asked) => u64::from(asked).clamp(1, most),
-        None => (u64::from(limits.multiprocessors) / units).clamp(2, most),
+/// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`].
+pub(super) fn decode_rows(pairs: usize, buckets: u64) -> DecodeRows {
+    match pairs as u64 / buckets {
+        0..=3 => DecodeRows::M8,
+        _ => DecodeRows::M16,
+    }
+}
+
+/// Bytes a microsecond that a device of the H100's kind streams from memory, and that one multiprocessor alone takes.
+const STREAM: f64 = 3.0e6;
+const STREAM_OF_ONE: f64 = 45e3;
+/// Microseconds that a unit of `decode` takes a block, however small: a chain of waits, not of work.
+const UNIT_TIME: f64 = 1.5;
+
+/// Blocks of a cluster of `decode`: those with which the last unit is done first, if each takes what its bytes take.
+pub(super) fn decode_cluster(
+    pairs: usize,
+    rows: u32,
+    sizes: &ProjectionSizes,
+    limits: &DeviceLimits,
+    asked: Option<u32>,
+) -> u32 {
+    let most = decode::MAX_CLUSTER.ilog2();
+    if let Some(asked) = asked {
+        return 1 << asked.clamp(1, decode::MAX_CLUSTER).ilog2();
+    }
+    // As many segments as uniform routing over all slots leaves without an empty one.
+    let (pairs, buckets) = (pairs as f64, (sizes.slots * sizes.experts) as f64);
+    let segments = buckets * (1.0 - (-pairs / buckets).exp());
+    let tiles = segments.max(pairs / f64::from(rows)).ceil() as u64;
+    let units = tiles * sizes.slices as u64;
+    let bytes = (sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE) as f64;
+    let time = |cluster: u32| {
+        let clusters = decode_clusters(units, cluster, limits);
+        let rate = (STREAM / (clusters * u64::from(cluster)) as f64).min(STREAM_OF_ONE);
+        let unit = (bytes / f64::from(cluster) / rate).max(UNIT_TIME);
+        unit * units.div_ceil(clusters) as f64
     };
-    1 << cluster.ilog2()
+    let sizes = (0..=most).map(|log| 1 << log);
+    sizes.min_by(|one, other| time(*one).total_cmp(&time(*other))).unwrap_or(1)
 }
 
 /// Clusters of `decode`: as many as the device runs at a time, each of which takes one unit after another. With

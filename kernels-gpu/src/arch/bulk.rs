@@ -15,8 +15,8 @@ pub const UNIT: u32 = 16;
 /// `cp.async.bulk.shared::cluster.global`: starts a copy of `bytes` bytes into this block's shared memory, of which
 /// `barrier` counts the bytes in its current phase.
 ///
-/// `ONCE`: nobody reads these bytes again soon, so L2 may give their lines away first (PTX ISA 9.7.9.2,
-/// `evict_first`).
+/// Its operands are uniform registers, so the threads of a warp that ask for copies at once are served one by one, at
+/// some 50 cycles each.
 ///
 /// # Safety
 /// Both addresses and `bytes` must be multiples of [`UNIT`]; `source` must be valid for a read of `bytes` bytes, and
@@ -24,20 +24,13 @@ pub const UNIT: u32 = 16;
 /// this block's threads have stored there before must lie behind a [`fence`] of theirs and a barrier.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn copy<T, const ONCE: bool>(target: Shared, source: Global<T>, bytes: u32, barrier: Mbarrier) {
+pub unsafe fn copy<T>(target: Shared, source: Global<T>, bytes: u32, barrier: Mbarrier) {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: as the caller promises.
     unsafe {
-        if ONCE {
-            asm!("{{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; \
-                  cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [{}], [{}], {}, [{}], policy; }}",
-                in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, in(reg32) barrier.address(),
-                options(nostack));
-        } else {
-            asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
-                in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, in(reg32) barrier.address(),
-                options(nostack));
-        }
+        asm!("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+            in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, in(reg32) barrier.address(),
+            options(nostack));
     }
     #[cfg(feature = "emulate")]
     emulate::start_bulk_copy(target.address(), source.address(), bytes, barrier.address());

@@ -2,11 +2,8 @@
 //! other's shared memory (PTX ISA 5.1.7.1 and 9.7.12.4, `.shared::cluster`, `barrier.cluster`, `mapa`). The
 //! launch says how many blocks it has. Below sm_90 there are no clusters: no entry point there uses one.
 
-use super::barrier;
 use super::mbarrier::RemoteMbarrier;
 use super::shared::Shared;
-#[cfg(target_arch = "nvptx64")]
-use super::thread;
 #[cfg(feature = "emulate")]
 use crate::emulate;
 #[cfg(target_arch = "nvptx64")]
@@ -59,6 +56,21 @@ pub fn arrive() {
     emulate::arrive_cluster();
 }
 
+/// As [`arrive`], but shows nobody what this thread has done before: for barriers that only say where threads are,
+/// and for [`super::mbarrier::publish`], which is a release of its own. A release waits until all accesses before it
+/// are visible to the whole device (`MEMBAR.ALL.GPU`), about a microsecond after stores to device memory.
+#[inline(always)]
+#[track_caller]
+pub fn arrive_relaxed() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("barrier.cluster.arrive.relaxed.aligned;", options(nostack))
+    }
+    #[cfg(feature = "emulate")]
+    emulate::arrive_cluster();
+}
+
 /// The second half of [`sync`]: waits until all threads of the cluster have arrived. The whole warp must come
 /// here.
 #[inline(always)]
@@ -80,27 +92,6 @@ pub fn wait() {
 #[track_caller]
 pub fn sync() {
     arrive();
-    wait();
-}
-
-/// All blocks of the cluster meet, each after its own threads have met: as [`barrier::sync`] and then [`sync`], at
-/// less cost. The first warp of each block releases what all of the block have done (a release is cumulative, PTX
-/// ISA 8.8), where otherwise every warp would wait until its own accesses are visible to the whole device.
-#[inline(always)]
-#[track_caller]
-pub fn sync_blocks() {
-    barrier::sync();
-    #[cfg(target_arch = "nvptx64")]
-    // SAFETY: ordering only; the branch is the same for a whole warp.
-    unsafe {
-        if thread::warp() == 0 {
-            asm!("barrier.cluster.arrive.release.aligned;", options(nostack));
-        } else {
-            asm!("barrier.cluster.arrive.relaxed.aligned;", options(nostack));
-        }
-    }
-    #[cfg(feature = "emulate")]
-    emulate::arrive_cluster();
     wait();
 }
 

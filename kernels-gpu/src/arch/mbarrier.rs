@@ -135,7 +135,10 @@ impl RemoteMbarrier {
         self.0.address()
     }
 
-    /// `mbarrier.arrive.release.cluster.shared::cluster`: as [`Mbarrier::arrive`].
+    /// `mbarrier.arrive.shared::cluster`: says that this thread, and what [met](super::barrier) before it, has read what
+    /// it had to read, so that whoever waits may have it overwritten. It shows nobody any *writes*: its release is for this block
+    /// alone, since for a cluster ptxas makes it wait until all accesses are visible to the whole device
+    /// (`MEMBAR.ALL.GPU`), a microsecond.
     ///
     /// # Safety
     /// The barrier must be initialised, and its block must not have ended.
@@ -145,7 +148,7 @@ impl RemoteMbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [{}];", in(reg32) self.address(), options(nostack));
+            asm!("mbarrier.arrive.shared::cluster.b64 _, [{}];", in(reg32) self.address(), options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::arrive_mbarrier(self.address(), 0);

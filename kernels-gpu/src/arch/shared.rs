@@ -123,6 +123,28 @@ impl Shared {
         }
     }
 
+    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Shared::load16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16_if(self, wanted: bool) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}",
+                    in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
+                    in(reg32) self.0, options(nostack, readonly));
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        if wanted { emulate::load_shared(self.0) } else { [0; 4] }
+    }
+
     /// `atom.shared.cas.b32`: stores `value` where `expected` was, and returns what was there
     /// (PTX ISA 9.7.12.4).
     ///

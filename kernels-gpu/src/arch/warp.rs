@@ -30,6 +30,26 @@ pub fn shuffle_up(value: u32, distance: u32) -> u32 {
     }
 }
 
+/// `shfl.sync.idx`: the value of thread `lane`. The whole warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn shuffle(value: u32, lane: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("shfl.sync.idx.b32 {}, {}, {}, 31, {};",
+                out(reg32) result, in(reg32) value, in(reg32) lane, in(reg32) ALL, options(nostack));
+        }
+        result
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::shuffle(value, lane)
+    }
+}
+
 /// `vote.sync.ballot`: bit i is set where thread i of the warp says so. The whole warp must come here.
 #[inline(always)]
 #[track_caller]

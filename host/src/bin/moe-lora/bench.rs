@@ -1,7 +1,7 @@
 use crate::DTypeArg;
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DeviceBuffer, Form, Gpu, Options, Queue, TileKind};
+use moe_lora::cuda::{DecodeRows, DeviceBuffer, Form, Gpu, Options, Queue, TileKind};
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes,
     Route, RoutingTensors, Rows, View, XRows,
@@ -32,6 +32,9 @@ pub struct Args {
     /// Only cases of this projection: w13 or w2
     #[arg(long)]
     op: Option<String>,
+    /// Only cases of this rank
+    #[arg(long)]
+    rank: Option<usize>,
     /// Type of activations and weights
     #[arg(long, default_value = "bf16")]
     dtype: DTypeArg,
@@ -344,6 +347,7 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     let wanted = |case: &Case| {
         (args.tokens.is_empty() || args.tokens.contains(&case.tokens))
             && args.op.as_deref().is_none_or(|op| op == case.op)
+            && args.rank.is_none_or(|rank| rank == case.rank)
     };
     for (seed, case) in cases().into_iter().enumerate().filter(|(_, case)| wanted(case)) {
         let timed = match args.dtype {
@@ -366,8 +370,14 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
 /// As planned, and every form, tile and cluster that a plan could choose.
 fn ways() -> Vec<Options> {
     let mut ways = vec![Options::default()];
-    let decode = Options { form: Some(Form::Decode), ..Options::default() };
-    ways.extend([1, 2, 4, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
+    for rows in DecodeRows::ALL {
+        ways.extend([1, 2, 4, 8].map(|cluster| Options {
+            form: Some(Form::Decode),
+            rows: Some(rows),
+            cluster: Some(cluster),
+            ..Options::default()
+        }));
+    }
     let tiles = [TileKind::M16, TileKind::M32, TileKind::M64];
     ways.extend(tiles.map(|tile| Options { tile: Some(tile), ..Options::default() }));
     ways
