@@ -79,7 +79,7 @@ fn reports(expected: &str, launch: impl Fn(u64) -> Result<Vec<u32>, Box<Report>>
         let report = launch(seed).expect_err(expected).to_string();
         assert!(report.starts_with("kernel, block "), "{report}");
         assert!(report.contains(expected), "{expected:?} is not in: {report}");
-        assert!(report.contains("machine.rs:"), "{report}");
+        assert!(report.contains("tests/machine"), "{report}");
     }
 }
 
@@ -578,3 +578,6 @@ fn device_memory_that_nobody_wrote_is_reported() {
         })],
     );
 }
+
+#[path = "machine/mbarrier.rs"]
+mod mbarrier;

@@ -1,10 +1,14 @@
 //! One block of the cluster that runs: its shared memory, its threads, and where they are.
 
 use super::instruction::Operation;
+use super::mbarrier::Mbarrier;
+use super::named::Named;
+use super::order::{Knowledge, Place};
 use super::shadow::{Shadow, Touch};
 use super::warp::LANES;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::Location;
+use std::rc::Rc;
 
 /// Shared memory is read and written in whole words.
 pub(super) const WORD: usize = 4;
@@ -23,9 +27,12 @@ pub(super) struct Block {
     pub at_barrier: usize,
     /// Threads that have ended.
     pub ended: usize,
-    /// The access to this block's memory by another that is the last to be in order with anything: that which
-    /// has arrived at most cluster barriers.
-    pub visitor: Option<Touch>,
+    /// The last access to this block's memory by each thread of another, by block and thread.
+    pub visitors: BTreeMap<u32, Vec<Option<Touch>>>,
+    /// By their first bytes.
+    pub mbarriers: BTreeMap<usize, Mbarrier>,
+    /// Barriers of some threads at which somebody waits, by their numbers.
+    pub named: BTreeMap<u32, Named>,
     /// Whether all threads that let the next launch start had waited for the one before; `None`: nobody did.
     pub let_next_start: Option<bool>,
 }
@@ -40,6 +47,7 @@ pub(super) struct Thread {
     pub passed: u16,
     /// Whether the launch before this one was waited for, by it or by somebody before a barrier.
     pub has_waited: bool,
+    pub place: Place,
     /// Copies that were started and belong to no group yet.
     pub open: Vec<Copy>,
     /// Groups of copies under way, the oldest first.
@@ -74,12 +82,14 @@ impl Block {
     /// another's.
     pub fn new(number: u32, threads: u32, shared: Vec<u8>, mut shadow: Shadow) -> Self {
         shadow.clear();
+        let known: Rc<Knowledge> = Rc::default();
         let thread = || Thread {
             state: State::Ready,
             arrived: 0,
             waited: 0,
             passed: 0,
             has_waited: false,
+            place: Place { known: known.clone(), stamp: 0, fenced: 0 },
             open: Vec::new(),
             groups: VecDeque::new(),
             result: [0; 4],
@@ -94,7 +104,9 @@ impl Block {
             warps: std::iter::repeat_with(warp).take(threads as usize / LANES).collect(),
             at_barrier: 0,
             ended: 0,
-            visitor: None,
+            visitors: BTreeMap::new(),
+            mbarriers: BTreeMap::new(),
+            named: BTreeMap::new(),
             let_next_start: None,
         }
     }

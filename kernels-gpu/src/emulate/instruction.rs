@@ -18,6 +18,7 @@ const WINDOW: u32 = 1 << 24;
 pub(super) enum Operation {
     None,
     ShuffleUp(u32, u32),
+    Sync,
     Ballot(bool),
     LoadMatrices(u32),
     Mma(ElementType, Fragments),
@@ -30,6 +31,7 @@ impl Operation {
         match self {
             Operation::None => "nothing",
             Operation::ShuffleUp(..) => "shfl.sync",
+            Operation::Sync => "bar.warp.sync",
             Operation::Ballot(_) => "vote.sync",
             Operation::LoadMatrices(_) => "ldmatrix",
             Operation::Mma(..) => "mma.sync",
@@ -91,6 +93,10 @@ impl Machine {
         let thread = |lane: usize| Id { thread: first.thread + lane as u32, ..first };
         Ok(match operation {
             Operation::None => [[0; 4]; LANES],
+            Operation::Sync => {
+                self.unite(first.rank, first.thread..first.thread + LANES as u32);
+                [[0; 4]; LANES]
+            }
             Operation::ShuffleUp(..) => {
                 let operands = operations.map(|operation| match operation {
                     Operation::ShuffleUp(value, distance) => (value, distance),
@@ -126,6 +132,8 @@ impl Machine {
                         return Err(Fault::BarrierOrder);
                     }
                     state.arrived += 1;
+                    let release = self.release(thread(lane));
+                    self.cluster_gathering.add(&release);
                 }
                 self.at_cluster_barrier += LANES;
                 self.release_cluster();
@@ -150,7 +158,7 @@ impl Machine {
     }
 
     /// The block of the cluster that an address of the cluster's shared memory is in, and the address there.
-    fn owner(&self, id: Id, address: u32) -> (u32, u32) {
+    pub(super) fn owner(&self, id: Id, address: u32) -> (u32, u32) {
         match (address / WINDOW).checked_sub(1) {
             Some(owner) => (owner, address % WINDOW),
             None => (id.rank, address),
@@ -245,6 +253,8 @@ pub(crate) fn wait_cluster() {
         let thread = machine.thread(id);
         thread.waited += 1;
         thread.passed = thread.passed.max(thread.waited);
+        let news = machine.cluster_knowledge.clone();
+        machine.acquire(id, &news);
         Ok(())
     });
 }
@@ -278,6 +288,12 @@ fn meet(operation: Operation) -> [u32; 4] {
 #[track_caller]
 pub(crate) fn shuffle_up(value: u32, distance: u32) -> u32 {
     meet(Operation::ShuffleUp(value, distance))[0]
+}
+
+/// `bar.warp.sync`.
+#[track_caller]
+pub(crate) fn sync_warp() {
+    meet(Operation::Sync);
 }
 
 /// `vote.sync.ballot`.
@@ -383,6 +399,12 @@ pub(crate) fn start_copy(target: u32, source: u64, bytes: u32) {
         machine.thread(id).open.push(Copy { target, source, bytes });
         Ok(())
     });
+}
+
+/// `fence.proxy.async`.
+pub(crate) fn fence_copies() {
+    let (id, _) = running();
+    with(|machine| machine.fence(id));
 }
 
 /// `cp.async.commit_group`.

@@ -5,6 +5,7 @@
 
 use super::block::{Block, State, WORD};
 use super::memory::{Buffer, Clash, Memory};
+use super::order::{Gathering, Knowledge, Order};
 use super::report::{Fault, Report};
 use super::shadow::{By, Conflict, Kind, Now, Shadow, Touch};
 use super::warp::LANES;
@@ -72,6 +73,11 @@ pub(super) struct Machine {
     pub at_cluster_barrier: usize,
     /// Cluster barriers that the cluster has passed.
     pub cluster_barriers: u16,
+    /// What the threads let each other know that arrive at cluster barriers, and what they had at the last that the
+    /// cluster has passed.
+    pub cluster_gathering: Gathering,
+    pub cluster_knowledge: Rc<Knowledge>,
+    pub order: Order,
     /// Threads that may run.
     pub ready: Vec<Id>,
     random: Random,
@@ -215,6 +221,9 @@ impl Machine {
             blocks: (0..launch.cluster).map(block).collect(),
             at_cluster_barrier: 0,
             cluster_barriers: 0,
+            cluster_gathering: Gathering::default(),
+            cluster_knowledge: Rc::default(),
+            order: Order::default(),
             ready: Vec::new(),
             random,
             report: None,
@@ -227,6 +236,9 @@ impl Machine {
         let fresh = used.map(|(block, number)| Block::new(number, threads, block.shared, block.shadow));
         self.blocks = fresh.collect();
         (self.at_cluster_barrier, self.cluster_barriers) = (0, 0);
+        (self.cluster_gathering, self.cluster_knowledge) = Default::default();
+        let stamp = self.order.next_stamp();
+        self.blocks.iter_mut().flat_map(|block| &mut block.threads).for_each(|it| it.place.stamp = stamp);
         let ranks = 0..self.blocks.len() as u32;
         self.ready = ranks.flat_map(|rank| (0..threads).map(move |thread| Id { rank, thread })).collect();
     }
@@ -267,14 +279,21 @@ impl Machine {
     }
 
     /// The last thread of a block has ended: nobody may use its shared memory from here on, and whoever has used
-    /// it must have arrived, since, at a cluster barrier that the block has waited for.
+    /// it must have arrived, since, at a cluster barrier that the block has waited for, or have let one of its
+    /// threads know in another way.
     fn end_block(&mut self, id: Id) {
+        let known = self.block_knowledge(id.rank);
+        if let Some((place, by)) = self.unfinished_copy(id, &known) {
+            self.report(id, Some(by.at), Fault::EndsBeforeCopy { place, by });
+        }
         let block = self.block(id);
-        let (number, visitor, let_next_start) = (block.number, block.visitor, block.let_next_start);
+        let (number, let_next_start) = (block.number, block.let_next_start);
         let passed = block.threads.iter().map(|thread| thread.passed).max().unwrap_or(0);
         let has_waited = block.threads.iter().any(|thread| thread.has_waited);
+        let mut visitors = block.visitors.values().flatten().flatten();
+        let is_late = |touch: &&Touch| touch.arrived >= passed && !known.has_seen(touch.actor, touch.stamp);
+        let late = visitors.find(is_late).copied();
         self.memory.launch().end_block(has_waited, let_next_start);
-        let late = visitor.filter(|touch| touch.arrived >= passed);
         if let Some(touch @ Touch { by: By::Thread { block, thread }, .. }) = late {
             let visitor = Id { rank: block - self.blocks[0].number, thread: thread.into() };
             self.report(visitor, Some(touch.at), absent(touch.kind, number, "may have ended by then"));
@@ -318,7 +337,7 @@ impl Machine {
         let lines = fates
             .iter()
             .map(|((block, fate), threads)| format!("  threads {}{} {fate}", runs(threads), of(*block)));
-        let threads = lines.collect::<Vec<_>>().join("\n");
+        let threads = lines.chain(self.open_phases()).collect::<Vec<_>>().join("\n");
         if let Some((id, at)) = first {
             self.report(id, Some(at), Fault::Divergence { threads });
         }
@@ -335,7 +354,9 @@ impl Machine {
         if !block.waits_in_whole_warps() {
             return self.diverged();
         }
-        self.ready.extend(block.pass_barrier().map(|thread| Id { rank, thread }));
+        let threads: Vec<u32> = block.pass_barrier().collect();
+        self.unite_block(rank, &threads);
+        self.ready.extend(threads.into_iter().map(|thread| Id { rank, thread }));
     }
 
     /// Lets the cluster pass its barrier once all threads that have not ended have arrived (PTX ISA 9.7.12.3).
@@ -345,6 +366,7 @@ impl Machine {
             return;
         }
         (self.at_cluster_barrier, self.cluster_barriers) = (0, self.cluster_barriers + 1);
+        self.cluster_knowledge = self.cluster_gathering.knowledge();
         for (rank, block) in self.blocks.iter_mut().enumerate() {
             for (number, thread) in block.threads.iter_mut().enumerate() {
                 if matches!(thread.state, State::Waits(CLUSTER_WAIT, _)) {
@@ -361,12 +383,16 @@ impl Machine {
         let thread = &block.threads[id.thread as usize];
         let number = id.thread as u16;
         let by = By::Thread { block: block.number, thread: number };
+        let (actor, stamp) = (Self::actor(id), thread.place.stamp);
         Now {
-            touch: Touch { by, epoch: block.epoch, arrived: thread.arrived, kind, at },
+            touch: Touch { by, epoch: block.epoch, arrived: thread.arrived, actor, stamp, kind, at },
             block: block.number,
             thread: number,
             passed: thread.passed,
             cluster: self.blocks.len() as u32,
+            actor,
+            known: thread.place.known.clone(),
+            fenced: thread.place.fenced,
         }
     }
 
@@ -378,6 +404,18 @@ impl Machine {
         bytes: u32,
         now: &Now,
     ) -> Result<Range<usize>, Fault> {
+        self.shared_at(owner, address, bytes, bytes, now)
+    }
+
+    /// As [`Machine::shared`], for an access at a multiple of `alignment`.
+    pub(super) fn shared_at(
+        &mut self,
+        owner: u32,
+        address: u32,
+        bytes: u32,
+        alignment: u32,
+        now: &Now,
+    ) -> Result<Range<usize>, Fault> {
         let block = &mut self.blocks[owner as usize];
         let byte = i64::from(address) - i64::from(SHARED_BASE);
         let allocated = block.shared.len() as u32;
@@ -385,12 +423,9 @@ impl Machine {
             return Err(Fault::SharedOutOfBounds { byte, bytes, allocated });
         }
         let number = block.number;
-        let place = |byte: usize| match number == now.block {
-            true => format!("byte {byte} of shared memory"),
-            false => format!("byte {byte} of block {number}'s shared memory"),
-        };
-        if !address.is_multiple_of(bytes) {
-            return Err(Fault::Misaligned { place: place(byte as usize), bytes: bytes.into() });
+        let place = |byte: usize| shared_place(byte, number, now.block);
+        if !address.is_multiple_of(alignment) {
+            return Err(Fault::Misaligned { place: place(byte as usize), bytes: alignment.into() });
         }
         if number != now.block {
             if now.passed == 0 {
@@ -399,8 +434,12 @@ impl Machine {
             if block.has_ended() {
                 return Err(absent(now.touch.kind, number, "may have ended by then"));
             }
-            if block.visitor.is_none_or(|before| before.arrived <= now.touch.arrived) {
-                block.visitor = Some(now.touch);
+            // A store that the owner's mbarrier counts must have landed by then: see `unfinished_copy`.
+            if now.touch.kind != Kind::CopyStart {
+                let visitors = block.visitors.entry(now.block).or_default();
+                let thread = usize::from(now.thread);
+                visitors.resize(visitors.len().max(thread + 1), None);
+                visitors[thread] = Some(now.touch);
             }
         }
         let range = byte as usize..(byte as usize + bytes as usize);
@@ -435,7 +474,7 @@ impl Machine {
             return Err(Fault::Misaligned { place: place(start), bytes: alignment });
         }
         let (allocation, range) = (part.0, part.1.start + start..part.1.start + start + bytes as usize);
-        let writes = now.touch.kind != Kind::Read;
+        let writes = now.touch.kind.writes();
         match shadow {
             Some(shadow) => shadow
                 .touch(start..start + bytes as usize, now)
@@ -469,6 +508,14 @@ impl Machine {
     }
 }
 
+/// A byte of the shared memory of block `owner`, as block `block` sees it.
+pub(super) fn shared_place(byte: usize, owner: u32, block: u32) -> String {
+    match owner == block {
+        true => format!("byte {byte} of shared memory"),
+        false => format!("byte {byte} of block {owner}'s shared memory"),
+    }
+}
+
 /// A fault of an access to the shared memory of block `block`.
 fn absent(kind: Kind, block: u32, why: &'static str) -> Fault {
     Fault::Absent { what: kind.name(), block, why }
@@ -479,5 +526,13 @@ fn fault(conflict: Conflict, now: &Now, place: impl Fn(usize) -> String) -> Faul
         Conflict::Race(byte, other) => Fault::Race { what: now.touch.kind.name(), place: place(byte), other },
         Conflict::CopyUnderWay(byte, by) => Fault::CopyUnderWay { place: place(byte), by },
         Conflict::Unwritten(byte) => Fault::Unwritten { place: place(byte) },
+        Conflict::Unfenced(byte, by) => Fault::Unfenced { place: place(byte), by },
+        Conflict::Mbarrier(byte, by) => {
+            let what = now.touch.kind.name();
+            Fault::Mbarrier { place: place(byte), why: format!("{what} of a barrier, after {by}") }
+        }
+        Conflict::NoMbarrier(byte) => {
+            Fault::Mbarrier { place: place(byte), why: "use of what was not initialised".to_owned() }
+        }
     }
 }

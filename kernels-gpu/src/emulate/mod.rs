@@ -11,29 +11,41 @@
 //! | shared memory | inside the block's allocation, aligned, read only where somebody wrote |
 //! | another block's shared memory | also: of a block that is sure to have started, and not to have ended |
 //! | `cp.async` | data lands when its group is waited for; any access before that is reported |
-//! | races | two accesses, one of them writing, that no barrier of the block or the cluster puts in order; atomics apart |
+//! | `cp.async.bulk`, `st.async` | data lands when the phase that counts it completes; any access before that is reported, and the end of the block before it |
+//! | `fence.proxy.async` | lies between a store to shared memory and a bulk copy to the same place |
+//! | mbarriers | initialised, before any use and once; shown to other blocks and to copies; no more arrivals and bytes than a phase takes; no phase missed by who waits |
+//! | races | two accesses, one of them writing, that nothing puts in order: a barrier of the block, of some of its threads, of the cluster, `bar.warp.sync`, an mbarrier's phase; atomics apart |
 //! | overlap of launches | nothing that a launch which may still run writes is used, nothing that it reads is written |
 //! | barriers, warp-wide operations | all threads that must come come, to the same line |
 //! | offsets | products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap |
 //!
-//! Not modelled: memory order within a warp (a warp-wide operation orders nothing here), and timing. Launches
-//! follow one another; that they may overlap shows in what is reported.
+//! Not modelled: memory order within a warp (of the warp-wide operations only `bar.warp.sync` orders anything
+//! here), timing, and the proxies of device memory (a bulk copy reads what a thread of the same launch has stored
+//! there without asking for a fence). Launches follow one another; that they may overlap shows in what is reported.
 
 mod block;
 mod instruction;
 mod machine;
+mod mbarrier;
 mod memory;
+mod named;
+mod order;
 mod overlap;
 mod report;
 mod shadow;
 mod warp;
 
 pub(crate) use instruction::{
-    arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, let_next_start, load_global,
-    load_matrices, load_shared, map_shared, mma, overflow, shuffle_up, start_copy, store_global,
-    store_shared, sync_block, thread, trap, update_shared, wait_cluster, wait_for_copies, wait_for_previous,
+    arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies, let_next_start,
+    load_global, load_matrices, load_shared, map_shared, mma, overflow, shuffle_up, start_copy, store_global,
+    store_shared, sync_block, sync_warp, thread, trap, update_shared, wait_cluster, wait_for_copies,
+    wait_for_previous,
+};
+pub(crate) use mbarrier::{
+    arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store, wait_mbarrier,
 };
 pub use memory::{Buffer, Memory};
+pub(crate) use named::sync_some;
 pub use report::{Fault, Report};
 
 use crate::Entry;

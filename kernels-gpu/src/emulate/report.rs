@@ -59,12 +59,45 @@ pub enum Fault {
         /// Which byte of what.
         place: String,
     },
-    /// An access to the target of a `cp.async` whose group nobody has waited for.
+    /// An access to the target of a copy that nobody has waited for.
     CopyUnderWay {
         /// Which byte of what.
         place: String,
         /// Who started the copy.
         by: Touch,
+    },
+    /// A copy by the copy engine to where a thread has stored, and nobody has shown that to the engine.
+    Unfenced {
+        /// Which byte of what.
+        place: String,
+        /// The store.
+        by: Touch,
+    },
+    /// A copy of bytes that the copy engine does not take.
+    CopyUnit {
+        /// Bytes asked for.
+        bytes: u32,
+    },
+    /// A block that need not wait for a copy to its shared memory before it ends.
+    EndsBeforeCopy {
+        /// Which byte of what.
+        place: String,
+        /// Who started the copy.
+        by: Touch,
+    },
+    /// What an mbarrier is not for.
+    Mbarrier {
+        /// Its first byte, or the first that is concerned.
+        place: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A barrier of some threads that two of them count differently.
+    BarrierCount {
+        /// Its number.
+        number: u32,
+        /// Threads, as they say.
+        threads: [u32; 2],
     },
     /// Two accesses, one of them a write, that nothing puts in order.
     Race {
@@ -150,6 +183,17 @@ impl fmt::Display for Fault {
             Fault::Unwritten { place } => write!(f, "read of {place}, which nobody wrote"),
             Fault::CopyUnderWay { place, by } => {
                 write!(f, "access to {place}, where a copy is under way: started by {by}")
+            }
+            Fault::Unfenced { place, by } => {
+                write!(f, "bulk copy to {place} without a fence.proxy.async between it and {by}")
+            }
+            Fault::CopyUnit { bytes } => write!(f, "bulk copy of {bytes} bytes, which is not in units of 16"),
+            Fault::EndsBeforeCopy { place, by } => {
+                write!(f, "the block may end before a copy to {place} has landed: started by {by}")
+            }
+            Fault::Mbarrier { place, why } => write!(f, "mbarrier at {place}: {why}"),
+            Fault::BarrierCount { number, threads: [one, other] } => {
+                write!(f, "barrier {number} of {one} threads, and of {other}")
             }
             Fault::Race { what, place, other } => write!(f, "race: {what} of {place} after {other}"),
             Fault::Overlap { what, place, kernel } => {

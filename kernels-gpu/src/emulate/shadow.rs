@@ -1,16 +1,19 @@
 //! Who touched what, and when: one cell a granule of memory.
 //!
-//! Two things put accesses in order. A block's barrier puts all that its threads did before it before all
+//! Three things put accesses in order. A block's barrier puts all that its threads did before it before all
 //! that they do after it; time in a block is the number of barriers passed. A cluster's barrier puts what a
-//! thread did before it *arrived* before what any thread of the cluster does once it has *waited*. Two blocks
-//! of no common cluster are never in order.
+//! thread did before it *arrived* before what any thread of the cluster does once it has *waited*. And whatever else
+//! threads of a cluster meet at or wait for: see [`super::order`]. Two blocks of no common cluster are never in
+//! order.
 //!
 //! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as one,
-//! by all who might have been last ([`By`]).
+//! by all who might have been last ([`By`], and exactly who of a cluster: [`Actors`]).
 
+use super::order::{Actor, Actors, Before, Histories, Knowledge};
 use std::fmt;
 use std::ops::Range;
 use std::panic::Location;
+use std::rc::Rc;
 
 /// Whose an access was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +38,16 @@ pub struct Touch {
     pub(super) epoch: u32,
     /// Cluster barriers that the thread had arrived at.
     pub(super) arrived: u16,
+    /// Whose access it was in the order of the cluster, and its stamp there; of one alone.
+    pub(super) actor: Actor,
+    pub(super) stamp: u32,
     pub(super) kind: Kind,
     /// The line.
     pub at: &'static Location<'static>,
 }
 
 /// An access that is about to be made.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Now {
     pub touch: Touch,
     pub block: u32,
@@ -50,6 +56,19 @@ pub(super) struct Now {
     pub passed: u16,
     /// Blocks of a cluster.
     pub cluster: u32,
+    /// The thread in the order of the cluster.
+    pub actor: Actor,
+    /// What it knows to have happened before.
+    pub known: Rc<Knowledge>,
+    /// The stamp below which its own accesses lie behind a `fence.proxy.async`.
+    pub fenced: u32,
+}
+
+impl Now {
+    /// True when an access of the cluster comes before by way of a `fence.proxy.async`.
+    fn has_fenced(&self, actor: Actor, stamp: u32) -> bool {
+        if actor == self.actor { self.fenced > stamp } else { self.known.has_fenced(actor, stamp) }
+    }
 }
 
 /// What an access does.
@@ -61,18 +80,47 @@ pub(super) enum Kind {
     Atomic,
     /// An asynchronous copy is started: its target may not be touched.
     CopyStart,
+    /// A copy by the copy engine is started. It does not see what threads store, unless a fence shows it.
+    BulkStart,
     /// An asynchronous copy has landed, for the thread that started it.
     CopyEnd,
+    /// An asynchronous copy has landed, for who has waited for the phase that counts it.
+    Landed,
+    /// A copy that an mbarrier counts reads its source.
+    Fetch,
+    /// `mbarrier.init`: these bytes are a barrier from now on.
+    Init,
+    /// An operation on an mbarrier: these are in order with one another.
+    Use,
 }
 
 impl Kind {
+    /// Whether it leaves another value.
+    pub fn writes(self) -> bool {
+        !matches!(self, Kind::Read | Kind::Fetch | Kind::Use)
+    }
+
+    /// Whether it was by copies that an mbarrier counts.
+    fn is_counted(self) -> bool {
+        matches!(self, Kind::Landed | Kind::Fetch)
+    }
+
+    /// Whether a copy has been started here that has not landed.
+    fn is_under_way(self) -> bool {
+        matches!(self, Kind::CopyStart | Kind::BulkStart)
+    }
+
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Read => "read",
             Kind::Write => "write",
             Kind::Atomic => "atomic",
-            Kind::CopyStart | Kind::CopyEnd => "asynchronous copy",
+            Kind::CopyStart | Kind::BulkStart | Kind::CopyEnd | Kind::Landed | Kind::Fetch => {
+                "asynchronous copy"
+            }
+            Kind::Init => "mbarrier.init",
+            Kind::Use => "use of an mbarrier",
         }
     }
 }
@@ -83,6 +131,7 @@ impl Touch {
         let (block, thread) = match self.by {
             By::Nobody => return true,
             By::Grid => return false,
+            _ if self.kind.is_counted() => return self.is_seen(now),
             By::Cluster(cluster) => return cluster == now.block / now.cluster && self.arrived < now.passed,
             By::Block(block) => (block, None),
             By::Thread { block, thread } => (block, Some(thread)),
@@ -90,13 +139,17 @@ impl Touch {
         if block == now.block && (thread == Some(now.thread) || self.epoch < now.touch.epoch) {
             return true;
         }
-        block / now.cluster == now.block / now.cluster && self.arrived < now.passed
+        block / now.cluster == now.block / now.cluster && self.arrived < now.passed || self.is_seen(now)
     }
 
-    /// True when nothing puts `self` before `now`, and that matters.
-    fn races(&self, now: &Now) -> bool {
-        let atomics = self.kind == Kind::Atomic && now.touch.kind == Kind::Atomic;
-        !atomics && !self.precedes(now)
+    /// True when `self` is an access of one, and the thread knows that it has happened.
+    fn is_seen(&self, now: &Now) -> bool {
+        match self.by {
+            By::Thread { block, .. } if block / now.cluster == now.block / now.cluster => {
+                now.known.has_seen(self.actor, self.stamp)
+            }
+            _ => false,
+        }
     }
 
     /// Stands for both accesses: `now` alone where it comes after `self`.
@@ -105,6 +158,10 @@ impl Touch {
         *self = now.touch;
         if before.precedes(now) {
             return;
+        }
+        if before.kind.is_counted() {
+            // The stricter of the two.
+            self.kind = before.kind;
         }
         let (cluster, size) = (now.block / now.cluster, now.cluster);
         self.by = match before.by {
@@ -138,12 +195,84 @@ pub(super) enum Conflict {
     Race(usize, Touch),
     CopyUnderWay(usize, Touch),
     Unwritten(usize),
+    /// A copy by the copy engine over what a thread has stored, with no fence between.
+    Unfenced(usize, Touch),
+    /// Another access than an mbarrier's to a barrier.
+    Mbarrier(usize, Touch),
+    /// An mbarrier's access to what is none.
+    NoMbarrier(usize),
 }
 
-#[derive(Clone, Copy)]
+/// The last accesses of a kind.
+#[derive(Clone)]
+struct Last {
+    touch: Touch,
+    /// Who they were by, when that is several of one cluster.
+    actors: Option<Rc<Actors>>,
+}
+
+impl Last {
+    /// True when something puts all of them before `now`.
+    fn precedes(&self, now: &Now) -> bool {
+        self.touch.precedes(now)
+            || self.actors.as_ref().is_some_and(|actors| {
+                let here = match self.touch.by {
+                    By::Block(block) => block / now.cluster == now.block / now.cluster,
+                    By::Cluster(cluster) => cluster == now.block / now.cluster,
+                    _ => false,
+                };
+                here && actors.all(|actor, stamp| actor == now.actor || now.known.has_seen(actor, stamp))
+            })
+    }
+
+    /// True when nothing puts them before `now`, and that matters.
+    fn race(&self, now: &Now) -> bool {
+        let atomics = self.touch.kind == Kind::Atomic && now.touch.kind == Kind::Atomic;
+        !atomics && !self.precedes(now)
+    }
+
+    /// Takes in `now`.
+    fn merge(&mut self, now: &Now, histories: &mut Histories) {
+        if self.precedes(now) {
+            *self = now.touch.into();
+            return;
+        }
+        let before = match (&self.actors, self.touch.by) {
+            (Some(actors), _) => Some(Before::Many(actors.clone())),
+            (None, By::Thread { .. }) => Some(Before::One(self.touch.actor, self.touch.stamp)),
+            (None, _) => None,
+        };
+        self.touch.merge(now);
+        self.actors = match (self.touch.by, before) {
+            (By::Block(_) | By::Cluster(_), Some(before)) => {
+                Some(histories.add(before, now.touch.actor, now.touch.stamp, &now.known))
+            }
+            _ => None,
+        };
+    }
+
+    /// True when they are stores of threads, of which the copy engine need not see all.
+    fn is_unfenced(&self, now: &Now) -> bool {
+        if !matches!(self.touch.kind, Kind::Write | Kind::Atomic | Kind::CopyEnd) {
+            return false;
+        }
+        match &self.actors {
+            Some(actors) => !actors.all(|actor, stamp| now.has_fenced(actor, stamp)),
+            None => self.touch.by != By::Nobody && !now.has_fenced(self.touch.actor, self.touch.stamp),
+        }
+    }
+}
+
+impl From<Touch> for Last {
+    fn from(touch: Touch) -> Self {
+        Last { touch, actors: None }
+    }
+}
+
+#[derive(Clone)]
 struct Cell {
-    write: Touch,
-    read: Touch,
+    write: Last,
+    read: Last,
 }
 
 /// The cells of a stretch of memory.
@@ -153,6 +282,7 @@ pub(super) struct Shadow {
     /// Whether a read must find a write before it.
     starts_unwritten: bool,
     dirty: bool,
+    histories: Histories,
 }
 
 impl Shadow {
@@ -160,13 +290,21 @@ impl Shadow {
     #[track_caller]
     pub fn new(bytes: usize, granule: usize, starts_unwritten: bool) -> Self {
         let cells = vec![Self::untouched(); bytes.div_ceil(granule)];
-        Shadow { cells, granule, starts_unwritten, dirty: false }
+        Shadow { cells, granule, starts_unwritten, dirty: false, histories: Histories::default() }
     }
 
     #[track_caller]
     fn untouched() -> Cell {
-        let none = Touch { by: By::Nobody, epoch: 0, arrived: 0, kind: Kind::Read, at: Location::caller() };
-        Cell { write: none, read: none }
+        let none = Touch {
+            by: By::Nobody,
+            epoch: 0,
+            arrived: 0,
+            actor: Actor::default(),
+            stamp: 0,
+            kind: Kind::Read,
+            at: Location::caller(),
+        };
+        Cell { write: none.into(), read: none.into() }
     }
 
     /// Forgets all accesses.
@@ -177,33 +315,57 @@ impl Shadow {
         }
     }
 
+    fn numbers(&self, bytes: &Range<usize>) -> Range<usize> {
+        bytes.start / self.granule..bytes.end.div_ceil(self.granule)
+    }
+
+    /// The copies that were started to `bytes` have landed, for who has waited for the phase that counts them.
+    pub fn land(&mut self, bytes: &Range<usize>) {
+        let numbers = self.numbers(bytes);
+        for cell in &mut self.cells[numbers] {
+            cell.write.touch.kind = Kind::Landed;
+            // All reads so far were before the copy.
+            cell.read = Self::untouched().read;
+        }
+    }
+
     /// Takes in an access to `bytes`.
     pub fn touch(&mut self, bytes: Range<usize>, now: &Now) -> Result<(), Conflict> {
         self.dirty = true;
         let kind = now.touch.kind;
-        for number in bytes.start / self.granule..bytes.end.div_ceil(self.granule) {
+        for number in self.numbers(&bytes) {
             let byte = number * self.granule;
             let Cell { write, read } = &mut self.cells[number];
-            if write.kind == Kind::CopyStart && kind != Kind::CopyEnd {
-                return Err(Conflict::CopyUnderWay(byte, *write));
+            if write.touch.kind.is_under_way() && kind != Kind::CopyEnd {
+                return Err(Conflict::CopyUnderWay(byte, write.touch));
             }
-            let reads = matches!(kind, Kind::Read | Kind::Atomic);
-            if reads && self.starts_unwritten && write.by == By::Nobody {
+            match (kind == Kind::Use, write.touch.kind == Kind::Init) {
+                (true, false) => return Err(Conflict::NoMbarrier(byte)),
+                (false, true) => return Err(Conflict::Mbarrier(byte, write.touch)),
+                _ => {}
+            }
+            let reads = !kind.writes() || kind == Kind::Atomic;
+            if reads && self.starts_unwritten && write.touch.by == By::Nobody {
                 return Err(Conflict::Unwritten(byte));
             }
             // Where a copy lands, whoever came since it was started was refused above.
             if kind != Kind::CopyEnd {
-                if write.races(now) {
-                    return Err(Conflict::Race(byte, *write));
+                if write.race(now) {
+                    return Err(Conflict::Race(byte, write.touch));
                 }
-                if kind != Kind::Read && read.races(now) {
-                    return Err(Conflict::Race(byte, *read));
+                if kind.writes() && read.race(now) {
+                    return Err(Conflict::Race(byte, read.touch));
                 }
             }
+            if kind == Kind::BulkStart && write.is_unfenced(now) {
+                return Err(Conflict::Unfenced(byte, write.touch));
+            }
             match kind {
-                Kind::Read => read.merge(now),
-                Kind::Atomic if write.kind == Kind::Atomic => write.merge(now),
-                _ => *write = now.touch,
+                Kind::Read | Kind::Fetch => read.merge(now, &mut self.histories),
+                Kind::Atomic if write.touch.kind == Kind::Atomic => write.merge(now, &mut self.histories),
+                // It is the initialisation that others must come after.
+                Kind::Use => {}
+                _ => *write = now.touch.into(),
             }
         }
         Ok(())

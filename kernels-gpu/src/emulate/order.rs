@@ -1,0 +1,425 @@
+//! What comes before what, in a cluster: vector clocks (as FastTrack has them: Flanagan and Freund, PLDI 2009).
+//!
+//! Whatever accesses memory is an [`Actor`]: a thread, or the copies that one mbarrier counts. An access carries its
+//! actor's stamp. A thread that lets others know what it has done (by an arrival, or by meeting them) goes on under
+//! a new stamp, so what it knows of another is one number: all accesses with a stamp below have happened
+//! before. The copies' stamp is the phase that counts them, so only who has waited for the phase, or heard from
+//! somebody who has, knows them done.
+//!
+//! [`Knowledge`] is shared: the threads of a warp know the same, mostly, and a new fact changes the numbers of one
+//! block. What a thread knows of itself is not in it, so that threads can share it.
+
+use super::block::Thread;
+use super::machine::{Id, Machine};
+use super::warp::LANES;
+use std::rc::Rc;
+
+/// One whose accesses follow one another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Actor {
+    /// Its block's number in the cluster.
+    pub rank: u16,
+    /// The number of a thread in its block; after the last thread's come those of the mbarriers.
+    pub number: u16,
+}
+
+/// For each actor, the stamp below which its accesses are meant. By blocks, whose numbers are shared until they
+/// change.
+#[derive(Clone, Debug, Default)]
+struct Clock(Vec<Option<Rc<Vec<u32>>>>);
+
+impl Clock {
+    fn of(&self, actor: Actor) -> u32 {
+        let stamps = self.0.get(usize::from(actor.rank)).and_then(Option::as_ref);
+        stamps.and_then(|stamps| stamps.get(usize::from(actor.number))).copied().unwrap_or(0)
+    }
+
+    fn raise(&mut self, actor: Actor, stamp: u32) {
+        if self.of(actor) >= stamp {
+            return;
+        }
+        let (rank, number) = (usize::from(actor.rank), usize::from(actor.number));
+        if self.0.len() <= rank {
+            self.0.resize(rank + 1, None);
+        }
+        let stamps = Rc::make_mut(self.0[rank].get_or_insert_default());
+        if stamps.len() <= number {
+            stamps.resize((number + 1).next_multiple_of(LANES), 0);
+        }
+        stamps[number] = stamp;
+    }
+
+    fn join(&mut self, other: &Clock) {
+        if self.0.len() < other.0.len() {
+            self.0.resize(other.0.len(), None);
+        }
+        for (mine, theirs) in self.0.iter_mut().zip(&other.0) {
+            match (mine, theirs) {
+                (_, None) => {}
+                (Some(mine), Some(theirs)) => join_stamps(mine, theirs),
+                (mine, Some(theirs)) => *mine = Some(theirs.clone()),
+            }
+        }
+    }
+}
+
+/// The larger of two stamps for each actor; shared with `theirs` where these are the larger ones.
+fn join_stamps(mine: &mut Rc<Vec<u32>>, theirs: &Rc<Vec<u32>>) {
+    if Rc::ptr_eq(mine, theirs) {
+        return;
+    }
+    let past = |one: &[u32], other: &[u32]| {
+        one.iter().zip(other).any(|(one, other)| one > other) || one.len() > other.len()
+    };
+    if !past(theirs, mine) {
+        return;
+    }
+    if !past(mine, theirs) {
+        *mine = theirs.clone();
+        return;
+    }
+    let mine = Rc::make_mut(mine);
+    if mine.len() < theirs.len() {
+        mine.resize(theirs.len(), 0);
+    }
+    for (mine, &theirs) in mine.iter_mut().zip(theirs.iter()) {
+        *mine = theirs.max(*mine);
+    }
+}
+
+/// What a thread knows to have happened before what it does now, itself apart.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Knowledge {
+    seen: Clock,
+    /// Of this, what a `fence.proxy.async` has come after.
+    fenced: Clock,
+    /// Cluster barriers that somebody had waited for.
+    passed: u16,
+    /// Whether somebody had waited for the launch before this one.
+    has_waited: bool,
+}
+
+impl Knowledge {
+    /// True when an access has happened before.
+    pub fn has_seen(&self, actor: Actor, stamp: u32) -> bool {
+        self.seen.of(actor) > stamp
+    }
+
+    /// True when an access, and then a `fence.proxy.async`, have happened before.
+    pub fn has_fenced(&self, actor: Actor, stamp: u32) -> bool {
+        self.fenced.of(actor) > stamp
+    }
+
+    fn join(&mut self, other: &Knowledge) {
+        self.seen.join(&other.seen);
+        self.fenced.join(&other.fenced);
+        self.passed = self.passed.max(other.passed);
+        self.has_waited |= other.has_waited;
+    }
+}
+
+/// Where a thread stands in the order.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub known: Rc<Knowledge>,
+    /// The stamp of what it does now.
+    pub stamp: u32,
+    /// The stamp below which its own accesses lie behind a `fence.proxy.async`.
+    pub fenced: u32,
+}
+
+/// What a thread lets others know.
+pub(super) struct Release {
+    actor: Actor,
+    place: Place,
+    passed: u16,
+    has_waited: bool,
+}
+
+/// What several threads let others know.
+#[derive(Default)]
+pub(super) struct Gathering {
+    knowledge: Knowledge,
+    /// What was joined last: the next thread mostly knows the same.
+    last: Option<Rc<Knowledge>>,
+}
+
+impl Gathering {
+    pub fn add(&mut self, release: &Release) {
+        let Release { actor, place: Place { known, stamp, fenced }, passed, has_waited } = release;
+        if !self.last.as_ref().is_some_and(|last| Rc::ptr_eq(last, known)) {
+            self.knowledge.join(known);
+            self.last = Some(known.clone());
+        }
+        self.knowledge.seen.raise(*actor, *stamp);
+        self.knowledge.fenced.raise(*actor, *fenced);
+        self.knowledge.passed = self.knowledge.passed.max(*passed);
+        self.knowledge.has_waited |= has_waited;
+    }
+
+    /// Accesses of `actor` below `stamp` have happened.
+    pub fn add_accesses(&mut self, actor: Actor, stamp: u32) {
+        self.knowledge.seen.raise(actor, stamp);
+    }
+
+    pub fn knowledge(&self) -> Rc<Knowledge> {
+        Rc::new(self.knowledge.clone())
+    }
+}
+
+/// Two and what they know together.
+type Join = (Rc<Knowledge>, Rc<Knowledge>, Rc<Knowledge>);
+
+/// Joins that are remembered: the lanes of a warp make the same one after another.
+const JOINS: usize = 64;
+
+/// The order of a launch.
+pub(super) struct Order {
+    /// The last stamp. Never the same again during the launch, since what is remembered of device memory outlives a
+    /// cluster.
+    last: u32,
+    joins: Vec<Option<Join>>,
+}
+
+impl Default for Order {
+    fn default() -> Self {
+        Order { last: 0, joins: vec![None; JOINS] }
+    }
+}
+
+impl Order {
+    pub fn next_stamp(&mut self) -> u32 {
+        self.last += 1;
+        self.last
+    }
+
+    /// The result of `make` on two, or what it was when it was asked for the same two.
+    fn remembered(
+        &mut self,
+        [one, other]: [&Rc<Knowledge>; 2],
+        make: impl FnOnce(&Knowledge, &Knowledge) -> Knowledge,
+    ) -> Rc<Knowledge> {
+        let [a, b] = [one, other].map(|known| Rc::as_ptr(known).addr() / 16);
+        let entry = &mut self.joins[(a.wrapping_mul(31) ^ b ^ a / JOINS ^ b / JOINS) % JOINS];
+        match entry {
+            Some((a, b, made)) if Rc::ptr_eq(a, one) && Rc::ptr_eq(b, other) => made.clone(),
+            _ => {
+                let made = Rc::new(make(one, other));
+                *entry = Some((one.clone(), other.clone(), made.clone()));
+                made
+            }
+        }
+    }
+
+    fn join(&mut self, one: &Rc<Knowledge>, other: &Rc<Knowledge>) -> Rc<Knowledge> {
+        if Rc::ptr_eq(one, other) {
+            return one.clone();
+        }
+        self.remembered([one, other], |one, other| {
+            let mut both = one.clone();
+            both.join(other);
+            both
+        })
+    }
+
+    fn fence(&mut self, known: &Rc<Knowledge>) -> Rc<Knowledge> {
+        // Asked for itself twice, which no join is.
+        self.remembered([known, known], |known, _| Knowledge { fenced: known.seen.clone(), ..known.clone() })
+    }
+}
+
+impl Machine {
+    /// The thread as an actor.
+    pub(super) fn actor(id: Id) -> Actor {
+        Actor { rank: id.rank as u16, number: id.thread as u16 }
+    }
+
+    /// What a thread has done until now, and knows. What it does next is not part of it.
+    pub(super) fn release(&mut self, id: Id) -> Release {
+        let stamp = self.order.next_stamp();
+        let Thread { place, passed, has_waited, .. } = self.thread(id);
+        place.stamp = stamp;
+        let (passed, has_waited) = (*passed, *has_waited);
+        Release { actor: Self::actor(id), place: place.clone(), passed, has_waited }
+    }
+
+    /// The thread learns of `news`.
+    pub(super) fn acquire(&mut self, id: Id, news: &Rc<Knowledge>) {
+        let thread = &mut self.blocks[id.rank as usize].threads[id.thread as usize];
+        thread.place.known = self.order.join(&thread.place.known, news);
+        thread.passed = thread.passed.max(news.passed);
+        thread.has_waited |= news.has_waited;
+    }
+
+    /// Threads of a block meet: each knows from now on what any of them has done and known.
+    pub(super) fn unite(&mut self, rank: u32, threads: impl Iterator<Item = u32> + Clone) {
+        let id = |thread| Id { rank, thread };
+        let mut gathering = Gathering::default();
+        for thread in threads.clone() {
+            gathering.add(&self.release(id(thread)));
+        }
+        self.tell(rank, threads, &gathering);
+    }
+
+    /// As [`Machine::unite`], for a whole block; what threads did that have ended counts too.
+    pub(super) fn unite_block(&mut self, rank: u32, waited: &[u32]) {
+        let mut gathering = Gathering::default();
+        for &thread in waited {
+            gathering.add(&self.release(Id { rank, thread }));
+        }
+        let stamp = self.order.next_stamp();
+        for thread in 0..self.blocks[rank as usize].threads.len() as u32 {
+            if waited.binary_search(&thread).is_err() {
+                gathering.add_accesses(Self::actor(Id { rank, thread }), stamp);
+            }
+        }
+        self.tell(rank, waited.iter().copied(), &gathering);
+    }
+
+    fn tell(&mut self, rank: u32, threads: impl Iterator<Item = u32>, gathering: &Gathering) {
+        let all = gathering.knowledge();
+        for thread in threads {
+            let thread = &mut self.blocks[rank as usize].threads[thread as usize];
+            thread.place.known = all.clone();
+            (thread.passed, thread.has_waited) = (all.passed, all.has_waited);
+        }
+    }
+
+    /// `fence.proxy.async`: what the thread has done and knows until now lies behind it.
+    pub(super) fn fence(&mut self, id: Id) {
+        let stamp = self.order.next_stamp();
+        let place = &mut self.blocks[id.rank as usize].threads[id.thread as usize].place;
+        place.known = self.order.fence(&place.known);
+        (place.stamp, place.fenced) = (stamp, stamp);
+    }
+
+    /// What all threads of a block know together.
+    pub(super) fn block_knowledge(&mut self, rank: u32) -> Rc<Knowledge> {
+        let mut gathering = Gathering::default();
+        for thread in 0..self.blocks[rank as usize].threads.len() as u32 {
+            gathering.add(&self.release(Id { rank, thread }));
+        }
+        gathering.knowledge()
+    }
+}
+
+/// Some actors of a cluster, and the stamps of their accesses.
+#[derive(Debug)]
+pub(super) struct Actors(Vec<Accesses>);
+
+/// Accesses of one stamp by lanes of one warp, or by mbarriers' copies.
+#[derive(Clone, Copy, Debug)]
+struct Accesses {
+    rank: u16,
+    /// Number of the warp; past the last, 32 mbarriers.
+    warp: u16,
+    lanes: u32,
+    stamp: u32,
+}
+
+impl Accesses {
+    fn by(actor: Actor, stamp: u32) -> Self {
+        let (warp, lane) = (actor.number / LANES as u16, actor.number % LANES as u16);
+        Accesses { rank: actor.rank, warp, lanes: 1 << lane, stamp }
+    }
+
+    fn actors(self) -> impl Iterator<Item = Actor> {
+        let mut lanes = self.lanes;
+        std::iter::from_fn(move || {
+            (lanes != 0).then(|| {
+                let lane = lanes.trailing_zeros() as u16;
+                lanes &= lanes - 1;
+                Actor { rank: self.rank, number: LANES as u16 * self.warp + lane }
+            })
+        })
+    }
+}
+
+impl Actors {
+    /// True when `holds` for the stamps of all.
+    pub fn all(&self, mut holds: impl FnMut(Actor, u32) -> bool) -> bool {
+        self.0.iter().all(|accesses| accesses.actors().all(|actor| holds(actor, accesses.stamp)))
+    }
+
+    /// Adds an access of `actor`, who knows `known`; what has happened before need not be kept.
+    fn with(accesses: &[Accesses], actor: Actor, stamp: u32, known: &Knowledge) -> Self {
+        let new = Accesses::by(actor, stamp);
+        let mut kept = Vec::with_capacity(accesses.len() + 1);
+        let mut found = false;
+        for &(mut old) in accesses {
+            let same_warp = (old.rank, old.warp) == (new.rank, new.warp);
+            if same_warp && old.stamp == stamp {
+                old.lanes |= new.lanes;
+                found = true;
+            } else if same_warp {
+                old.lanes &= !new.lanes;
+            }
+            if !old.actors().all(|actor| known.has_seen(actor, old.stamp)) {
+                kept.push(old);
+            }
+        }
+        if !found {
+            kept.push(new);
+        }
+        Actors(kept)
+    }
+}
+
+/// To whom an access is added.
+#[derive(Clone)]
+pub(super) enum Before {
+    One(Actor, u32),
+    Many(Rc<Actors>),
+}
+
+impl Before {
+    fn is(&self, other: &Before) -> bool {
+        match (self, other) {
+            (Before::One(actor, stamp), Before::One(other, other_stamp)) => {
+                (actor, stamp) == (other, other_stamp)
+            }
+            (Before::Many(actors), Before::Many(other)) => Rc::ptr_eq(actors, other),
+            _ => false,
+        }
+    }
+}
+
+/// Additions that are remembered: neighbouring cells have the same history.
+const ADDITIONS: usize = 256;
+
+/// Sets of actors, each made once for many cells.
+#[derive(Default)]
+pub(super) struct Histories(Vec<Option<(Before, (Actor, u32), Rc<Actors>)>>);
+
+impl Histories {
+    /// `before`, and an access of `actor`, who knows `known`.
+    pub fn add(&mut self, before: Before, actor: Actor, stamp: u32, known: &Knowledge) -> Rc<Actors> {
+        if let Before::Many(actors) = &before {
+            let new = Accesses::by(actor, stamp);
+            let holds = |old: &Accesses| {
+                (old.rank, old.warp, old.stamp) == (new.rank, new.warp, stamp) && old.lanes & new.lanes != 0
+            };
+            if actors.0.iter().any(holds) {
+                return actors.clone();
+            }
+        }
+        let key = match &before {
+            Before::One(actor, stamp) => usize::from(actor.number) ^ *stamp as usize * 31,
+            Before::Many(actors) => Rc::as_ptr(actors).addr() / 16,
+        };
+        let key = key ^ usize::from(actor.number) * 7 ^ usize::from(actor.rank) * 61 ^ stamp as usize;
+        self.0.resize_with(ADDITIONS, || None);
+        let entry = &mut self.0[(key ^ key / ADDITIONS) % ADDITIONS];
+        match entry {
+            Some((old, new, actors)) if old.is(&before) && *new == (actor, stamp) => actors.clone(),
+            _ => {
+                let actors = Rc::new(match &before {
+                    Before::One(one, old) => Actors::with(&[Accesses::by(*one, *old)], actor, stamp, known),
+                    Before::Many(actors) => Actors::with(&actors.0, actor, stamp, known),
+                });
+                *entry = Some((before, (actor, stamp), actors.clone()));
+                actors
+            }
+        }
+    }
+}
