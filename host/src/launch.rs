@@ -215,6 +215,7 @@ impl Prepared<'_> {
             tiles: parts.tiles,
             counts: parts.counts,
             buckets: parts.buckets,
+            exchange: parts.exchange,
             pair_count: *pair_count,
             top_k: Divider::new(sizes.top_k as u32),
             slots: sizes.slots as u32,
@@ -223,7 +224,11 @@ impl Prepared<'_> {
             max_rank: sizes.max_rank as u32,
             tile_rows: plan.tile_rows,
             enabled_kind,
-            window: plan.route_window,
+            blocks: plan.sorting.blocks,
+            sorters: plan.sorting.sorters,
+            run: plan.sorting.run,
+            window: plan.sorting.window,
+            exchange_room: parts.exchange_room,
         }
     }
 

@@ -118,6 +118,8 @@ pub struct RouteParams {
     pub counts: Global<u32>,
     /// `[P]` scratch: the bucket of each pair.
     pub buckets: Global<u32>,
+    /// Words through which blocks tell one another their counts: see [`crate::route::exchange_words`].
+    pub exchange: Global<u32>,
     /// P.
     pub pair_count: u32,
     /// P / k gives the token.
@@ -134,8 +136,16 @@ pub struct RouteParams {
     pub tile_rows: u32,
     /// One of [`enabled`].
     pub enabled_kind: u32,
-    /// Buckets whose counters fit shared memory at a time.
+    /// Blocks.
+    pub blocks: u32,
+    /// Warps of a block that sort.
+    pub sorters: u32,
+    /// Pairs that each of these takes, a multiple of 32.
+    pub run: u32,
+    /// Buckets whose counters fit shared memory at a time, a multiple of 4.
     pub window: u32,
+    /// Words of each of the two tables of the exchange.
+    pub exchange_room: u32,
 }
 
 /// Parameters of `align`.

@@ -18,30 +18,29 @@ pub fn inclusive(value: u32) -> u32 {
 }
 
 /// Sums over the threads before this one, and over all, of two numbers at once. The whole block of `THREADS`
-/// threads must come here; `scratch` has two words a warp.
+/// threads must come here; `scratch` has two words a warp, which may be used again after the next barrier.
 #[inline(always)]
 pub fn scan<const THREADS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
+    const { assert!(THREADS / 32 <= 32) };
     let sums = values.map(inclusive);
     let word = |number: u32| scratch.offset(4 * number);
-    // SAFETY: two words a warp; the barriers separate their writers from their readers.
+    // SAFETY: two words a warp; the barrier separates their writers from their readers.
     unsafe {
         if thread::lane() == 31 {
             word(2 * thread::warp()).store(sums[0]);
             word(2 * thread::warp() + 1).store(sums[1]);
         }
         barrier::sync();
-        let mut before = [0u32; 2];
-        let mut total = [0u32; 2];
-        let mut w = 0;
-        while w < THREADS / 32 {
-            let [a, b] = [word(2 * w).load(), word(2 * w + 1).load()];
-            if w < thread::warp() {
-                before = [before[0] + a, before[1] + b];
-            }
-            total = [total[0] + a, total[1] + b];
-            w += 1;
+        // Each warp adds up all warps, a lane each.
+        let mut warps = [0; 2];
+        if thread::lane() < THREADS / 32 {
+            warps = [word(2 * thread::lane()).load(), word(2 * thread::lane() + 1).load()];
         }
-        barrier::sync();
-        ([before[0] + sums[0] - values[0], before[1] + sums[1] - values[1]], total)
+        let through = warps.map(inclusive);
+        let total = through.map(|sum| warp::shuffle(sum, 31));
+        let before = |i: usize| {
+            warp::shuffle(through[i] - warps[i], thread::warp()) + sums[i] - values[i]
+        };
+        ([before(0), before(1)], total)
     }
 }

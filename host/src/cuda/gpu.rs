@@ -223,7 +223,8 @@ impl Gpu {
             let entry = ENTRIES.iter().find(decode).expect("the table has decode");
             for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
                 let shared_bytes = DECODE_SHARED_BYTES;
-                let launch = Launch { entry, blocks: 1 << i, cluster: 1 << i, shared_bytes };
+                let (blocks, cluster) = (1 << i, 1 << i);
+                let launch = Launch { entry, blocks, cluster, cooperative: false, shared_bytes };
                 *most = launch::most_clusters(gpu.functions[number(entry)].expect("sm_90 has it"), &launch)?;
             }
         }

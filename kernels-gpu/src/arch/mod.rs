@@ -3,11 +3,11 @@
 //! | module | unit | PTX | since |
 //! |---|---|---|---|
 //! | [`thread`] | who am I | `%tid`, `%ctaid`, `trap` | – |
-//! | [`global`] | device memory | `ld.global`, `st.global` | – |
+//! | [`global`] | device memory | `ld.global`, `st.global`, `ld.relaxed`, `st.relaxed` | – |
 //! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
 //! | [`barrier`] | a block's threads meet | `bar.sync` | – |
-//! | [`warp`] | a warp's threads exchange | `shfl.sync`, `vote.sync` | – |
+//! | [`warp`] | a warp's threads exchange | `shfl.sync`, `vote.sync`, `bar.warp.sync` | – |
 //! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster` | sm_90 |
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |

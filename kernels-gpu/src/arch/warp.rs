@@ -1,4 +1,4 @@
-//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.9).
+//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -28,6 +28,40 @@ pub fn shuffle_up(value: u32, distance: u32) -> u32 {
     {
         emulate::shuffle_up(value, distance)
     }
+}
+
+/// `shfl.sync.idx`: the value of thread `lane` of the warp, 0 ..= 31. The whole warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn shuffle(value: u32, lane: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let result: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("shfl.sync.idx.b32 {}, {}, {}, 31, {};",
+                out(reg32) result, in(reg32) value, in(reg32) lane, in(reg32) ALL, options(nostack));
+        }
+        result
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::shuffle(value, lane)
+    }
+}
+
+/// `bar.warp.sync`: what any thread of the warp did to memory before comes before what any does after it. The whole
+/// warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn sync() {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: ordering only.
+    unsafe {
+        asm!("bar.warp.sync {};", in(reg32) ALL, options(nostack));
+    }
+    #[cfg(feature = "emulate")]
+    emulate::sync_warp();
 }
 
 /// `vote.sync.ballot`: bit i is set where thread i of the warp says so. The whole warp must come here.

@@ -59,6 +59,9 @@ pub(super) enum Kind {
     Write,
     /// Reads and writes at once: atomics are in order with one another.
     Atomic,
+    /// Relaxed loads and stores are in order with one another, and with atomics.
+    RelaxedRead,
+    RelaxedWrite,
     /// An asynchronous copy is started: its target may not be touched.
     CopyStart,
     /// An asynchronous copy has landed, for the thread that started it.
@@ -66,12 +69,24 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// Whether it leaves another value.
+    pub fn writes(self) -> bool {
+        !matches!(self, Kind::Read | Kind::RelaxedRead)
+    }
+
+    /// Whether accesses of several threads at once are what it is for.
+    fn is_strong(self) -> bool {
+        matches!(self, Kind::Atomic | Kind::RelaxedRead | Kind::RelaxedWrite)
+    }
+
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Read => "read",
             Kind::Write => "write",
             Kind::Atomic => "atomic",
+            Kind::RelaxedRead => "relaxed read",
+            Kind::RelaxedWrite => "relaxed write",
             Kind::CopyStart | Kind::CopyEnd => "asynchronous copy",
         }
     }
@@ -95,8 +110,7 @@ impl Touch {
 
     /// True when nothing puts `self` before `now`, and that matters.
     fn races(&self, now: &Now) -> bool {
-        let atomics = self.kind == Kind::Atomic && now.touch.kind == Kind::Atomic;
-        !atomics && !self.precedes(now)
+        !(self.kind.is_strong() && now.touch.kind.is_strong()) && !self.precedes(now)
     }
 
     /// Stands for both accesses: `now` alone where it comes after `self`.
@@ -105,6 +119,10 @@ impl Touch {
         *self = now.touch;
         if before.precedes(now) {
             return;
+        }
+        if before.kind == Kind::Read {
+            // The stricter of the two.
+            self.kind = Kind::Read;
         }
         let (cluster, size) = (now.block / now.cluster, now.cluster);
         self.by = match before.by {
@@ -187,7 +205,7 @@ impl Shadow {
             if write.kind == Kind::CopyStart && kind != Kind::CopyEnd {
                 return Err(Conflict::CopyUnderWay(byte, *write));
             }
-            let reads = matches!(kind, Kind::Read | Kind::Atomic);
+            let reads = !kind.writes() || kind == Kind::Atomic;
             if reads && self.starts_unwritten && write.by == By::Nobody {
                 return Err(Conflict::Unwritten(byte));
             }
@@ -196,13 +214,13 @@ impl Shadow {
                 if write.races(now) {
                     return Err(Conflict::Race(byte, *write));
                 }
-                if kind != Kind::Read && read.races(now) {
+                if kind.writes() && read.races(now) {
                     return Err(Conflict::Race(byte, *read));
                 }
             }
             match kind {
-                Kind::Read => read.merge(now),
-                Kind::Atomic if write.kind == Kind::Atomic => write.merge(now),
+                Kind::Read | Kind::RelaxedRead => read.merge(now),
+                kind if kind.is_strong() && write.kind.is_strong() => write.merge(now),
                 _ => *write = now.touch,
             }
         }
