@@ -488,9 +488,8 @@ pub fn most_route_blocks(pairs: usize, buckets: u64) -> u32 {
 fn sorting(pairs: usize, buckets: u64, limits: &DeviceLimits, options: &Options) -> Sorting {
     let most = most_route_blocks(pairs, buckets).min(limits.multiprocessors);
     let blocks = options.route_blocks.unwrap_or(heuristics::route_blocks(pairs)).clamp(1, most);
-    let threads = if blocks > 1 { route::GRID_THREADS } else { route::THREADS };
     let room = |sorters| u64::from(route::max_window(sorters, limits.shared_bytes));
-    let (sorters, window) = match (1..=threads / 32).rev().find(|&sorters| buckets <= room(sorters)) {
+    let (sorters, window) = match (1..=route::THREADS / 32).rev().find(|&sorters| buckets <= room(sorters)) {
         Some(sorters) => (sorters, buckets.next_multiple_of(4) as u32),
         None => (heuristics::WINDOW_SORTERS, room(heuristics::WINDOW_SORTERS) as u32),
     };

@@ -140,7 +140,7 @@ macro_rules! entries {
             Entry {
                 name: "route_grid",
                 kernel: Kernel::RouteGrid,
-                threads: route::GRID_THREADS,
+                threads: route::THREADS,
                 min_blocks: 1,
                 cluster: 1,
             },
@@ -184,10 +184,10 @@ macro_rules! entries {
             unsafe {
                 match name {
                     "route" => Some(|bytes| {
-                        crate::route::route::<{ route::THREADS }, false>(bytemuck::pod_read_unaligned(bytes));
+                        crate::route::route::<false>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "route_grid" => Some(|bytes| {
-                        crate::route::route::<{ route::GRID_THREADS }, true>(bytemuck::pod_read_unaligned(bytes));
+                        crate::route::route::<true>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "align" => Some(|bytes| crate::align::align::<1>(bytemuck::pod_read_unaligned(bytes))),
                     "align_cluster" => Some(|bytes| {
@@ -213,7 +213,7 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn route(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<{ crate::route::THREADS }, false>(p) }
+                    unsafe { crate::route::route::<false>(p) }
                 }
             }
 
@@ -221,7 +221,7 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn route_grid(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<{ crate::route::GRID_THREADS }, true>(p) }
+                    unsafe { crate::route::route::<true>(p) }
                 }
             }
 

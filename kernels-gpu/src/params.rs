@@ -132,7 +132,7 @@ pub struct RouteParams {
     pub global_experts: u32,
     /// R.
     pub max_rank: u32,
-    /// Pairs a tile.
+    /// Pairs a tile: a power of two.
     pub tile_rows: u32,
     /// One of [`enabled`].
     pub enabled_kind: u32,

@@ -27,23 +27,21 @@
 //! | [`STAGED`] | rank of a slot |
 //! | 2 | turn, words that the launch before has written |
 
-/// Threads of the form of one block.
+/// Threads of a block.
 pub const THREADS: u32 = 512;
-
-/// Threads of a block of a grid.
-pub const GRID_THREADS: u32 = 1024;
 
 /// Most blocks of a grid: they must all run at once, one a multiprocessor.
 pub const MAX_BLOCKS: u32 = 128;
 
-/// Rows of 32 pairs that a sorter keeps in registers.
-pub const ROWS: u32 = 8;
+/// Rows of 32 pairs that a sorter keeps in registers. The kernel's code is as long as these are many, and a call of
+/// few pairs waits for code as it does for data.
+pub const ROWS: u32 = 4;
 
 /// Slots whose ranks are kept in shared memory. Those of others are loaded pair by pair.
 pub const STAGED: u32 = 256;
 
 /// Words of shared memory beside the counters and the two arrays of [`WINDOW_WORDS`].
-const SCRATCH: u32 = 2 + 2 * GRID_THREADS / 32 + STAGED + 2;
+const SCRATCH: u32 = 2 + 2 * THREADS / 32 + STAGED + 2;
 
 /// Words of shared memory a bucket beside its counters.
 const WINDOW_WORDS: u32 = 2;
@@ -81,7 +79,7 @@ pub(crate) use kernel::{bucket, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{EXCHANGE_HEAD, GRID_THREADS, STAGED};
+    use super::{EXCHANGE_HEAD, STAGED, THREADS};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread, warp};
     use crate::memory::Global;
@@ -181,7 +179,7 @@ mod kernel {
 
         #[inline(always)]
         fn rank(self, slot: u32) -> Shared {
-            self.scan().offset(4 * (2 * GRID_THREADS / 32 + slot))
+            self.scan().offset(4 * (2 * THREADS / 32 + slot))
         }
 
         /// 0: turn; 1: words that the launch before has written.
@@ -203,6 +201,12 @@ mod kernel {
         #[inline(always)]
         fn has(self, row: usize) -> bool {
             self.at + 32 * (row as u32) < self.end
+        }
+
+        /// The rows after these.
+        #[inline(always)]
+        fn next(self) -> Self {
+            Rows { at: self.at + 32 * ROWS as u32, ..self }
         }
 
         /// This lane's pair of a row.
@@ -295,13 +299,12 @@ mod kernel {
         peers
     }
 
-    /// The kernel: blocks of `THREADS` threads, `p.blocks` of them when it is a `GRID`, all of which must run at
-    /// once.
+    /// The kernel: blocks of [`THREADS`], `p.blocks` of them when it is a `GRID`, all of which must run at once.
     ///
     /// # Safety
     /// As for the entry point: every tensor of `p` must be as its field says.
     #[inline(always)]
-    pub unsafe fn route<const THREADS: u32, const GRID: bool>(p: RouteParams) {
+    pub unsafe fn route<const GRID: bool>(p: RouteParams) {
         let map = Map { sorters: p.sorters, window: p.window };
         let (block, blocks) = if GRID { (thread::block(), p.blocks) } else { (0, 1) };
         let all_buckets = p.slots * p.experts + 1;
@@ -316,7 +319,7 @@ mod kernel {
         let is_kept = p.run <= 32 * ROWS as u32;
         let all_rows = Rows { at, end };
 
-        clear_counters::<THREADS>(map);
+        clear_counters(map);
         grid::wait_for_previous();
         grid::let_next_start();
 
@@ -354,9 +357,7 @@ mod kernel {
             }
         }
 
-        // SAFETY: the ranks were staged before the barrier.
-        let mut found = unsafe { buckets(&p, map, all_rows, first_ids) };
-        let mut lanes = [0; ROWS];
+        let (mut found, mut lanes) = ([NONE; ROWS], [0; ROWS]);
         let (mut pairs_before, mut tiles_before) = (0u32, 0u32);
         let mut window_start = 0;
         loop {
@@ -366,21 +367,19 @@ mod kernel {
             let bits = 32 - buckets.leading_zeros();
 
             // 2. Count this sorter's pairs.
-            let mut rows = all_rows;
+            let (mut rows, mut ids) = (all_rows, first_ids);
             while rows.at < end {
-                if !is_kept {
-                    found = if window_start > 0 {
-                        // SAFETY: this thread stored them.
-                        unsafe { remembered(&p, rows) }
-                    } else if rows.at == at {
-                        found
-                    } else {
-                        // SAFETY: the pairs are among P, and the ranks are staged.
-                        unsafe { self::buckets(&p, map, rows, ids(&p, rows)) }
-                    };
+                // SAFETY: the pairs are among P, the ranks were staged before a barrier, and what is remembered was
+                // stored by this thread.
+                unsafe {
                     if window_start == 0 {
-                        // SAFETY: the pairs are among P.
-                        unsafe { remember(&p, rows, found) };
+                        found = self::buckets(&p, map, rows, ids);
+                        if !is_kept {
+                            remember(&p, rows, found);
+                            ids = self::ids(&p, rows.next());
+                        }
+                    } else if !is_kept {
+                        found = remembered(&p, rows);
                     }
                 }
                 unroll::<ROWS>(|r| {
@@ -390,7 +389,7 @@ mod kernel {
                         unsafe { map.counter(thread::warp(), number).fetch_add(1) };
                     }
                 });
-                rows.at += 32 * ROWS as u32;
+                rows = rows.next();
             }
             barrier::sync();
 
@@ -420,7 +419,7 @@ mod kernel {
             if GRID {
                 barrier::sync();
                 // SAFETY: all blocks run at once, and store their words.
-                unsafe { gather::<THREADS>(&p, map, table.at(window_start), (block, all_buckets), buckets) };
+                unsafe { gather(&p, map, table.at(window_start), (block, all_buckets), buckets) };
                 barrier::sync();
             }
 
@@ -431,7 +430,7 @@ mod kernel {
                 // SAFETY: one of the window's buckets: this thread stored it, or others before the barrier.
                 let count = unsafe { map.first(i).load() };
                 pairs += count;
-                tiles += quotient(count + p.tile_rows - 1, p.tile_rows);
+                tiles += tiles_of(&p, count);
                 i += 1;
             }
             let (before, all) = scan::<THREADS>(map.scan(), [pairs, tiles]);
@@ -446,7 +445,7 @@ mod kernel {
                     map.tile(i).store(tile);
                     place_counters(map, i, position + in_blocks_before);
                     position += count;
-                    tile += quotient(count + p.tile_rows - 1, p.tile_rows);
+                    tile += tiles_of(&p, count);
                 }
                 i += 1;
             }
@@ -472,7 +471,7 @@ mod kernel {
                 }
                 // SAFETY: the counters are this warp's, and hold positions.
                 unsafe { place(&p, map, rows, found.map(number), lanes, buckets) };
-                rows.at += 32 * ROWS as u32;
+                rows = rows.next();
             }
 
             // 6. Tiles, each by whoever has its number: a segment of many is not one thread's alone.
@@ -499,14 +498,20 @@ mod kernel {
                 return;
             }
             barrier::sync();
-            clear_counters::<THREADS>(map);
+            clear_counters(map);
             barrier::sync();
         }
     }
 
+    /// Tiles of a segment of `pairs` pairs.
+    #[inline(always)]
+    fn tiles_of(p: &RouteParams, pairs: u32) -> u32 {
+        (pairs + p.tile_rows - 1) >> p.tile_rows.trailing_zeros()
+    }
+
     /// Zeroes all counters.
     #[inline(always)]
-    fn clear_counters<const THREADS: u32>(map: Map) {
+    fn clear_counters(map: Map) {
         let mut word = 4 * thread::index();
         while word < map.sorters * map.window {
             // SAFETY: windows are multiples of four.
@@ -568,7 +573,7 @@ mod kernel {
     /// # Safety
     /// All blocks must run at once and store their words.
     #[inline(always)]
-    unsafe fn gather<const THREADS: u32>(
+    unsafe fn gather(
         p: &RouteParams,
         map: Map,
         table: Global<u32>,

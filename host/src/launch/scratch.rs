@@ -175,6 +175,12 @@ impl Scratch {
         self.room.listed
     }
 
+    /// The parts of the memory at `base`.
+    #[cfg(feature = "cuda")]
+    pub fn parts(&self, base: u64) -> Parts {
+        self.room.parts(base).0
+    }
+
     /// Where a call's route comes from: itself, or what this workspace keeps.
     pub fn route_source<S: Space>(
         &self,
