@@ -254,7 +254,7 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 pub(crate) fn exchange_words(projection: &Projection, tokens: usize) -> Result<u64> {
     let buckets = buckets(projection);
     let blocks = most_route_blocks(projection.pairs(tokens)?, buckets);
-    Ok(if blocks > 1 { u64::from(blocks) * buckets } else { 0 })
+    Ok(route::table_words(blocks.into(), buckets))
 }
 
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
@@ -429,7 +429,8 @@ impl Plan {
                 RouteSource::Made if decodes => None,
                 RouteSource::Made => {
                     let Sorting { blocks, sorters, window, .. } = sorting;
-                    let kernel = if blocks > 1 { Kernel::RouteGrid } else { Kernel::Route };
+                    let fits = route::fits_one_block(pairs as u64, sizes.slots as u64, buckets(projection));
+                    let kernel = if blocks == 1 && fits { Kernel::Route } else { Kernel::RouteGrid };
                     Some(launch(kernel, blocks.into(), 1, route::shared_bytes(sorters, window))?)
                 }
                 RouteSource::Sorted { .. } => {
@@ -488,10 +489,11 @@ pub fn most_route_blocks(pairs: usize, buckets: u64) -> u32 {
 fn sorting(pairs: usize, buckets: u64, limits: &DeviceLimits, options: &Options) -> Sorting {
     let most = most_route_blocks(pairs, buckets).min(limits.multiprocessors);
     let blocks = options.route_blocks.unwrap_or(heuristics::route_blocks(pairs)).clamp(1, most);
-    let room = |sorters| u64::from(route::max_window(sorters, limits.shared_bytes));
-    let (sorters, window) = match (1..=route::THREADS / 32).rev().find(|&sorters| buckets <= room(sorters)) {
-        Some(sorters) => (sorters, buckets.next_multiple_of(4) as u32),
-        None => (heuristics::WINDOW_SORTERS, room(heuristics::WINDOW_SORTERS) as u32),
+    let room = |sorters| route::max_window(sorters, limits.shared_bytes);
+    let all = route::window(buckets);
+    let (sorters, window) = match [16, 12, 8, 4].into_iter().find(|&sorters| all <= room(sorters).into()) {
+        Some(sorters) => (sorters, all as u32),
+        None => (heuristics::WINDOW_SORTERS, room(heuristics::WINDOW_SORTERS)),
     };
     let run = pairs.div_ceil((blocks * sorters) as usize).next_multiple_of(32) as u32;
     Sorting { blocks, sorters, run, window }

@@ -245,7 +245,7 @@ mod kernel {
             padded += counted(i).1;
             i += 1;
         }
-        let ([mut start, _], [total, _]) = scan::<THREADS>(scratch, [padded, 0]);
+        let ([mut start, _], [total, _]) = scan::<THREADS, 2>(scratch, [padded, 0]);
         let mut i = from;
         while i < to {
             let (before, padded) = counted(i);

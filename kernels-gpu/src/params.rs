@@ -118,7 +118,8 @@ pub struct RouteParams {
     pub counts: Global<u32>,
     /// `[P]` scratch: the bucket of each pair.
     pub buckets: Global<u32>,
-    /// Words through which blocks tell one another their counts: see [`crate::route::exchange_words`].
+    /// Where blocks tell one another their counts: [`crate::route::EXCHANGE_HEAD`] words and two tables, all zero
+    /// before the first launch.
     pub exchange: Global<u32>,
     /// P.
     pub pair_count: u32,
@@ -142,9 +143,9 @@ pub struct RouteParams {
     pub sorters: u32,
     /// Pairs that each of these takes, a multiple of 32.
     pub run: u32,
-    /// Buckets whose counters fit shared memory at a time, a multiple of 4.
+    /// Counters that a sorter has room for, four more than active buckets are counted at a time: a multiple of 4.
     pub window: u32,
-    /// Words of each of the two tables of the exchange.
+    /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
     pub exchange_room: u32,
 }
 

@@ -9,23 +9,26 @@
 //! of its bucket. Pairs of one bucket that meet in a row of 32 find one another by ballots. A run of up to
 //! [`ROWS`] rows stays in registers from one walk to the next; of a longer one the buckets are stored in between.
 //!
-//! There are two forms: one block, and a grid of blocks that all run at once. A block of a grid stores how many
-//! pairs of each bucket it has counted, one word a bucket, where all others look for it. The word's top bit says
-//! that it has come, so no barrier of the grid is needed. The words lie in two tables that launches use in turn:
-//! whoever uses one empties the other.
+//! There are two forms: one block, for so few pairs that all runs stay in registers and so few buckets that each has
+//! a thread, and a grid of blocks that all
+//! run at once. A block of a grid stores how many pairs of each bucket it has counted, one word a bucket, where
+//! all others look for it. The word's top bit says that it has come, so no barrier of the grid is needed. The
+//! words lie in two tables that launches use in turn: whoever uses one empties the other. Inactive pairs are not
+//! told: they are what is left.
 //!
-//! When there are more buckets than room for counters, all this is done for one window of buckets after another.
+//! When there are more buckets than room for counters, the grid does all this for one window of buckets after
+//! another.
 //!
 //! Shared memory, in words, for H sorters and windows of W buckets:
 //!
 //! | words | what |
 //! |---|---|
-//! | H × W | counters, then positions |
-//! | W + 1 | pairs in all blocks, then the position of the first pair of a bucket |
-//! | W + 1 | pairs in blocks before this one, then the number of the first tile of a bucket |
-//! | 2 a warp | scan |
+//! | (H \| 4) × W | counters, then positions: a bucket's side by side, an odd number of fours so that threads that each take a bucket meet in no bank |
+//! | W + 4 | pairs in all blocks, then the position of the first pair of a bucket |
+//! | W + 4 | pairs in blocks before this one, then the number of the first tile of a bucket |
+//! | 3 a warp | scan |
 //! | [`STAGED`] | rank of a slot |
-//! | 2 | turn, words that the launch before has written |
+//! | 3 | turn, words that the launch before has written, whether a segment has many tiles |
 
 /// Threads of a block.
 pub const THREADS: u32 = 512;
@@ -41,7 +44,7 @@ pub const ROWS: u32 = 4;
 pub const STAGED: u32 = 256;
 
 /// Words of shared memory beside the counters and the two arrays of [`WINDOW_WORDS`].
-const SCRATCH: u32 = 2 + 2 * THREADS / 32 + STAGED + 2;
+const SCRATCH: u32 = 8 + 3 * THREADS / 32 + STAGED + 3;
 
 /// Words of shared memory a bucket beside its counters.
 const WINDOW_WORDS: u32 = 2;
@@ -49,20 +52,40 @@ const WINDOW_WORDS: u32 = 2;
 /// Words that come before the tables of the exchange.
 pub const EXCHANGE_HEAD: u32 = 4;
 
-/// Bytes of shared memory of a block.
+/// Bytes of shared memory of a block of `sorters` sorters, a multiple of 4.
 pub const fn shared_bytes(sorters: u32, window: u32) -> u32 {
-    ((sorters + WINDOW_WORDS) * window + SCRATCH) * 4
+    ((counter_stride(sorters) + WINDOW_WORDS) * window + SCRATCH) * 4
 }
 
-/// Most buckets of a window, a multiple of 4, for `sorters` sorters of a block that may be given `shared_bytes`
+/// Words from a bucket's counters to the next bucket's.
+const fn counter_stride(sorters: u32) -> u32 {
+    sorters | 4
+}
+
+/// Sorters of the form of one block, all its warps.
+pub const BLOCK_SORTERS: u32 = THREADS / 32;
+
+/// Whether the form of one block will do.
+pub const fn fits_one_block(pairs: u64, slots: u64, buckets: u64) -> bool {
+    pairs <= (BLOCK_SORTERS * ROWS * 32) as u64 && slots <= STAGED as u64 && buckets <= THREADS as u64
+}
+
+/// Most counters of a window, a multiple of 4, for `sorters` sorters of a block that may be given `shared_bytes`
 /// bytes.
 pub const fn max_window(sorters: u32, shared_bytes: u32) -> u32 {
-    (shared_bytes / 4 - SCRATCH) / (sorters + WINDOW_WORDS) / 4 * 4
+    (shared_bytes / 4 - SCRATCH) / (counter_stride(sorters) + WINDOW_WORDS) / 4 * 4
 }
 
-/// Words through which `blocks` blocks tell one another their counts. They must be zero before the first launch.
-pub const fn exchange_words(blocks: u32, buckets: u32) -> u32 {
-    EXCHANGE_HEAD + 2 * blocks * buckets
+/// The window that counts `buckets` buckets at once, the inactive one included: a multiple of 4 for the others, and
+/// a counter more.
+pub const fn window(buckets: u64) -> u64 {
+    (buckets - 1).next_multiple_of(4) + 4
+}
+
+/// Words of a table in which `blocks` blocks tell one another their counts of `buckets` buckets, the inactive one
+/// included: it is left out, and the others are looked for four at a time.
+pub const fn table_words(blocks: u64, buckets: u64) -> u64 {
+    blocks * (buckets - 1).next_multiple_of(4)
 }
 
 /// Most tiles that `pairs` pairs in `buckets` buckets (the inactive one included) can be cut into.
@@ -79,7 +102,7 @@ pub(crate) use kernel::{bucket, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{EXCHANGE_HEAD, STAGED, THREADS};
+    use super::{BLOCK_SORTERS, EXCHANGE_HEAD, STAGED, THREADS, counter_stride};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread, warp};
     use crate::memory::Global;
@@ -93,6 +116,9 @@ mod kernel {
 
     /// The bucket of a pair that does not exist.
     const NONE: u32 = u32::MAX;
+
+    /// Tiles of a segment that one thread writes.
+    const OWN_TILES: u32 = 2;
 
     /// A block's count of pairs, once it has come.
     const CAME: u32 = 1 << 31;
@@ -157,29 +183,45 @@ mod kernel {
         /// Sorter `sorter`'s counter of a bucket of the window.
         #[inline(always)]
         fn counter(self, sorter: u32, bucket: u32) -> Shared {
-            Self::word(sorter * self.window + bucket)
+            Self::word(counter_stride(self.sorters) * bucket + sorter)
         }
 
         /// Of a bucket: its pairs in all blocks, then the position of its first.
         #[inline(always)]
         fn first(self, bucket: u32) -> Shared {
-            Self::word(self.sorters * self.window + bucket)
+            Self::word(counter_stride(self.sorters) * self.window + bucket)
         }
 
         /// Of a bucket: its pairs in blocks before this one, then the number of its first tile.
         #[inline(always)]
         fn tile(self, bucket: u32) -> Shared {
-            self.first(self.window + 1 + bucket)
+            self.first(self.window + 4 + bucket)
         }
 
         #[inline(always)]
         fn scan(self) -> Shared {
-            self.tile(self.window + 1)
+            self.tile(self.window + 4)
         }
 
         #[inline(always)]
         fn rank(self, slot: u32) -> Shared {
-            self.scan().offset(4 * (2 * THREADS / 32 + slot))
+            self.scan().offset(4 * (3 * THREADS / 32 + slot))
+        }
+
+        /// Of a bucket of a grid: its pairs in blocks before this one.
+        ///
+        /// # Safety
+        /// They must have been added up.
+        #[inline(always)]
+        unsafe fn before<const GRID: bool>(self, bucket: u32) -> u32 {
+            // SAFETY: as the caller promises.
+            if GRID { unsafe { self.tile(bucket).load() } } else { 0 }
+        }
+
+        /// How many segments have more than [`OWN_TILES`] tiles.
+        #[inline(always)]
+        fn many(self) -> Shared {
+            self.head(2)
         }
 
         /// 0: turn; 1: words that the launch before has written.
@@ -241,7 +283,7 @@ mod kernel {
     /// # Safety
     /// As for [`ids`]; the ranks must have been staged.
     #[inline(always)]
-    unsafe fn buckets(
+    unsafe fn buckets<const GRID: bool>(
         p: &RouteParams,
         map: Map,
         rows: Rows,
@@ -251,7 +293,7 @@ mod kernel {
         unroll::<ROWS>(|r| {
             if rows.pair(r).is_some() {
                 // SAFETY: as the caller promises.
-                found[r] = unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank(p, map, slot)) };
+                found[r] = unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<GRID>(p, map, slot)) };
             }
         });
         found
@@ -262,12 +304,12 @@ mod kernel {
     /// # Safety
     /// As for [`buckets`].
     #[inline(always)]
-    unsafe fn staged_rank(p: &RouteParams, map: Map, slot: u32) -> u32 {
+    unsafe fn staged_rank<const GRID: bool>(p: &RouteParams, map: Map, slot: u32) -> u32 {
         // SAFETY: as the caller promises.
         unsafe {
             if slot >= p.slots {
                 0
-            } else if slot < STAGED {
+            } else if !GRID || slot < STAGED {
                 map.rank(slot).load()
             } else {
                 slot_rank(p, slot)
@@ -305,18 +347,20 @@ mod kernel {
     /// As for the entry point: every tensor of `p` must be as its field says.
     #[inline(always)]
     pub unsafe fn route<const GRID: bool>(p: RouteParams) {
-        let map = Map { sorters: p.sorters, window: p.window };
+        let map = Map { sorters: if GRID { p.sorters } else { BLOCK_SORTERS }, window: p.window };
         let (block, blocks) = if GRID { (thread::block(), p.blocks) } else { (0, 1) };
-        let all_buckets = p.slots * p.experts + 1;
-        let inactive = all_buckets - 1;
+        let active = p.slots * p.experts;
+        // Words from the counts of a block to those of the next.
+        let stride = (active + 3) & !3;
         // This warp's pairs. A warp that is no sorter has none.
-        let at = if thread::warp() < p.sorters {
-            p.pair_count.min((block * p.sorters + thread::warp()) * p.run)
+        let start = p.pair_count.min(block * map.sorters * p.run);
+        let at = if thread::warp() < map.sorters {
+            p.pair_count.min(start + thread::warp() * p.run)
         } else {
             p.pair_count
         };
         let end = p.pair_count.min(at + p.run);
-        let is_kept = p.run <= 32 * ROWS as u32;
+        let is_kept = !GRID || p.run <= 32 * ROWS as u32;
         let all_rows = Rows { at, end };
 
         clear_counters(map);
@@ -326,11 +370,10 @@ mod kernel {
         // 1. Ask for the first ids, and for what all of the block will need.
         // SAFETY: the pairs are among P.
         let first_ids = unsafe { ids(&p, all_rows) };
-        let mut slot = thread::index();
-        while slot < p.slots.min(STAGED) {
+        const { assert!(STAGED <= THREADS) };
+        if thread::index() < p.slots.min(STAGED) {
             // SAFETY: the tensors of `p` are as their fields say.
-            unsafe { map.rank(slot).store(slot_rank(&p, slot)) };
-            slot += THREADS;
+            unsafe { map.rank(thread::index()).store(slot_rank(&p, thread::index())) };
         }
         if GRID && thread::index() < 2 {
             // SAFETY: the exchange begins with these words. One thread reads them for all of the block, so that
@@ -358,13 +401,18 @@ mod kernel {
         }
 
         let (mut found, mut lanes) = ([NONE; ROWS], [0; ROWS]);
-        let (mut pairs_before, mut tiles_before) = (0u32, 0u32);
+        // Of buckets before the window: pairs, tiles, and pairs in blocks before this one.
+        let mut past = [0u32; 3];
         let mut window_start = 0;
         loop {
-            let buckets = p.window.min(all_buckets - window_start);
+            // Active buckets of this window. The last has a counter more, for inactive pairs.
+            let room = if GRID { p.window - 4 } else { active };
+            let buckets = room.min(active - window_start);
+            let is_last = !GRID || window_start + buckets == active;
+            let counters = buckets + is_last as u32;
             // A bucket of another window has a number past those of this one.
-            let number = |bucket: u32| bucket.wrapping_sub(window_start).min(buckets);
-            let bits = 32 - buckets.leading_zeros();
+            let number = |bucket: u32| bucket.wrapping_sub(window_start).min(counters);
+            let bits = 32 - counters.leading_zeros();
 
             // 2. Count this sorter's pairs.
             let (mut rows, mut ids) = (all_rows, first_ids);
@@ -373,7 +421,7 @@ mod kernel {
                 // stored by this thread.
                 unsafe {
                     if window_start == 0 {
-                        found = self::buckets(&p, map, rows, ids);
+                        found = self::buckets::<GRID>(&p, map, rows, ids);
                         if !is_kept {
                             remember(&p, rows, found);
                             ids = self::ids(&p, rows.next());
@@ -384,33 +432,38 @@ mod kernel {
                 }
                 unroll::<ROWS>(|r| {
                     let number = number(found[r]);
-                    if rows.pair(r).is_some() && number < buckets {
+                    if rows.pair(r).is_some() && number < counters {
                         // SAFETY: one of this warp's counters.
                         unsafe { map.counter(thread::warp(), number).fetch_add(1) };
                     }
                 });
+                if is_kept {
+                    break;
+                }
                 rows = rows.next();
             }
             barrier::sync();
 
             // 3. Each thread takes a run of buckets and adds up what the block's sorters have counted.
-            let run = buckets.div_ceil(THREADS);
+            let run = if GRID { buckets.div_ceil(THREADS) } else { 1 };
             let from = buckets.min(thread::index() * run);
             let to = buckets.min(from + run);
-            let mut i = from;
-            while i < to {
+            each::<GRID>(from, to, |i| {
                 let total = sum_counters(map, i);
                 // SAFETY: the window has these buckets, the exchange a word a block and bucket.
                 unsafe {
                     if GRID {
-                        table.at(block * all_buckets + window_start + i).store_relaxed(CAME | total);
+                        table.at(block * stride + window_start + i).store_relaxed(CAME | total);
                         map.first(i).store(0);
                         map.tile(i).store(0);
                     } else {
                         map.first(i).store(total);
                     }
                 }
-                i += 1;
+            });
+            if thread::index() == 0 {
+                // SAFETY: a word.
+                unsafe { map.many().store(0) };
             }
             if is_kept {
                 // While counts are on their way.
@@ -419,44 +472,66 @@ mod kernel {
             if GRID {
                 barrier::sync();
                 // SAFETY: all blocks run at once, and store their words.
-                unsafe { gather(&p, map, table.at(window_start), (block, all_buckets), buckets) };
+                unsafe { gather(&p, map, table.at(window_start), (block, stride), buckets) };
                 barrier::sync();
             }
 
             // 4. Counts become positions.
-            let (mut pairs, mut tiles) = (0, 0);
-            let mut i = from;
-            while i < to {
+            let mut sums = [0; 3];
+            each::<GRID>(from, to, |i| {
                 // SAFETY: one of the window's buckets: this thread stored it, or others before the barrier.
-                let count = unsafe { map.first(i).load() };
-                pairs += count;
-                tiles += tiles_of(&p, count);
-                i += 1;
-            }
-            let (before, all) = scan::<THREADS>(map.scan(), [pairs, tiles]);
-            let (mut position, mut tile) = (pairs_before + before[0], tiles_before + before[1]);
-            let mut i = from;
-            while i < to {
+                let [count, before] = unsafe { [map.first(i).load(), map.before::<GRID>(i)] };
+                sums = [sums[0] + count, sums[1] + tiles_of(&p, count), sums[2] + before];
+            });
+            let (before, all) = if GRID {
+                scan::<THREADS, 3>(map.scan(), sums)
+            } else {
+                let ([pairs, tiles], [all_pairs, all_tiles]) =
+                    scan::<THREADS, 2>(map.scan(), [sums[0], sums[1]]);
+                ([pairs, tiles, 0], [all_pairs, all_tiles, 0])
+            };
+            let (mut position, mut tile) = (past[0] + before[0], past[1] + before[1]);
+            each::<GRID>(from, to, |i| {
                 // SAFETY: as above; nobody else uses these words before the next barrier.
                 unsafe {
-                    let count = map.first(i).load();
-                    let in_blocks_before = if GRID { map.tile(i).load() } else { 0 };
+                    let [count, before] = [map.first(i).load(), map.before::<GRID>(i)];
                     map.first(i).store(position);
                     map.tile(i).store(tile);
-                    place_counters(map, i, position + in_blocks_before);
+                    place_counters(map, i, position + before);
                     position += count;
-                    tile += tiles_of(&p, count);
+                    let tiles = tiles_of(&p, count);
+                    tile += tiles;
+                    if tiles > OWN_TILES {
+                        map.many().fetch_add(1);
+                    }
                 }
-                i += 1;
+            });
+            let first_tile = past[1];
+            past = [past[0] + all[0], past[1] + all[1], past[2] + all[2]];
+            let active_tiles = past[1];
+            let mut end_position = past[0];
+            if is_last {
+                // What is left is inactive.
+                let tiles = tiles_of(&p, p.pair_count - past[0]);
+                past[1] += tiles;
+                end_position = p.pair_count;
+                if thread::index() == THREADS - 1 {
+                    // SAFETY: the last counters and the last places but one are the inactive bucket's.
+                    unsafe {
+                        map.first(buckets).store(past[0]);
+                        map.tile(buckets).store(active_tiles);
+                        place_counters(map, buckets, past[0] + start - past[2]);
+                        if tiles > OWN_TILES {
+                            map.many().fetch_add(1);
+                        }
+                    }
+                }
             }
-            pairs_before += all[0];
-            let first_tile = tiles_before;
-            tiles_before += all[1];
             if thread::index() == 0 {
-                // SAFETY: each array has a place past the last bucket.
+                // SAFETY: each array has a place past the last counter.
                 unsafe {
-                    map.first(buckets).store(pairs_before);
-                    map.tile(buckets).store(tiles_before);
+                    map.first(counters).store(end_position);
+                    map.tile(counters).store(past[1]);
                 }
             }
             barrier::sync();
@@ -470,28 +545,45 @@ mod kernel {
                     lanes = peers(rows, found.map(number), bits);
                 }
                 // SAFETY: the counters are this warp's, and hold positions.
-                unsafe { place(&p, map, rows, found.map(number), lanes, buckets) };
+                unsafe { place(&p, map, rows, found.map(number), lanes, counters) };
+                if is_kept {
+                    break;
+                }
                 rows = rows.next();
             }
 
-            // 6. Tiles, each by whoever has its number: a segment of many is not one thread's alone.
-            let mut tile = first_tile + block * THREADS + thread::index();
-            while tile < tiles_before {
-                // SAFETY: there is room for all tiles.
-                unsafe { write_tile(&p, map, (window_start, buckets), tile) };
-                tile += blocks * THREADS;
+            // 6. The first tiles of each segment, by the highest threads, which have the fewest pairs.
+            let share = if GRID { quotient(counters + blocks - 1, blocks) } else { counters };
+            let mut i = block * share + THREADS - 1 - thread::index();
+            while i < counters.min((block + 1) * share) {
+                // SAFETY: one of the window's; there is room for all tiles.
+                unsafe { write_own_tiles::<GRID>(&p, map, (window_start, i)) };
+                if !GRID {
+                    break;
+                }
+                i += THREADS;
+            }
+            // The others by whoever has their number: a segment of many is not one thread's alone.
+            // SAFETY: counted before the barrier.
+            if unsafe { map.many().load() } > 0 {
+                let mut tile = first_tile + thread::index() * blocks + block;
+                while tile < past[1] {
+                    // SAFETY: there is room for all tiles.
+                    unsafe { write_other_tile::<GRID>(&p, map, (window_start, counters), tile) };
+                    tile += blocks * THREADS;
+                }
             }
             window_start += buckets;
-            if window_start == all_buckets {
-                if block == 0 && thread::index() == 0 {
-                    // SAFETY: two counts; the inactive bucket is the window's last.
+            if is_last {
+                if block == 0 && thread::index() == THREADS - 1 {
+                    // SAFETY: two counts.
                     unsafe {
-                        p.counts.at(count::ACTIVE).store(map.tile(inactive + buckets - all_buckets).load());
-                        p.counts.at(count::ALL).store(tiles_before);
+                        p.counts.at(count::ACTIVE).store(active_tiles);
+                        p.counts.at(count::ALL).store(past[1]);
                         if GRID {
                             // All blocks have come, so all have read these.
                             p.exchange.store_relaxed(turn + 1);
-                            p.exchange.at(1u32).store_relaxed(blocks * all_buckets);
+                            p.exchange.at(1u32).store_relaxed(blocks * stride);
                         }
                     }
                 }
@@ -509,12 +601,25 @@ mod kernel {
         (pairs + p.tile_rows - 1) >> p.tile_rows.trailing_zeros()
     }
 
+    /// Calls `body` with `from`, … `to` − 1; in one block, where that is one number or none, without a loop.
+    #[inline(always)]
+    fn each<const GRID: bool>(from: u32, to: u32, mut body: impl FnMut(u32)) {
+        let mut i = from;
+        while i < to {
+            body(i);
+            if !GRID {
+                break;
+            }
+            i += 1;
+        }
+    }
+
     /// Zeroes all counters.
     #[inline(always)]
     fn clear_counters(map: Map) {
         let mut word = 4 * thread::index();
-        while word < map.sorters * map.window {
-            // SAFETY: windows are multiples of four.
+        while word < counter_stride(map.sorters) * map.window {
+            // SAFETY: a bucket's counters are a multiple of four.
             unsafe { Map::word(word).store16([0; 4]) };
             word += 4 * THREADS;
         }
@@ -523,17 +628,13 @@ mod kernel {
     /// Pairs of a bucket that all sorters of the block have counted.
     #[inline(always)]
     fn sum_counters(map: Map, bucket: u32) -> u32 {
-        // SAFETY: the counters were zeroed before a barrier, and counted up before another.
-        let count = |sorter: u32| unsafe { map.counter(sorter, bucket).load() };
         let mut sum = 0;
         let mut sorter = 0;
-        while sorter + 8 <= map.sorters {
-            unroll::<8>(|i| sum += count(sorter + i as u32));
-            sorter += 8;
-        }
         while sorter < map.sorters {
-            sum += count(sorter);
-            sorter += 1;
+            // SAFETY: the counters were zeroed before a barrier, and counted up before another.
+            let [a, b, c, d] = unsafe { map.counter(sorter, bucket).load16() };
+            sum += a + b + c + d;
+            sorter += 4;
         }
         sum
     }
@@ -545,30 +646,20 @@ mod kernel {
     #[inline(always)]
     unsafe fn place_counters(map: Map, bucket: u32, mut position: u32) {
         let mut sorter = 0;
-        while sorter + 8 <= map.sorters {
-            let mut counts = [0; 8];
-            // SAFETY: as the caller promises.
-            unroll::<8>(|i| counts[i] = unsafe { map.counter(sorter + i as u32, bucket).load() });
-            unroll::<8>(|i| {
-                // SAFETY: as the caller promises.
-                unsafe { map.counter(sorter + i as u32, bucket).store(position) };
-                position += counts[i];
-            });
-            sorter += 8;
-        }
         while sorter < map.sorters {
             // SAFETY: as the caller promises.
             unsafe {
-                let count = map.counter(sorter, bucket).load();
-                map.counter(sorter, bucket).store(position);
-                position += count;
+                let four = map.counter(sorter, bucket);
+                let [a, b, c, d] = four.load16();
+                four.store16([position, position + a, position + a + b, position + a + b + c]);
+                position += a + b + c + d;
             }
-            sorter += 1;
+            sorter += 4;
         }
     }
 
     /// Looks for the counts of all blocks, whose words of this window begin at `table`, and adds up those of all
-    /// blocks and of the blocks before this one. A thread takes eight blocks at a time.
+    /// blocks and of the blocks before this one. A thread takes four buckets of eight blocks at a time.
     ///
     /// # Safety
     /// All blocks must run at once and store their words.
@@ -580,41 +671,48 @@ mod kernel {
         (block, stride): (u32, u32),
         buckets: u32,
     ) {
-        let items = p.blocks.div_ceil(8) * buckets;
+        let fours = buckets.div_ceil(4);
+        let items = p.blocks.div_ceil(8) * fours;
         let mut item = thread::index();
         while item < items {
-            let group = quotient(item, buckets);
-            let bucket = item - group * buckets;
-            let mut counts = [CAME; 8];
+            let group = quotient(item, fours);
+            let bucket = 4 * (item - group * fours);
+            // Words that are no bucket's are never stored.
+            let needed = [0, 1, 2, 3].map(|i| if bucket + i < buckets { CAME } else { 0 });
+            let mut counts = [[CAME; 4]; 8];
             loop {
-                let mut came = CAME;
                 unroll::<8>(|i| {
                     let other = 8 * group + i as u32;
                     if other < p.blocks {
-                        // SAFETY: the exchange has a word a block and bucket.
-                        counts[i] = unsafe { table.at(other * stride + bucket).load_relaxed() };
+                        // SAFETY: the exchange has a word a block and bucket, rows in multiples of four.
+                        counts[i] = unsafe { table.at(other * stride + bucket).load16_relaxed() };
                     }
                 });
-                unroll::<8>(|i| came &= counts[i]);
-                if came != 0 {
+                let mut came = [CAME; 4];
+                unroll::<8>(|i| unroll::<4>(|j| came[j] &= counts[i][j]));
+                let mut all = true;
+                unroll::<4>(|j| all &= came[j] == needed[j] || needed[j] == 0);
+                if all {
                     break;
                 }
             }
-            let (mut all, mut before) = (0, 0);
-            unroll::<8>(|i| {
-                let count = counts[i] & !CAME;
-                all += count;
-                before += if 8 * group + (i as u32) < block { count } else { 0 };
+            unroll::<4>(|j| {
+                let (mut all, mut before) = (0, 0);
+                unroll::<8>(|i| {
+                    let count = counts[i][j] & !CAME;
+                    all += count;
+                    before += if 8 * group + (i as u32) < block { count } else { 0 };
+                });
+                // SAFETY: one of the window's buckets; both words were zeroed before the barrier.
+                unsafe {
+                    if needed[j] != 0 && all > 0 {
+                        map.first(bucket + j as u32).fetch_add(all);
+                        if before > 0 {
+                            map.tile(bucket + j as u32).fetch_add(before);
+                        }
+                    }
+                }
             });
-            // SAFETY: one of the window's buckets; both words were zeroed before the barrier.
-            unsafe {
-                if all > 0 {
-                    map.first(bucket).fetch_add(all);
-                }
-                if before > 0 {
-                    map.tile(bucket).fetch_add(before);
-                }
-            }
             item += THREADS;
         }
     }
@@ -689,13 +787,38 @@ mod kernel {
         });
     }
 
-    /// Writes tile number `tile`, of a window of `buckets` buckets from `window_start` on.
+    /// Writes the first tiles of bucket `bucket` of a window that begins at `window_start`.
+    ///
+    /// # Safety
+    /// It must be one of the window's, and there must be room for its tiles.
+    #[inline(always)]
+    unsafe fn write_own_tiles<const GRID: bool>(p: &RouteParams, map: Map, (window_start, bucket): (u32, u32)) {
+        // SAFETY: the arrays were filled before the barrier, and the tensors of `p` are as their fields say.
+        unsafe {
+            let (mut first, end) = (map.first(bucket).load(), map.first(bucket + 1).load());
+            let mut tile = map.tile(bucket).load();
+            let last = tile + OWN_TILES;
+            while first < end && tile < last {
+                write_tile::<GRID>(p, map, window_start + bucket, (first, end), tile);
+                first += p.tile_rows;
+                tile += 1;
+            }
+        }
+    }
+
+    /// Writes tile number `tile`, of a window of `buckets` buckets from `window_start` on, unless
+    /// [`write_own_tiles`] does.
     ///
     /// # Safety
     /// It must be one of the window's tiles, and there must be room for it.
     #[inline(always)]
-    unsafe fn write_tile(p: &RouteParams, map: Map, (window_start, buckets): (u32, u32), tile: u32) {
-        // SAFETY: the arrays were filled before the barrier, and the tensors of `p` are as their fields say.
+    unsafe fn write_other_tile<const GRID: bool>(
+        p: &RouteParams,
+        map: Map,
+        (window_start, buckets): (u32, u32),
+        tile: u32,
+    ) {
+        // SAFETY: as above.
         unsafe {
             // The last bucket whose first tile is not past this one: buckets without pairs share the number of the
             // next.
@@ -708,12 +831,32 @@ mod kernel {
                     high = middle;
                 }
             }
-            let first = map.first(low).load() + (tile - map.tile(low).load()) * p.tile_rows;
-            let rows = (map.first(low + 1).load() - first).min(p.tile_rows);
-            let bucket = window_start + low;
-            let slot = quotient(bucket, p.experts);
-            let expert = bucket - slot * p.experts;
-            let rank = staged_rank(p, map, slot);
+            let number = tile - map.tile(low).load();
+            if number >= OWN_TILES {
+                let first = map.first(low).load() + number * p.tile_rows;
+                write_tile::<GRID>(p, map, window_start + low, (first, map.first(low + 1).load()), tile);
+            }
+        }
+    }
+
+    /// Writes tile number `tile`, of the pairs of `bucket` from position `first` on, whose last come before `end`.
+    ///
+    /// # Safety
+    /// There must be room for it.
+    #[inline(always)]
+    unsafe fn write_tile<const GRID: bool>(
+        p: &RouteParams,
+        map: Map,
+        bucket: u32,
+        (first, end): (u32, u32),
+        tile: u32,
+    ) {
+        let slot = quotient(bucket, p.experts);
+        let expert = bucket - slot * p.experts;
+        let rows = (end - first).min(p.tile_rows);
+        // SAFETY: as the caller promises; the ranks are staged.
+        unsafe {
+            let rank = staged_rank::<GRID>(p, map, slot);
             p.tiles.at(tile).store_tile(Tile { slot, expert, first, rows, rank, reserved: [0; 3] });
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
+use crate::tile::unroll;
 
 /// Sum over this thread and those before it in its warp. The whole warp must come here.
 #[inline(always)]
@@ -17,30 +18,30 @@ pub fn inclusive(value: u32) -> u32 {
     sum
 }
 
-/// Sums over the threads before this one, and over all, of two numbers at once. The whole block of `THREADS`
-/// threads must come here; `scratch` has two words a warp, which may be used again after the next barrier.
+/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS` threads
+/// must come here; `scratch` has `N` words a warp, which may be used again after the next barrier.
 #[inline(always)]
-pub fn scan<const THREADS: u32>(scratch: Shared, values: [u32; 2]) -> ([u32; 2], [u32; 2]) {
+pub fn scan<const THREADS: u32, const N: usize>(scratch: Shared, values: [u32; N]) -> ([u32; N], [u32; N]) {
     const { assert!(THREADS / 32 <= 32) };
     let sums = values.map(inclusive);
-    let word = |number: u32| scratch.offset(4 * number);
-    // SAFETY: two words a warp; the barrier separates their writers from their readers.
+    let word = |warp: u32, i: usize| scratch.offset(4 * (N as u32 * warp + i as u32));
+    let (mut before, mut total) = ([0; N], [0; N]);
+    // SAFETY: N words a warp; the barrier separates their writers from their readers.
     unsafe {
         if thread::lane() == 31 {
-            word(2 * thread::warp()).store(sums[0]);
-            word(2 * thread::warp() + 1).store(sums[1]);
+            unroll::<N>(|i| word(thread::warp(), i).store(sums[i]));
         }
         barrier::sync();
         // Each warp adds up all warps, a lane each.
-        let mut warps = [0; 2];
+        let mut warps = [0; N];
         if thread::lane() < THREADS / 32 {
-            warps = [word(2 * thread::lane()).load(), word(2 * thread::lane() + 1).load()];
+            unroll::<N>(|i| warps[i] = word(thread::lane(), i).load());
         }
         let through = warps.map(inclusive);
-        let total = through.map(|sum| warp::shuffle(sum, 31));
-        let before = |i: usize| {
-            warp::shuffle(through[i] - warps[i], thread::warp()) + sums[i] - values[i]
-        };
-        ([before(0), before(1)], total)
+        unroll::<N>(|i| {
+            total[i] = warp::shuffle(through[i], 31);
+            before[i] = warp::shuffle(through[i] - warps[i], thread::warp()) + sums[i] - values[i];
+        });
     }
+    (before, total)
 }

@@ -174,7 +174,7 @@ mod kernel {
                     }
                 }
             });
-            let (before, total) = scan::<THREADS>(found.scratch(), [pairs, tiles]);
+            let (before, total) = scan::<THREADS, 2>(found.scratch(), [pairs, tiles]);
             found.tiles = total[1] + quotient(p.pair_count - total[0] + p.tile_rows - 1, p.tile_rows);
             let [mut first, mut tile] = before;
             unroll::<BATCH>(|i| {

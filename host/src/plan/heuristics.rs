@@ -19,7 +19,7 @@ pub(super) const ALIGN_CLUSTER_PAIRS: usize = 4096;
 
 /// Warps that sort where there are more buckets than counters for one: every window walks over all pairs, so a
 /// smaller window for more warps costs about the same, and more than these gain nothing.
-pub(super) const WINDOW_SORTERS: u32 = 6;
+pub(super) const WINDOW_SORTERS: u32 = 4;
 
 /// Blocks of `route`.
 pub(super) fn route_blocks(pairs: usize) -> u32 {

@@ -106,6 +106,31 @@ impl Global<u32> {
         }
         #[cfg(feature = "emulate")]
         {
+            let [value] = emulate::load_relaxed(self.address());
+            value
+        }
+    }
+
+    /// As [`load_relaxed`](Self::load_relaxed), of four words, each on its own.
+    ///
+    /// # Safety
+    /// As for [`Global::load16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16_relaxed(self) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let (a, b, c, d);
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) self.address(),
+                    options(nostack));
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        {
             emulate::load_relaxed(self.address())
         }
     }

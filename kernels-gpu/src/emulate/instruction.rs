@@ -397,9 +397,9 @@ pub(crate) fn store_global<const N: usize>(address: u64, bytes: [u8; N]) {
 /// Relaxed loads with nobody doing anything else, after which nobody will: far more than a launch has words.
 const MOST_LOOKS: u32 = 1 << 20;
 
-/// `ld.relaxed.gpu` of a word. Others run first, as the thread may be looking for what one of them stores.
+/// `ld.relaxed.gpu` of `N` words. Others run first, as the thread may be looking for what one of them stores.
 #[track_caller]
-pub(crate) fn load_relaxed(address: u64) -> u32 {
+pub(crate) fn load_relaxed<const N: usize>(address: u64) -> [u32; N] {
     let at = Location::caller();
     execute(at, |machine, id| {
         machine.looks += 1;
@@ -409,9 +409,9 @@ pub(crate) fn load_relaxed(address: u64) -> u32 {
     suspend();
     execute(at, |machine, id| {
         let now = machine.now(id, Kind::RelaxedRead, at);
-        let part = machine.global(id, address, WORD as u64, WORD as u64, &now)?;
-        let [value] = words(machine.memory.part(part));
-        Ok(value)
+        let bytes = (N * WORD) as u64;
+        let part = machine.global(id, address, bytes, bytes, &now)?;
+        Ok(words(machine.memory.part(part)))
     })
 }
 

@@ -5,7 +5,7 @@ use super::SEEDS;
 use moe_lora_kernels::emulate::{self, Buffer, Grid, Memory};
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Divider, RouteParams, Tile, count, enabled};
-use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
+use moe_lora_kernels::route::{self, BLOCK_SORTERS, EXCHANGE_HEAD};
 use moe_lora_kernels::{ENTRIES, Kernel};
 use rayon::prelude::*;
 
@@ -55,6 +55,7 @@ struct Shape {
     /// Blocks; 0: the form of one block.
     blocks: u32,
     sorters: u32,
+    /// Active buckets that are counted at a time, a multiple of 4.
     window: u32,
 }
 
@@ -65,7 +66,8 @@ type Left = (Vec<u32>, Vec<Tile>, u32);
 fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left> {
     let pairs = calls[0].topk_ids.len();
     let most = route::max_tiles(pairs as u64, u64::from(INACTIVE) + 1, tile_rows.into()) as usize;
-    let exchange_room = shapes.iter().map(|shape| shape.blocks).max().unwrap_or(0) * (INACTIVE + 1);
+    let most_blocks = shapes.iter().map(|shape| shape.blocks).max().unwrap_or(0);
+    let exchange_room = route::table_words(most_blocks.into(), u64::from(INACTIVE) + 1) as u32;
     let mut memory = Memory::default();
     let mut exchange = None;
     let mut left = Vec::new();
@@ -104,7 +106,7 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
             blocks: grid,
             sorters: shape.sorters,
             run: (pairs as u32).div_ceil(grid * shape.sorters).next_multiple_of(32),
-            window: shape.window.next_multiple_of(4),
+            window: shape.window + 4,
             exchange_room,
         };
         let bytes = 4 * u64::from(EXCHANGE_HEAD + 2 * exchange_room);
@@ -164,10 +166,11 @@ fn pairs_are_sorted_whatever_the_order_of_threads() {
             1 => 8,
             _ => INACTIVE + 1,
         };
-        let shape = |blocks| Shape { blocks, sorters: 1 + seed as u32 % 3, window };
+        let shape = |blocks| Shape { blocks, sorters: [4, 8, 12][seed as usize % 3], window };
         // Grids of any size follow one another on one exchange.
-        let blocks = [0, 1 + seed as u32 % 3, 3, 1, 2, 2];
-        check(1 + seed as u32 % 150, 4, &blocks.map(shape), seed);
+        let grids = [1 + seed as u32 % 3, 3, 1, 2, 2].map(shape);
+        let one_block = Shape { blocks: 0, sorters: BLOCK_SORTERS, window: INACTIVE + 1 };
+        check(1 + seed as u32 % 150, 4, &[&grids[..], &[one_block]].concat(), seed);
     });
 }
 
@@ -175,8 +178,8 @@ fn pairs_are_sorted_whatever_the_order_of_threads() {
 fn runs_longer_than_registers_are_sorted_too() {
     (0..8u64).into_par_iter().for_each(|seed| {
         let window = [INACTIVE + 1, 8][seed as usize % 2];
-        let shape = |blocks| Shape { blocks, sorters: 1 + seed as u32 % 2, window };
-        // Up to 1,500 pairs for two or four sorters.
-        check(500 - seed as u32, 16, &[0, 2].map(shape), seed);
+        let shape = |blocks| Shape { blocks, sorters: 4, window };
+        // Some 1,500 pairs for four sorters, or eight.
+        check(510 - seed as u32, 16, &[1, 2].map(shape), seed);
     });
 }
