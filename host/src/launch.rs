@@ -225,10 +225,10 @@ impl Prepared<'_> {
             tile_rows: plan.tile_rows,
             enabled_kind,
             blocks: plan.sorting.blocks,
-            sorters: plan.sorting.sorters,
             run: plan.sorting.run,
             window: plan.sorting.window,
             exchange_room: parts.exchange_room,
+            reserved: 0,
         }
     }
 

@@ -142,11 +142,11 @@ pub struct Launch {
 /// How `route` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sorting {
+    /// The form.
+    pub kernel: Kernel,
     /// Blocks.
     pub blocks: u32,
-    /// Warps of a block that sort.
-    pub sorters: u32,
-    /// Pairs that each of these takes.
+    /// Pairs that each warp takes.
     pub run: u32,
     /// Buckets that are counted at a time.
     pub window: u32,
@@ -228,6 +228,9 @@ const MIN_ROUTE_BLOCKS: usize = 4;
 /// Most words of a table in which blocks of `route` tell one another their counts: 2 MiB.
 const MAX_EXCHANGE: u64 = 1 << 19;
 
+/// Threads of a warp.
+const WARP: u32 = 32;
+
 /// Most blocks of one launch: the grid's x dimension.
 const MAX_BLOCKS: u64 = i32::MAX as u64;
 
@@ -269,7 +272,7 @@ fn launch(kernel: Kernel, blocks: u64, cluster: u32, shared_bytes: u32) -> Resul
         let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
         return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
     }
-    let cooperative = kernel == Kernel::RouteGrid;
+    let cooperative = matches!(kernel, Kernel::RouteGrid | Kernel::RouteWide);
     Ok(Launch { entry: entry(kernel), blocks: blocks as u32, cluster, cooperative, shared_bytes })
 }
 
@@ -415,7 +418,7 @@ impl Plan {
                 Ok::<_, Error>(DecodePlan { launch, room })
             })
             .transpose()?;
-        let sorting = sorting(pairs, buckets(projection), limits, options);
+        let sorting = sorting(projection, pairs, limits, options);
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
             index,
@@ -428,9 +431,8 @@ impl Plan {
             route: match route {
                 RouteSource::Made if decodes => None,
                 RouteSource::Made => {
-                    let Sorting { blocks, sorters, window, .. } = sorting;
-                    let fits = route::fits_one_block(pairs as u64, sizes.slots as u64, buckets(projection));
-                    let kernel = if blocks == 1 && fits { Kernel::Route } else { Kernel::RouteGrid };
+                    let Sorting { kernel, blocks, window, .. } = sorting;
+                    let sorters = entry(kernel).threads / WARP;
                     Some(launch(kernel, blocks.into(), 1, route::shared_bytes(sorters, window))?)
                 }
                 RouteSource::Sorted { .. } => {
@@ -486,17 +488,22 @@ pub fn most_route_blocks(pairs: usize, buckets: u64) -> u32 {
 }
 
 /// How `route` sorts `pairs` pairs.
-fn sorting(pairs: usize, buckets: u64, limits: &DeviceLimits, options: &Options) -> Sorting {
+fn sorting(projection: &Projection, pairs: usize, limits: &DeviceLimits, options: &Options) -> Sorting {
+    let (slots, buckets) = (projection.sizes().slots as u64, buckets(projection));
     let most = most_route_blocks(pairs, buckets).min(limits.multiprocessors);
     let blocks = options.route_blocks.unwrap_or(heuristics::route_blocks(pairs)).clamp(1, most);
-    let room = |sorters| route::max_window(sorters, limits.shared_bytes);
-    let all = route::window(buckets);
-    let (sorters, window) = match [16, 12, 8, 4].into_iter().find(|&sorters| all <= room(sorters).into()) {
-        Some(sorters) => (sorters, all as u32),
-        None => (heuristics::WINDOW_SORTERS, room(heuristics::WINDOW_SORTERS)),
+    let run = |kernel| pairs.div_ceil((blocks * entry(kernel).threads / WARP) as usize).next_multiple_of(WARP as usize);
+    let room = |kernel| route::max_window(entry(kernel).threads / WARP, limits.shared_bytes);
+    let narrow = |kernel: &Kernel| {
+        let threads = entry(*kernel).threads;
+        let block_pairs = run(*kernel) as u64 * u64::from(threads / WARP);
+        (*kernel == Kernel::RouteGrid || blocks == 1)
+            && route::is_narrow(threads, block_pairs, slots, buckets)
+            && route::window(buckets) <= room(*kernel).into()
     };
-    let run = pairs.div_ceil((blocks * sorters) as usize).next_multiple_of(32) as u32;
-    Sorting { blocks, sorters, run, window }
+    let kernel = [Kernel::Route, Kernel::RouteGrid].into_iter().find(narrow).unwrap_or(Kernel::RouteWide);
+    let window = route::window(buckets).min(room(kernel).into()) as u32;
+    Sorting { kernel, blocks, run: run(kernel) as u32, window }
 }
 
 /// Whether a whole call that makes its route, with sizes and addresses in multiples of 8 elements, is `decode`'s.

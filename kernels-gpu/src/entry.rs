@@ -60,6 +60,8 @@ pub enum Kernel {
     Route,
     /// [`crate::route`] in a grid whose blocks all run at once.
     RouteGrid,
+    /// [`crate::route`] in such a grid, of anything.
+    RouteWide,
     /// [`crate::align`], a block a slot. No variants either.
     Align,
     /// [`crate::align`], a cluster a slot.
@@ -136,11 +138,24 @@ macro_rules! entries {
     ) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
-            Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1, cluster: 1 },
+            Entry {
+                name: "route",
+                kernel: Kernel::Route,
+                threads: route::BLOCK_THREADS,
+                min_blocks: 1,
+                cluster: 1,
+            },
             Entry {
                 name: "route_grid",
                 kernel: Kernel::RouteGrid,
-                threads: route::THREADS,
+                threads: route::GRID_THREADS,
+                min_blocks: 1,
+                cluster: 1,
+            },
+            Entry {
+                name: "route_wide",
+                kernel: Kernel::RouteWide,
+                threads: route::GRID_THREADS,
                 min_blocks: 1,
                 cluster: 1,
             },
@@ -184,10 +199,13 @@ macro_rules! entries {
             unsafe {
                 match name {
                     "route" => Some(|bytes| {
-                        crate::route::route::<false>(bytemuck::pod_read_unaligned(bytes));
+                        crate::route::route::<{ crate::route::BLOCK_THREADS }, false, false>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "route_grid" => Some(|bytes| {
-                        crate::route::route::<true>(bytemuck::pod_read_unaligned(bytes));
+                        crate::route::route::<{ crate::route::GRID_THREADS }, true, false>(bytemuck::pod_read_unaligned(bytes));
+                    }),
+                    "route_wide" => Some(|bytes| {
+                        crate::route::route::<{ crate::route::GRID_THREADS }, true, true>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "align" => Some(|bytes| crate::align::align::<1>(bytemuck::pod_read_unaligned(bytes))),
                     "align_cluster" => Some(|bytes| {
@@ -213,7 +231,7 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn route(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<false>(p) }
+                    unsafe { crate::route::route::<{ crate::route::BLOCK_THREADS }, false, false>(p) }
                 }
             }
 
@@ -221,7 +239,15 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn route_grid(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<true>(p) }
+                    unsafe { crate::route::route::<{ crate::route::GRID_THREADS }, true, false>(p) }
+                }
+            }
+
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn route_wide(p: crate::params::RouteParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::route::route::<{ crate::route::GRID_THREADS }, true, true>(p) }
                 }
             }
 

@@ -139,14 +139,14 @@ pub struct RouteParams {
     pub enabled_kind: u32,
     /// Blocks.
     pub blocks: u32,
-    /// Warps of a block that sort.
-    pub sorters: u32,
-    /// Pairs that each of these takes, a multiple of 32.
+    /// Pairs that each warp sorts, a multiple of 32.
     pub run: u32,
-    /// Counters that a sorter has room for, four more than active buckets are counted at a time: a multiple of 4.
+    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of 4.
     pub window: u32,
     /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
     pub exchange_room: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 /// Parameters of `align`.

@@ -9,15 +9,14 @@
 //! of its bucket. Pairs of one bucket that meet in a row of 32 find one another by ballots. A run of up to
 //! [`ROWS`] rows stays in registers from one walk to the next; of a longer one the buckets are stored in between.
 //!
-//! There are two forms: one block, for so few pairs that all runs stay in registers and so few buckets that each has
-//! a thread, and a grid of blocks that all
-//! run at once. A block of a grid stores how many pairs of each bucket it has counted, one word a bucket, where
-//! all others look for it. The word's top bit says that it has come, so no barrier of the grid is needed. The
-//! words lie in two tables that launches use in turn: whoever uses one empties the other. Inactive pairs are not
-//! told: they are what is left.
-//!
-//! When there are more buckets than room for counters, the grid does all this for one window of buckets after
-//! another.
+//! There are three forms. *One block*, for few pairs. A *grid* of blocks that all run at once: a block stores how
+//! many pairs of each bucket it has counted, one word a bucket, where all others look for it. The word's top bit
+//! says that it has come, so no barrier of the grid is needed. The words lie in two tables that launches use in
+//! turn: whoever uses one empties the other. Inactive pairs are not told: they are what is left. Both forms are for
+//! calls in which every run stays in registers, every bucket has a thread, and every slot's rank has a place in
+//! shared memory: then they are short, and a route of few pairs is little more than the time to issue its
+//! instructions. The *wide* grid is for all others: it walks runs in parts, and when there are more buckets than
+//! room for counters, does so for one window of buckets after another.
 //!
 //! Shared memory, in words, for H sorters and windows of W buckets:
 //!
@@ -30,8 +29,11 @@
 //! | [`STAGED`] | rank of a slot |
 //! | 3 | turn, words that the launch before has written, whether a segment has many tiles |
 
-/// Threads of a block.
-pub const THREADS: u32 = 512;
+/// Threads of the form of one block: what all of them do is issued once a warp, so the fewer the sooner.
+pub const BLOCK_THREADS: u32 = 256;
+
+/// Threads of a block of a grid.
+pub const GRID_THREADS: u32 = 512;
 
 /// Most blocks of a grid: they must all run at once, one a multiprocessor.
 pub const MAX_BLOCKS: u32 = 128;
@@ -44,7 +46,7 @@ pub const ROWS: u32 = 4;
 pub const STAGED: u32 = 256;
 
 /// Words of shared memory beside the counters and the two arrays of [`WINDOW_WORDS`].
-const SCRATCH: u32 = 8 + 3 * THREADS / 32 + STAGED + 3;
+const SCRATCH: u32 = 8 + 3 * GRID_THREADS / 32 + STAGED + 3;
 
 /// Words of shared memory a bucket beside its counters.
 const WINDOW_WORDS: u32 = 2;
@@ -62,15 +64,12 @@ const fn counter_stride(sorters: u32) -> u32 {
     sorters | 4
 }
 
-/// Sorters of the form of one block, all its warps.
-pub const BLOCK_SORTERS: u32 = THREADS / 32;
-
-/// Whether the form of one block will do.
-pub const fn fits_one_block(pairs: u64, slots: u64, buckets: u64) -> bool {
-    pairs <= (BLOCK_SORTERS * ROWS * 32) as u64 && slots <= STAGED as u64 && buckets <= THREADS as u64
+/// Whether a form of blocks of `threads` threads that is not wide will do: `pairs` pairs a block.
+pub const fn is_narrow(threads: u32, pairs: u64, slots: u64, buckets: u64) -> bool {
+    pairs <= (threads * ROWS) as u64 && slots <= STAGED as u64 && buckets <= threads as u64 + 1
 }
 
-/// Most counters of a window, a multiple of 4, for `sorters` sorters of a block that may be given `shared_bytes`
+/// Most counters of a window, a multiple of 4, for the `sorters` sorters of a block that may be given `shared_bytes`
 /// bytes.
 pub const fn max_window(sorters: u32, shared_bytes: u32) -> u32 {
     (shared_bytes / 4 - SCRATCH) / (counter_stride(sorters) + WINDOW_WORDS) / 4 * 4
@@ -102,7 +101,7 @@ pub(crate) use kernel::{bucket, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{BLOCK_SORTERS, EXCHANGE_HEAD, STAGED, THREADS, counter_stride};
+    use super::{EXCHANGE_HEAD, GRID_THREADS, STAGED, counter_stride};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread, warp};
     use crate::memory::Global;
@@ -205,7 +204,7 @@ mod kernel {
 
         #[inline(always)]
         fn rank(self, slot: u32) -> Shared {
-            self.scan().offset(4 * (3 * THREADS / 32 + slot))
+            self.scan().offset(4 * (3 * GRID_THREADS / 32 + slot))
         }
 
         /// Of a bucket of a grid: its pairs in blocks before this one.
@@ -283,7 +282,7 @@ mod kernel {
     /// # Safety
     /// As for [`ids`]; the ranks must have been staged.
     #[inline(always)]
-    unsafe fn buckets<const GRID: bool>(
+    unsafe fn buckets<const WIDE: bool>(
         p: &RouteParams,
         map: Map,
         rows: Rows,
@@ -293,7 +292,7 @@ mod kernel {
         unroll::<ROWS>(|r| {
             if rows.pair(r).is_some() {
                 // SAFETY: as the caller promises.
-                found[r] = unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<GRID>(p, map, slot)) };
+                found[r] = unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<WIDE>(p, map, slot)) };
             }
         });
         found
@@ -304,12 +303,12 @@ mod kernel {
     /// # Safety
     /// As for [`buckets`].
     #[inline(always)]
-    unsafe fn staged_rank<const GRID: bool>(p: &RouteParams, map: Map, slot: u32) -> u32 {
+    unsafe fn staged_rank<const WIDE: bool>(p: &RouteParams, map: Map, slot: u32) -> u32 {
         // SAFETY: as the caller promises.
         unsafe {
             if slot >= p.slots {
                 0
-            } else if !GRID || slot < STAGED {
+            } else if !WIDE || slot < STAGED {
                 map.rank(slot).load()
             } else {
                 slot_rank(p, slot)
@@ -341,36 +340,32 @@ mod kernel {
         peers
     }
 
-    /// The kernel: blocks of [`THREADS`], `p.blocks` of them when it is a `GRID`, all of which must run at once.
+    /// The kernel: blocks of `THREADS`, `p.blocks` of them when it is a `GRID`, all of which must run at once.
     ///
     /// # Safety
     /// As for the entry point: every tensor of `p` must be as its field says.
     #[inline(always)]
-    pub unsafe fn route<const GRID: bool>(p: RouteParams) {
-        let map = Map { sorters: if GRID { p.sorters } else { BLOCK_SORTERS }, window: p.window };
+    pub unsafe fn route<const THREADS: u32, const GRID: bool, const WIDE: bool>(p: RouteParams) {
+        const { assert!(STAGED <= THREADS && (GRID || !WIDE)) };
+        let map = Map { sorters: THREADS / 32, window: p.window };
         let (block, blocks) = if GRID { (thread::block(), p.blocks) } else { (0, 1) };
         let active = p.slots * p.experts;
         // Words from the counts of a block to those of the next.
         let stride = (active + 3) & !3;
-        // This warp's pairs. A warp that is no sorter has none.
+        // This warp's pairs.
         let start = p.pair_count.min(block * map.sorters * p.run);
-        let at = if thread::warp() < map.sorters {
-            p.pair_count.min(start + thread::warp() * p.run)
-        } else {
-            p.pair_count
-        };
+        let at = p.pair_count.min(start + thread::warp() * p.run);
         let end = p.pair_count.min(at + p.run);
-        let is_kept = !GRID || p.run <= 32 * ROWS as u32;
+        let is_kept = !WIDE || p.run <= 32 * ROWS as u32;
         let all_rows = Rows { at, end };
 
-        clear_counters(map);
+        clear_counters::<THREADS>(map);
         grid::wait_for_previous();
         grid::let_next_start();
 
         // 1. Ask for the first ids, and for what all of the block will need.
         // SAFETY: the pairs are among P.
         let first_ids = unsafe { ids(&p, all_rows) };
-        const { assert!(STAGED <= THREADS) };
         if thread::index() < p.slots.min(STAGED) {
             // SAFETY: the tensors of `p` are as their fields say.
             unsafe { map.rank(thread::index()).store(slot_rank(&p, thread::index())) };
@@ -406,9 +401,9 @@ mod kernel {
         let mut window_start = 0;
         loop {
             // Active buckets of this window. The last has a counter more, for inactive pairs.
-            let room = if GRID { p.window - 4 } else { active };
+            let room = if WIDE { p.window - 4 } else { active };
             let buckets = room.min(active - window_start);
-            let is_last = !GRID || window_start + buckets == active;
+            let is_last = !WIDE || window_start + buckets == active;
             let counters = buckets + is_last as u32;
             // A bucket of another window has a number past those of this one.
             let number = |bucket: u32| bucket.wrapping_sub(window_start).min(counters);
@@ -421,7 +416,7 @@ mod kernel {
                 // stored by this thread.
                 unsafe {
                     if window_start == 0 {
-                        found = self::buckets::<GRID>(&p, map, rows, ids);
+                        found = self::buckets::<WIDE>(&p, map, rows, ids);
                         if !is_kept {
                             remember(&p, rows, found);
                             ids = self::ids(&p, rows.next());
@@ -445,10 +440,10 @@ mod kernel {
             barrier::sync();
 
             // 3. Each thread takes a run of buckets and adds up what the block's sorters have counted.
-            let run = if GRID { buckets.div_ceil(THREADS) } else { 1 };
+            let run = if WIDE { buckets.div_ceil(THREADS) } else { 1 };
             let from = buckets.min(thread::index() * run);
             let to = buckets.min(from + run);
-            each::<GRID>(from, to, |i| {
+            each::<WIDE>(from, to, |i| {
                 let total = sum_counters(map, i);
                 // SAFETY: the window has these buckets, the exchange a word a block and bucket.
                 unsafe {
@@ -472,13 +467,13 @@ mod kernel {
             if GRID {
                 barrier::sync();
                 // SAFETY: all blocks run at once, and store their words.
-                unsafe { gather(&p, map, table.at(window_start), (block, stride), buckets) };
+                unsafe { gather::<THREADS>(&p, map, table.at(window_start), (block, stride), buckets) };
                 barrier::sync();
             }
 
             // 4. Counts become positions.
             let mut sums = [0; 3];
-            each::<GRID>(from, to, |i| {
+            each::<WIDE>(from, to, |i| {
                 // SAFETY: one of the window's buckets: this thread stored it, or others before the barrier.
                 let [count, before] = unsafe { [map.first(i).load(), map.before::<GRID>(i)] };
                 sums = [sums[0] + count, sums[1] + tiles_of(&p, count), sums[2] + before];
@@ -491,7 +486,7 @@ mod kernel {
                 ([pairs, tiles, 0], [all_pairs, all_tiles, 0])
             };
             let (mut position, mut tile) = (past[0] + before[0], past[1] + before[1]);
-            each::<GRID>(from, to, |i| {
+            each::<WIDE>(from, to, |i| {
                 // SAFETY: as above; nobody else uses these words before the next barrier.
                 unsafe {
                     let [count, before] = [map.first(i).load(), map.before::<GRID>(i)];
@@ -557,10 +552,7 @@ mod kernel {
             let mut i = block * share + THREADS - 1 - thread::index();
             while i < counters.min((block + 1) * share) {
                 // SAFETY: one of the window's; there is room for all tiles.
-                unsafe { write_own_tiles::<GRID>(&p, map, (window_start, i)) };
-                if !GRID {
-                    break;
-                }
+                unsafe { write_own_tiles::<WIDE>(&p, map, (window_start, i)) };
                 i += THREADS;
             }
             // The others by whoever has their number: a segment of many is not one thread's alone.
@@ -569,7 +561,7 @@ mod kernel {
                 let mut tile = first_tile + thread::index() * blocks + block;
                 while tile < past[1] {
                     // SAFETY: there is room for all tiles.
-                    unsafe { write_other_tile::<GRID>(&p, map, (window_start, counters), tile) };
+                    unsafe { write_other_tile::<WIDE>(&p, map, (window_start, counters), tile) };
                     tile += blocks * THREADS;
                 }
             }
@@ -590,7 +582,7 @@ mod kernel {
                 return;
             }
             barrier::sync();
-            clear_counters(map);
+            clear_counters::<THREADS>(map);
             barrier::sync();
         }
     }
@@ -601,13 +593,13 @@ mod kernel {
         (pairs + p.tile_rows - 1) >> p.tile_rows.trailing_zeros()
     }
 
-    /// Calls `body` with `from`, … `to` − 1; in one block, where that is one number or none, without a loop.
+    /// Calls `body` with `from`, … `to` − 1; unless the form is wide that is one number or none, and no loop.
     #[inline(always)]
-    fn each<const GRID: bool>(from: u32, to: u32, mut body: impl FnMut(u32)) {
+    fn each<const WIDE: bool>(from: u32, to: u32, mut body: impl FnMut(u32)) {
         let mut i = from;
         while i < to {
             body(i);
-            if !GRID {
+            if !WIDE {
                 break;
             }
             i += 1;
@@ -616,7 +608,7 @@ mod kernel {
 
     /// Zeroes all counters.
     #[inline(always)]
-    fn clear_counters(map: Map) {
+    fn clear_counters<const THREADS: u32>(map: Map) {
         let mut word = 4 * thread::index();
         while word < counter_stride(map.sorters) * map.window {
             // SAFETY: a bucket's counters are a multiple of four.
@@ -664,7 +656,7 @@ mod kernel {
     /// # Safety
     /// All blocks must run at once and store their words.
     #[inline(always)]
-    unsafe fn gather(
+    unsafe fn gather<const THREADS: u32>(
         p: &RouteParams,
         map: Map,
         table: Global<u32>,
@@ -792,14 +784,14 @@ mod kernel {
     /// # Safety
     /// It must be one of the window's, and there must be room for its tiles.
     #[inline(always)]
-    unsafe fn write_own_tiles<const GRID: bool>(p: &RouteParams, map: Map, (window_start, bucket): (u32, u32)) {
+    unsafe fn write_own_tiles<const WIDE: bool>(p: &RouteParams, map: Map, (window_start, bucket): (u32, u32)) {
         // SAFETY: the arrays were filled before the barrier, and the tensors of `p` are as their fields say.
         unsafe {
             let (mut first, end) = (map.first(bucket).load(), map.first(bucket + 1).load());
             let mut tile = map.tile(bucket).load();
             let last = tile + OWN_TILES;
             while first < end && tile < last {
-                write_tile::<GRID>(p, map, window_start + bucket, (first, end), tile);
+                write_tile::<WIDE>(p, map, window_start + bucket, (first, end), tile);
                 first += p.tile_rows;
                 tile += 1;
             }
@@ -812,7 +804,7 @@ mod kernel {
     /// # Safety
     /// It must be one of the window's tiles, and there must be room for it.
     #[inline(always)]
-    unsafe fn write_other_tile<const GRID: bool>(
+    unsafe fn write_other_tile<const WIDE: bool>(
         p: &RouteParams,
         map: Map,
         (window_start, buckets): (u32, u32),
@@ -834,7 +826,7 @@ mod kernel {
             let number = tile - map.tile(low).load();
             if number >= OWN_TILES {
                 let first = map.first(low).load() + number * p.tile_rows;
-                write_tile::<GRID>(p, map, window_start + low, (first, map.first(low + 1).load()), tile);
+                write_tile::<WIDE>(p, map, window_start + low, (first, map.first(low + 1).load()), tile);
             }
         }
     }
@@ -844,7 +836,7 @@ mod kernel {
     /// # Safety
     /// There must be room for it.
     #[inline(always)]
-    unsafe fn write_tile<const GRID: bool>(
+    unsafe fn write_tile<const WIDE: bool>(
         p: &RouteParams,
         map: Map,
         bucket: u32,
@@ -856,7 +848,7 @@ mod kernel {
         let rows = (end - first).min(p.tile_rows);
         // SAFETY: as the caller promises; the ranks are staged.
         unsafe {
-            let rank = staged_rank::<GRID>(p, map, slot);
+            let rank = staged_rank::<WIDE>(p, map, slot);
             p.tiles.at(tile).store_tile(Tile { slot, expert, first, rows, rank, reserved: [0; 3] });
         }
     }

@@ -17,15 +17,11 @@ const BLOCKS_PER_MULTIPROCESSOR: u64 = 4;
 /// Pairs from which on `align` is spread over a cluster: fewer are sorted sooner than a cluster can meet.
 pub(super) const ALIGN_CLUSTER_PAIRS: usize = 4096;
 
-/// Warps that sort where there are more buckets than counters for one: every window walks over all pairs, so a
-/// smaller window for more warps costs about the same, and more than these gain nothing.
-pub(super) const WINDOW_SORTERS: u32 = 4;
-
 /// Blocks of `route`.
 pub(super) fn route_blocks(pairs: usize) -> u32 {
     match pairs {
-        0..2048 => 1,
-        2048..65_536 => (pairs / 1024) as u32,
+        0..1025 => 1,
+        1025..65_536 => pairs.div_ceil(512) as u32,
         65_536..262_144 => 64,
         _ => 128,
     }

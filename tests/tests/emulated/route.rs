@@ -5,7 +5,7 @@ use super::SEEDS;
 use moe_lora_kernels::emulate::{self, Buffer, Grid, Memory};
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Divider, RouteParams, Tile, count, enabled};
-use moe_lora_kernels::route::{self, BLOCK_SORTERS, EXCHANGE_HEAD};
+use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
 use moe_lora_kernels::{ENTRIES, Kernel};
 use rayon::prelude::*;
 
@@ -52,9 +52,8 @@ impl Call {
 /// How a call is sorted.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
-    /// Blocks; 0: the form of one block.
+    kernel: Kernel,
     blocks: u32,
-    sorters: u32,
     /// Active buckets that are counted at a time, a multiple of 4.
     window: u32,
 }
@@ -83,7 +82,8 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
         };
         let memory = &mut memory;
         let (topk_ids, token_lora) = (bytemuck::cast_slice(&call.topk_ids), bytemuck::cast_slice(&call.token_lora));
-        let grid = shape.blocks.max(1);
+        let entry = ENTRIES.iter().find(|entry| entry.kernel == shape.kernel).expect("in the table");
+        let sorters = entry.threads / 32;
         let mut parameters = RouteParams {
             topk_ids: Global::new(buffer(memory, "topk_ids", topk_ids, false)),
             token_lora: Global::new(buffer(memory, "token_lora", token_lora, false)),
@@ -103,20 +103,18 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
             max_rank: MAX_RANK,
             tile_rows,
             enabled_kind: enabled::ALL,
-            blocks: grid,
-            sorters: shape.sorters,
-            run: (pairs as u32).div_ceil(grid * shape.sorters).next_multiple_of(32),
+            blocks: shape.blocks,
+            run: (pairs as u32).div_ceil(shape.blocks * sorters).next_multiple_of(32),
             window: shape.window + 4,
             exchange_room,
+            reserved: 0,
         };
         let bytes = 4 * u64::from(EXCHANGE_HEAD + 2 * exchange_room);
         let address = *exchange.get_or_insert_with(|| memory.allocate(&vec![0; bytes as usize]));
         parameters.exchange = Global::new(address);
         buffers.push(Buffer { name: "exchange".to_owned(), address, bytes, writable: true });
-        let kernel = if shape.blocks > 0 { Kernel::RouteGrid } else { Kernel::Route };
-        let entry = ENTRIES.iter().find(|entry| entry.kernel == kernel).expect("in the table");
-        let shared_bytes = route::shared_bytes(parameters.sorters, parameters.window);
-        let grid = Grid { blocks: grid, cluster: 1, cooperative: shape.blocks > 0 };
+        let shared_bytes = route::shared_bytes(sorters, parameters.window);
+        let grid = Grid { blocks: shape.blocks, cluster: 1, cooperative: shape.kernel != Kernel::Route };
         emulate::launch(entry, grid, shared_bytes, &parameters, memory, &buffers, seed)
             .unwrap_or_else(|report| panic!("{shape:?}: {report}"));
         let words = |address, len: usize| -> Vec<u32> {
@@ -160,26 +158,26 @@ fn check(tokens: u32, tile_rows: u32, shapes: &[Shape], seed: u64) {
 #[test]
 fn pairs_are_sorted_whatever_the_order_of_threads() {
     (0..SEEDS).into_par_iter().for_each(|seed| {
-        // One window; several, with the last cut short.
-        let window = match seed % 5 {
-            0 => 4,
-            1 => 8,
-            _ => INACTIVE + 1,
-        };
-        let shape = |blocks| Shape { blocks, sorters: [4, 8, 12][seed as usize % 3], window };
-        // Grids of any size follow one another on one exchange.
-        let grids = [1 + seed as u32 % 3, 3, 1, 2, 2].map(shape);
-        let one_block = Shape { blocks: 0, sorters: BLOCK_SORTERS, window: INACTIVE + 1 };
-        check(1 + seed as u32 % 150, 4, &[&grids[..], &[one_block]].concat(), seed);
+        let shape = |kernel, blocks, window| Shape { kernel, blocks, window };
+        let all = INACTIVE + 1;
+        // Grids of any size follow one another on one exchange; several windows, with the last cut short.
+        let shapes = [
+            shape(Kernel::RouteGrid, 1 + seed as u32 % 3, all),
+            shape(Kernel::RouteWide, 2, [4, 8][seed as usize % 2]),
+            shape(Kernel::RouteGrid, 3, all),
+            shape(Kernel::RouteWide, 1, all),
+            shape(Kernel::Route, 1, all),
+        ];
+        check(1 + (3 * seed) as u32 % 300, 4, &shapes, seed);
     });
 }
 
 #[test]
 fn runs_longer_than_registers_are_sorted_too() {
-    (0..8u64).into_par_iter().for_each(|seed| {
+    (0..4u64).into_par_iter().for_each(|seed| {
         let window = [INACTIVE + 1, 8][seed as usize % 2];
-        let shape = |blocks| Shape { blocks, sorters: 4, window };
-        // Some 1,500 pairs for four sorters, or eight.
-        check(510 - seed as u32, 16, &[1, 2].map(shape), seed);
+        let shape = |blocks| Shape { kernel: Kernel::RouteWide, blocks, window };
+        // Up to 4,000 pairs for 16 or 32 sorters.
+        check(1333 - 500 * (seed as u32 / 2), 16, &[1, 2].map(shape), seed);
     });
 }
