@@ -113,7 +113,12 @@ pub struct Expectation {
 pub fn expectation(kernel: Kernel) -> Expectation {
     match kernel {
         // They count and scatter numbers of pairs, four bytes each.
-        Kernel::Route | Kernel::RouteCluster | Kernel::Align | Kernel::AlignCluster | Kernel::Adopt => {
+        Kernel::Route
+        | Kernel::RouteGrid
+        | Kernel::RouteWide
+        | Kernel::Align
+        | Kernel::AlignCluster
+        | Kernel::Adopt => {
             Expectation { tensor_cores: false, wide_loads: false, narrow_offsets: false }
         }
         Kernel::Decode { index, .. } => {

@@ -100,6 +100,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
         tile: Some(*u.choose(&TileKind::ALL)?).filter(|_| forced),
         form: *u.choose(&[None, Some(Form::Decode), Some(Form::TwoLaunches)])?,
         cluster: u.arbitrary()?,
+        route_blocks: u.arbitrary()?,
     };
     let limits = limits(u)?;
     if let Ok(Some(plan)) = Plan::new(&projection, &layout, stage, route, &limits, &options) {
@@ -117,9 +118,10 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         plan.shrink.map(|shrink| shrink.launch),
         plan.expand.map(|expand| expand.launch),
     ];
-    for Launch { entry, blocks, cluster, shared_bytes } in launches.into_iter().flatten() {
+    for Launch { entry, blocks, cluster, cooperative, shared_bytes } in launches.into_iter().flatten() {
         assert!(blocks > 0 && blocks <= i32::MAX as u32 && blocks % cluster == 0, "{plan}");
         assert!(cluster <= entry.cluster && (entry.cluster == 1 || limits.has_clusters()), "{plan}");
+        assert!(!cooperative || blocks <= limits.multiprocessors, "{plan}");
         assert!(shared_bytes <= limits.shared_bytes, "{plan}");
     }
     let wide = |sizes: &[usize]| sizes.iter().map(|&size| size as u128).product::<u128>();

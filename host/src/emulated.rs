@@ -17,7 +17,8 @@ use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::params::{RouteParams, Tile, count};
 use moe_lora_kernels::tile::TileShape;
-use moe_lora_kernels::{memory::Global, route};
+use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
+use moe_lora_kernels::memory::Global;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -79,11 +80,17 @@ impl Emulated {
             Parameters::Route(p) => {
                 let buckets = buffer("buckets", p.buckets, p.pair_count.into());
                 let fresh: Vec<_> = made_route(p).into_iter().chain([buckets]).collect();
-                self.launch(launch, p, tensors, &fresh, &[])
+                let words = u64::from(EXCHANGE_HEAD + 2 * p.exchange_room);
+                self.launch(launch, p, tensors, &fresh, &[buffer("exchange", p.exchange, words)])
             }
             Parameters::Decode(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
-                self.launch(launch, p, tensors, &made_route(&p.route), std::slice::from_ref(out))
+                let (read, fresh) = if p.finds == 0 {
+                    (routed(tensors, (p.route.pairs, listed), p.route.tiles, p.route.counts, p.route.pair_count), vec![])
+                } else {
+                    (tensors.to_vec(), made_route(&p.route).to_vec())
+                };
+                self.launch(launch, p, &read, &fresh, std::slice::from_ref(out))
             }
             Parameters::Align(p) => {
                 let row = |elements: u32| u64::from(p.slots) * u64::from(elements);
@@ -136,9 +143,10 @@ impl Emulated {
         let mut buffers: Vec<_> = written.collect();
         buffers.extend_from_slice(read);
         self.seed.set(self.seed.get().wrapping_add(1));
-        let Launch { entry, blocks, cluster, shared_bytes } = *launch;
+        let Launch { entry, blocks, cluster, cooperative, shared_bytes } = *launch;
+        let grid = emulate::Grid { blocks, cluster, cooperative };
         *self.launches.borrow_mut().entry(entry.name).or_default() += 1;
-        emulate::launch(entry, (blocks, cluster), shared_bytes, parameters, memory, &buffers, self.seed.get())
+        emulate::launch(entry, grid, shared_bytes, parameters, memory, &buffers, self.seed.get())
             .map_err(|report| Error::KernelFault { report: report.to_string() })
     }
 }
@@ -280,7 +288,10 @@ impl Backend for Emulated {
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace> {
         let scratch = Scratch::new(projections, max_tokens)?;
         let memory = self.allocate(&vec![POISON; scratch.bytes()]);
-        self.memory.borrow_mut().forget(memory.address, scratch.bytes() as u64, POISON);
+        let (all, zeros) = (scratch.bytes() as u64, scratch.zero_bytes() as u64);
+        let memories = &mut *self.memory.borrow_mut();
+        memories.bytes_mut(memory.address, zeros).fill(0);
+        memories.forget(memory.address + zeros, all - zeros, POISON);
         Ok(Workspace { memory, scratch })
     }
 

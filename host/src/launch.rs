@@ -232,13 +232,18 @@ impl Prepared<'_> {
             tiles: parts.tiles,
             counts: parts.counts,
             buckets: parts.buckets,
+            exchange: parts.exchange,
             pair_count: *pair_count,
             top_k: Divider::new(sizes.top_k as u32),
             slots: sizes.slots as u32,
             experts: sizes.experts as u32,
             max_rank: sizes.max_rank as u32,
             tile_rows: plan.tile_rows,
-            window: plan.route_window,
+            blocks: plan.sorting.blocks,
+            run: plan.sorting.run,
+            window: plan.sorting.window,
+            exchange_room: parts.exchange_room,
+            reserved: 0,
         }
     }
 

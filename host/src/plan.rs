@@ -53,6 +53,8 @@ pub struct Options {
     pub rows: Option<DecodeRows>,
     /// Blocks of a cluster of `decode`, 1 ..= 8.
     pub cluster: Option<u32>,
+    /// Blocks of `route`: honoured up to as many as [`most_route_blocks`] allows.
+    pub route_blocks: Option<u32>,
 }
 
 /// Which kernels a whole call runs.
@@ -76,6 +78,7 @@ impl Options {
         let decode = Options { form: Some(Form::Decode), ..Options::default() };
         every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
         every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
+        every.push(Options { form: Some(Form::TwoLaunches), route_blocks: Some(2), ..Options::default() });
         every
     }
 
@@ -87,7 +90,8 @@ impl Options {
         let tile = self.tile.map_or(String::new(), |tile| format!(" {tile:?}"));
         let rows = self.rows.map_or(String::new(), |rows| format!(" {rows:?}"));
         let cluster = self.cluster.map_or(String::new(), |cluster| format!(" cluster{cluster}"));
-        format!("{backend}{index}{form}{tile}{rows}{cluster}").to_lowercase()
+        let route = self.route_blocks.map_or(String::new(), |blocks| format!(" route{blocks}"));
+        format!("{backend}{index}{form}{tile}{rows}{cluster}{route}").to_lowercase()
     }
 }
 
@@ -130,8 +134,23 @@ pub struct Launch {
     pub blocks: u32,
     /// Blocks of a cluster; 1: no clusters.
     pub cluster: u32,
+    /// Whether all blocks must run at once.
+    pub cooperative: bool,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+}
+
+/// How `route` divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sorting {
+    /// The form.
+    pub kernel: Kernel,
+    /// Blocks.
+    pub blocks: u32,
+    /// Pairs that each warp takes.
+    pub run: u32,
+    /// Buckets that are counted at a time.
+    pub window: u32,
 }
 
 /// How `decode` divides its work.
@@ -191,8 +210,8 @@ pub struct Plan {
     /// The launch that makes or takes over the route; `None` when it is kept from an earlier call, or found by
     /// `decode`.
     pub route: Option<Launch>,
-    /// Counters of `route`'s block.
-    pub route_window: u32,
+    /// How that launch divides its work, if it makes the route.
+    pub sorting: Sorting,
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
@@ -204,6 +223,18 @@ pub struct Plan {
 /// Elements of f32 that partial sums of `h` may take: 16 MiB. Beyond, a call has blocks enough without
 /// sharing K.
 const MAX_PARTIAL: u64 = 4 << 20;
+
+/// Pairs of a block of `route` below which more blocks are never worth it.
+const MIN_BLOCK_PAIRS: usize = 256;
+
+/// Blocks of `route` that any workspace has room for, when buckets are not too many.
+const MIN_ROUTE_BLOCKS: usize = 4;
+
+/// Most words of a table in which blocks of `route` tell one another their counts: 2 MiB.
+const MAX_EXCHANGE: u64 = 1 << 19;
+
+/// Threads of a warp.
+const WARP: u32 = 32;
 
 /// Most blocks of one launch: the grid's x dimension.
 const MAX_BLOCKS: u64 = i32::MAX as u64;
@@ -226,6 +257,14 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
     Ok((h * DType::SIZE).max(partial as usize * size_of::<f32>()))
 }
 
+/// Words of each table in which the blocks of any route of up to `tokens` tokens tell one another their counts.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(crate) fn exchange_words(projection: &Projection, tokens: usize) -> Result<u64> {
+    let buckets = buckets(projection);
+    let blocks = most_route_blocks(projection.pairs(tokens)?, buckets);
+    Ok(route::table_words(blocks.into(), buckets))
+}
+
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
@@ -238,13 +277,14 @@ fn launch(kernel: Kernel, blocks: u64, cluster: u32, shared_bytes: u32) -> Resul
         let (what, limit) = ("blocks of a launch", MAX_BLOCKS as usize);
         return Err(Error::SizeTooLarge { what, limit, got: blocks as usize });
     }
-    Ok(Launch { entry: entry(kernel), blocks: blocks as u32, cluster, shared_bytes })
+    let cooperative = matches!(kernel, Kernel::RouteGrid | Kernel::RouteWide);
+    Ok(Launch { entry: entry(kernel), blocks: blocks as u32, cluster, cooperative, shared_bytes })
 }
 
 /// The launch that sorts `pairs` pairs of `experts` experts into blocks, slot by slot.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn align(pairs: usize, experts: usize, slots: usize, limits: &DeviceLimits) -> Result<Launch> {
-    let clustered = limits.has_clusters() && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
+    let clustered = limits.has_clusters() && pairs >= heuristics::ALIGN_CLUSTER_PAIRS;
     let kernel = if clustered { Kernel::AlignCluster } else { Kernel::Align };
     let cluster = entry(kernel).cluster;
     launch(kernel, slots as u64 * u64::from(cluster), cluster, align::shared_bytes(experts as u32))
@@ -376,7 +416,7 @@ impl Plan {
         let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
         let decode = decode.transpose()?;
         let finds = decode.is_some_and(|decode| decode.finds);
-        let route_window = buckets(projection).min(route::max_window(limits.shared_bytes).into()) as u32;
+        let sorting = sorting(projection, pairs, limits, options);
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
             index,
@@ -389,10 +429,9 @@ impl Plan {
             route: match route {
                 RouteSource::Made if finds => None,
                 RouteSource::Made => {
-                    let clustered = limits.has_clusters() && pairs >= heuristics::ROUTE_CLUSTER_PAIRS;
-                    let kernel = if clustered { Kernel::RouteCluster } else { Kernel::Route };
-                    let cluster = entry(kernel).cluster;
-                    Some(launch(kernel, u64::from(cluster), cluster, route::shared_bytes(route_window))?)
+                    let Sorting { kernel, blocks, window, .. } = sorting;
+                    let sorters = entry(kernel).threads / WARP;
+                    Some(launch(kernel, blocks.into(), 1, route::shared_bytes(sorters, window))?)
                 }
                 RouteSource::Sorted { .. } => {
                     let blocks = route_tiles.div_ceil(u64::from(adopt::TILES));
@@ -400,7 +439,7 @@ impl Plan {
                 }
                 RouteSource::Kept { .. } => None,
             },
-            route_window,
+            sorting,
             shrink: match stage {
                 _ if decode.is_some() => None,
                 Stage::Route | Stage::Expand => None,
@@ -438,6 +477,31 @@ impl Plan {
     pub fn splits(&self) -> u32 {
         self.shrink.map_or(1, |shrink| shrink.splits)
     }
+}
+
+/// Most blocks of `route` on `pairs` pairs: a workspace has room for what so many tell one another.
+pub fn most_route_blocks(pairs: usize, buckets: u64) -> u32 {
+    let most = (pairs / MIN_BLOCK_PAIRS).clamp(MIN_ROUTE_BLOCKS, route::MAX_BLOCKS as usize) as u64;
+    most.min(MAX_EXCHANGE / buckets).max(1) as u32
+}
+
+/// How `route` sorts `pairs` pairs.
+fn sorting(projection: &Projection, pairs: usize, limits: &DeviceLimits, options: &Options) -> Sorting {
+    let (slots, buckets) = (projection.sizes().slots as u64, buckets(projection));
+    let most = most_route_blocks(pairs, buckets).min(limits.multiprocessors);
+    let blocks = options.route_blocks.unwrap_or(heuristics::route_blocks(pairs)).clamp(1, most);
+    let run = |kernel| pairs.div_ceil((blocks * entry(kernel).threads / WARP) as usize).next_multiple_of(WARP as usize);
+    let room = |kernel| route::max_window(entry(kernel).threads / WARP, limits.shared_bytes);
+    let narrow = |kernel: &Kernel| {
+        let threads = entry(*kernel).threads;
+        let block_pairs = run(*kernel) as u64 * u64::from(threads / WARP);
+        (*kernel == Kernel::RouteGrid || blocks == 1)
+            && route::is_narrow(threads, block_pairs, slots, buckets)
+            && route::window(buckets) <= room(*kernel).into()
+    };
+    let kernel = [Kernel::Route, Kernel::RouteGrid].into_iter().find(narrow).unwrap_or(Kernel::RouteWide);
+    let window = route::window(buckets).min(room(kernel).into()) as u32;
+    Sorting { kernel, blocks, run: run(kernel) as u32, window }
 }
 
 /// How `decode` will be used for a call.
@@ -551,9 +615,12 @@ fn column_room(projection: &Projection, shape: TileShape) -> u32 {
 
 impl fmt::Display for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Launch { entry, blocks, cluster, shared_bytes } = self;
+        let Launch { entry, blocks, cluster, cooperative, shared_bytes } = self;
         let Entry { name, threads, .. } = entry;
         write!(f, "{name:<20} {blocks} blocks of {threads} threads, {shared_bytes} bytes shared")?;
+        if *cooperative {
+            f.write_str(", all at once")?;
+        }
         if *cluster > 1 { write!(f, ", clusters of {cluster}") } else { Ok(()) }
     }
 }

@@ -101,7 +101,7 @@ mod kernel {
             blocks += blocks_of(slot);
             slot += 1;
         }
-        let ([mut first], [total]) = scan::<THREADS, 1>(scratch, [blocks]);
+        let ([mut first, _], [total, _]) = scan::<THREADS, 2>(scratch, [blocks, 0]);
         let mut slot = from;
         while slot < to {
             let blocks = blocks_of(slot);

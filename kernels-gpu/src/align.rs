@@ -18,10 +18,11 @@
 //! | 2 a warp | scan |
 //! | 1 | how often the slot is listed |
 
-use crate::route;
-
 /// Threads of a block.
-pub const THREADS: u32 = route::THREADS;
+pub const THREADS: u32 = 1024;
+
+/// Blocks of the clustered form: as many as every device with clusters allows.
+pub const CLUSTER: u32 = 8;
 
 /// Most experts: two words each are 64 KiB of shared memory, which every device since sm_80 has.
 pub const MAX_EXPERTS: u32 = 8 * 1024;
@@ -37,14 +38,86 @@ pub use kernel::align;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::THREADS;
+    #[cfg(any(feature = "sm_90", feature = "emulate"))]
+    use crate::arch::cluster;
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::memory::Global;
     use crate::params::AlignParams;
-    use crate::route::{BATCH, Batches, Team};
     use crate::scan::scan;
     use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
+
+    /// Pairs that a thread looks up at a time, so that their loads overlap.
+    const BATCH: usize = 4;
+
+    /// The blocks that sort together.
+    #[derive(Clone, Copy)]
+    struct Team<const BLOCKS: u32>;
+
+    impl<const BLOCKS: u32> Team<BLOCKS> {
+        /// Number of this block.
+        #[inline(always)]
+        fn block(self) -> u32 {
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
+            if BLOCKS > 1 {
+                return cluster::block();
+            }
+            0
+        }
+
+        /// All threads of all blocks meet.
+        #[inline(always)]
+        fn sync(self) {
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
+            if BLOCKS > 1 {
+                return cluster::sync();
+            }
+            barrier::sync();
+        }
+
+        /// The word at `place` in the memory of block `block`.
+        ///
+        /// # Safety
+        /// As for [`Shared::load`].
+        #[inline(always)]
+        unsafe fn load(self, place: Shared, block: u32) -> u32 {
+            #[cfg(any(feature = "sm_90", feature = "emulate"))]
+            if BLOCKS > 1 {
+                // SAFETY: as the caller promises.
+                return unsafe { place.in_block(block).load() };
+            }
+            // There is one block.
+            let _ = block;
+            // SAFETY: as the caller promises.
+            unsafe { place.load() }
+        }
+    }
+
+    /// The pairs that one thread handles: every so many, in batches whose loads overlap.
+    #[derive(Clone, Copy)]
+    struct Batches {
+        first: u32,
+        stride: u32,
+        count: u32,
+    }
+
+    impl Batches {
+        /// Calls `body` with each batch; a pair that does not exist is `None`.
+        #[inline(always)]
+        fn each(self, mut body: impl FnMut([Option<u32>; BATCH])) {
+            let mut first = self.first;
+            while first < self.count {
+                let mut pairs = [None; BATCH];
+                unroll::<BATCH>(|i| {
+                    let pair = first + i as u32 * self.stride;
+                    pairs[i] = (pair < self.count).then_some(pair);
+                });
+                body(pairs);
+                first += BATCH as u32 * self.stride;
+            }
+        }
+    }
 
     /// The local experts of those pairs that belong to `slot`; E for all others. One unsigned comparison a
     /// number catches −1 and everything else that is out of range.
@@ -172,7 +245,7 @@ mod kernel {
             padded += counted(i).1;
             i += 1;
         }
-        let ([mut start], [total]) = scan::<THREADS, 1>(scratch, [padded]);
+        let ([mut start, _], [total, _]) = scan::<THREADS, 2>(scratch, [padded, 0]);
         let mut i = from;
         while i < to {
             let (before, padded) = counted(i);

@@ -80,8 +80,10 @@ pub enum Kernel {
     /// [`crate::route`] in one block. Its offsets are below 2³¹ whatever the call, and it reads no
     /// activations: it has no variants.
     Route,
-    /// [`crate::route`] in a cluster.
-    RouteCluster,
+    /// [`crate::route`] in a grid whose blocks all run at once.
+    RouteGrid,
+    /// [`crate::route`] in such a grid, of anything.
+    RouteWide,
     /// [`crate::align`], a block a slot. No variants either.
     Align,
     /// [`crate::align`], a cluster a slot.
@@ -161,13 +163,26 @@ macro_rules! entries {
     ) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
-            Entry { name: "route", kernel: Kernel::Route, threads: route::THREADS, min_blocks: 1, cluster: 1 },
             Entry {
-                name: "route_cluster",
-                kernel: Kernel::RouteCluster,
-                threads: route::THREADS,
+                name: "route",
+                kernel: Kernel::Route,
+                threads: route::BLOCK_THREADS,
                 min_blocks: 1,
-                cluster: route::CLUSTER,
+                cluster: 1,
+            },
+            Entry {
+                name: "route_grid",
+                kernel: Kernel::RouteGrid,
+                threads: route::GRID_THREADS,
+                min_blocks: 1,
+                cluster: 1,
+            },
+            Entry {
+                name: "route_wide",
+                kernel: Kernel::RouteWide,
+                threads: route::GRID_THREADS,
+                min_blocks: 1,
+                cluster: 1,
             },
             Entry { name: "align", kernel: Kernel::Align, threads: align::THREADS, min_blocks: 1, cluster: 1 },
             Entry {
@@ -175,7 +190,7 @@ macro_rules! entries {
                 kernel: Kernel::AlignCluster,
                 threads: align::THREADS,
                 min_blocks: 1,
-                cluster: route::CLUSTER,
+                cluster: align::CLUSTER,
             },
             Entry { name: "adopt", kernel: Kernel::Adopt, threads: adopt::THREADS, min_blocks: 1, cluster: 1 },
             $($(
@@ -212,13 +227,18 @@ macro_rules! entries {
             // SAFETY: what a caller must promise, the emulated machine checks.
             unsafe {
                 match name {
-                    "route" => Some(|bytes| crate::route::route::<1>(bytemuck::pod_read_unaligned(bytes))),
-                    "route_cluster" => Some(|bytes| {
-                        crate::route::route::<{ route::CLUSTER }>(bytemuck::pod_read_unaligned(bytes));
+                    "route" => Some(|bytes| {
+                        crate::route::route::<{ crate::route::BLOCK_THREADS }, false, false>(bytemuck::pod_read_unaligned(bytes));
+                    }),
+                    "route_grid" => Some(|bytes| {
+                        crate::route::route::<{ crate::route::GRID_THREADS }, true, false>(bytemuck::pod_read_unaligned(bytes));
+                    }),
+                    "route_wide" => Some(|bytes| {
+                        crate::route::route::<{ crate::route::GRID_THREADS }, true, true>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "align" => Some(|bytes| crate::align::align::<1>(bytemuck::pod_read_unaligned(bytes))),
                     "align_cluster" => Some(|bytes| {
-                        crate::align::align::<{ route::CLUSTER }>(bytemuck::pod_read_unaligned(bytes));
+                        crate::align::align::<{ align::CLUSTER }>(bytemuck::pod_read_unaligned(bytes));
                     }),
                     "adopt" => Some(|bytes| crate::adopt::adopt(bytemuck::pod_read_unaligned(bytes))),
                     _ => None,
@@ -242,16 +262,23 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn route(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<1>(p) }
+                    unsafe { crate::route::route::<{ crate::route::BLOCK_THREADS }, false, false>(p) }
                 }
             }
 
-            #[cfg(feature = "sm_90")]
             entry_point! {
                 #[unsafe(no_mangle)]
-                fn route_cluster(p: crate::params::RouteParams) {
+                fn route_grid(p: crate::params::RouteParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::route::route::<{ crate::route::CLUSTER }>(p) }
+                    unsafe { crate::route::route::<{ crate::route::GRID_THREADS }, true, false>(p) }
+                }
+            }
+
+            entry_point! {
+                #[unsafe(no_mangle)]
+                fn route_wide(p: crate::params::RouteParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { crate::route::route::<{ crate::route::GRID_THREADS }, true, true>(p) }
                 }
             }
 
@@ -268,7 +295,7 @@ macro_rules! entries {
                 #[unsafe(no_mangle)]
                 fn align_cluster(p: crate::params::AlignParams) {
                     // SAFETY: as the entry point's caller promises.
-                    unsafe { crate::align::align::<{ crate::route::CLUSTER }>(p) }
+                    unsafe { crate::align::align::<{ crate::align::CLUSTER }>(p) }
                 }
             }
 

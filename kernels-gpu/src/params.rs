@@ -122,6 +122,9 @@ pub struct RouteParams {
     pub counts: Global<u32>,
     /// `[P]` scratch: the bucket of each pair.
     pub buckets: Global<u32>,
+    /// Where blocks tell one another their counts: [`crate::route::EXCHANGE_HEAD`] words and two tables, all zero
+    /// before the first launch.
+    pub exchange: Global<u32>,
     /// P.
     pub pair_count: u32,
     /// P / k gives the token.
@@ -134,12 +137,20 @@ pub struct RouteParams {
     pub global_experts: u32,
     /// R.
     pub max_rank: u32,
-    /// Pairs a tile.
+    /// Pairs a tile: a power of two.
     pub tile_rows: u32,
     /// One of [`enabled`].
     pub enabled_kind: u32,
-    /// Buckets whose counters fit shared memory at a time.
+    /// Blocks.
+    pub blocks: u32,
+    /// Pairs that each warp sorts, a multiple of 32.
+    pub run: u32,
+    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of 4.
     pub window: u32,
+    /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
+    pub exchange_room: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 /// Parameters of `align`.

@@ -18,31 +18,30 @@ pub fn inclusive(value: u32) -> u32 {
     sum
 }
 
-/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS`
-/// threads must come here; `scratch` has `N` words a warp.
+/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS` threads
+/// must come here; `scratch` has `N` words a warp, which may be used again after the next barrier.
 #[inline(always)]
 pub fn scan<const THREADS: u32, const N: usize>(scratch: Shared, values: [u32; N]) -> ([u32; N], [u32; N]) {
-    let sums = values.map(inclusive);
-    let word = |warp: u32, number: usize| scratch.offset(4 * (N as u32 * warp + number as u32));
-    if thread::lane() == 31 {
-        // SAFETY: `N` words a warp; the barriers separate their writers from their readers.
-        unroll::<N>(|n| unsafe { word(thread::warp(), n).store(sums[n]) });
-    }
-    barrier::sync();
-    // Every warp adds up the warps before it, a thread a warp.
     const { assert!(THREADS / 32 <= 32) };
-    let mut before = [0u32; N];
-    let mut total = [0u32; N];
-    unroll::<N>(|n| {
-        let mut of_warp = 0;
-        if thread::lane() < THREADS / 32 {
-            // SAFETY: as above.
-            of_warp = unsafe { word(thread::lane(), n).load() };
+    let sums = values.map(inclusive);
+    let word = |warp: u32, i: usize| scratch.offset(4 * (N as u32 * warp + i as u32));
+    let (mut before, mut total) = ([0; N], [0; N]);
+    // SAFETY: N words a warp; the barrier separates their writers from their readers.
+    unsafe {
+        if thread::lane() == 31 {
+            unroll::<N>(|i| word(thread::warp(), i).store(sums[i]));
         }
-        let up_to = inclusive(of_warp);
-        total[n] = warp::shuffle(up_to, 31);
-        before[n] = warp::shuffle(up_to - of_warp, thread::warp()) + sums[n] - values[n];
-    });
-    barrier::sync();
+        barrier::sync();
+        // Each warp adds up all warps, a lane each.
+        let mut warps = [0; N];
+        if thread::lane() < THREADS / 32 {
+            unroll::<N>(|i| warps[i] = word(thread::lane(), i).load());
+        }
+        let through = warps.map(inclusive);
+        unroll::<N>(|i| {
+            total[i] = warp::shuffle(through[i], 31);
+            before[i] = warp::shuffle(through[i] - warps[i], thread::warp()) + sums[i] - values[i];
+        });
+    }
     (before, total)
 }

@@ -30,12 +30,16 @@ fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
     cases.par_iter().map(check).reduce(Tally::default, Tally::plus)
 }
 
-/// Calls of so many pairs that a cluster routes them, all else as small as can be.
-fn clustered() -> Vec<Case> {
+/// Calls of so many pairs that a grid routes them and a cluster aligns them, and of as many buckets as the route of one
+/// block has threads, all else as small as can be.
+fn large_routes() -> Vec<Case> {
     let case = Case { tokens: 513, top_k: 8, in_dim: 8, out_dim: 8, max_rank: 8, ..Case::default() };
     vec![
         Case { loras: Loras::Random, accumulate: false, block_size: Some(64), ..case.clone() },
-        Case { routing: Experts::OutOfRange, experts: 150, form: Form::Split, ..case },
+        Case { routing: Experts::OutOfRange, experts: 150, form: Form::Split, ..case.clone() },
+        // More slots than ranks are kept, and more buckets than a block has threads.
+        Case { tokens: 20, loras: Loras::Random, slots: 300, ..case.clone() },
+        Case { tokens: 40, loras: Loras::Random, slots: 2, experts: 128, ..case },
     ]
 }
 
@@ -48,7 +52,7 @@ fn whatever_is_wrong_is_refused_and_nothing_is_written() {
 fn every_kernel_of_the_table_passes_in_every_mode() {
     let small = check_all(&quick_grid(), &Options::every());
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
-    let others = [clustered(), vec![in_blocks]].concat();
+    let others = [large_routes(), vec![in_blocks]].concat();
     let tally = small.plus(check_all(&others, &[Options::default()]));
     tally.log();
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());

@@ -35,6 +35,7 @@ fn launch(
         kernel: "kernel",
         blocks,
         cluster: 1,
+        cooperative: false,
         threads: 64,
         shared_bytes: 1024,
         overlaps: true,
@@ -44,7 +45,7 @@ fn launch(
     Ok(bytemuck::pod_collect_to_vec(memory.bytes(to, bytes)))
 }
 
-/// As [`launch`], with blocks in clusters, whose threads are given the buffer to write.
+/// As [`launch`], with blocks in clusters, or all at once where `cluster` is 0, whose threads are given the buffer to write.
 fn launch_clusters(
     blocks: u32,
     cluster: u32,
@@ -55,8 +56,17 @@ fn launch_clusters(
     let bytes = 4 * WORDS as u64;
     let address = memory.allocate(&[0; 4 * WORDS]);
     let output = Buffer { name: "output".to_owned(), address, bytes, writable: true };
-    let launch =
-        Launch { kernel: "kernel", blocks, cluster, threads: 64, shared_bytes: 1024, overlaps: true, seed };
+    let cooperative = cluster == 0;
+    let launch = Launch {
+        kernel: "kernel",
+        blocks,
+        cluster: cluster.max(1),
+        cooperative,
+        threads: 64,
+        shared_bytes: 1024,
+        overlaps: true,
+        seed,
+    };
     run(&launch, &mut memory, &[output], move || body(Global::new(address)))?;
     Ok(bytemuck::pod_collect_to_vec(memory.bytes(address, bytes)))
 }
@@ -358,6 +368,116 @@ fn a_ballot_is_the_votes_of_a_warp() {
 }
 
 #[test]
+fn a_shuffle_brings_the_value_of_the_lane_that_is_named() {
+    let out = launch(1, 3, |_, out| unsafe {
+        let me = thread::index();
+        out.at(me).store(warp::shuffle(100 + me, (5 * me + 3) % 32));
+    });
+    let out = out.expect("no fault");
+    // 3, 8, 13 … 28, then 33 − 32; in the second warp from 132 on.
+    assert_eq!(out[..7], [103, 108, 113, 118, 123, 128, 101]);
+    assert_eq!(out[32..34], [135, 140]);
+}
+
+#[test]
+fn lanes_that_meet_go_on_together() {
+    for seed in 0..8 {
+        let out = launch(1, seed, |_, out| unsafe {
+            let me = thread::lane();
+            if thread::index() == 0 {
+                word(0).store(0);
+            }
+            barrier::sync();
+            // The first warp counts: its upper half, after its lower.
+            if thread::warp() == 0 {
+                let mut place = 0;
+                if me < 16 {
+                    place = word(0).fetch_add(1);
+                }
+                warp::sync();
+                if me >= 16 {
+                    place = word(0).fetch_add(1);
+                }
+                out.at(me).store(place);
+            }
+        });
+        let out = out.expect("no fault");
+        assert!(out[..16].iter().all(|&place| place < 16) && out[16..32].iter().all(|&place| place >= 16));
+    }
+}
+
+/// Each of `blocks` blocks stores a word, and adds up what all have stored.
+unsafe fn add_up(out: Global<u32>, blocks: u32) {
+    unsafe {
+        if thread::index() == 0 {
+            out.at(thread::block()).store_relaxed(thread::block() + 10);
+            let mut sum = 0;
+            for block in 0..blocks {
+                loop {
+                    let found = out.at(block).load_relaxed();
+                    if found > 0 {
+                        sum += found;
+                        break;
+                    }
+                }
+            }
+            out.at(64 + thread::block()).store(sum);
+        }
+    }
+}
+
+#[test]
+fn the_blocks_of_a_cooperative_launch_find_each_others_words() {
+    for seed in 0..8 {
+        let out = launch_clusters(5, 0, seed, |out| unsafe { add_up(out, 5) });
+        assert_eq!(out.expect("no fault")[64..70], [60, 60, 60, 60, 60, 0]);
+        // A cluster runs at once too.
+        let out = launch_clusters(4, 4, seed, |out| unsafe { add_up(out, 4) });
+        assert_eq!(out.expect("no fault")[64..69], [46, 46, 46, 46, 0]);
+    }
+}
+
+#[test]
+fn to_look_for_the_word_of_a_block_that_does_not_run_is_reported() {
+    reports("nobody is left to store it", |seed| launch_clusters(5, 1, seed, |out| unsafe { add_up(out, 5) }));
+    // Nor does one come that nobody stores.
+    reports("nobody is left to store it", |seed| launch_clusters(4, 0, seed, |out| unsafe { add_up(out, 5) }));
+}
+
+#[test]
+fn a_relaxed_and_a_plain_access_race() {
+    reports("race: ", |seed| {
+        launch_clusters(2, 0, seed, |out| unsafe {
+            if thread::block() == 0 {
+                out.at(thread::index()).store_relaxed(1);
+            } else {
+                out.at(thread::index()).load();
+            }
+        })
+    });
+}
+
+#[test]
+fn a_word_that_has_come_says_nothing_of_others() {
+    reports("race: ", |seed| {
+        launch_clusters(2, 0, seed, |out| unsafe {
+            if thread::index() == 0 && thread::block() == 0 {
+                out.at(1u32).store(7);
+                out.store_relaxed(1);
+            } else if thread::index() == 0 {
+                while out.load_relaxed() == 0 {}
+                out.at(1u32).load();
+            }
+        })
+    });
+}
+
+#[test]
+fn a_cooperative_launch_is_no_cluster() {
+    reports("its blocks are no cluster", |seed| launch_clusters(2, 0, seed, |_| cluster::sync()));
+}
+
+#[test]
 fn a_cluster_reads_and_writes_its_blocks_memories() {
     for seed in 0..8 {
         let out = launch_clusters(4, 2, seed, |out| unsafe {
@@ -507,7 +627,7 @@ fn launch_queue(bodies: &[(&str, Body)]) -> Result<(), Box<Report>> {
     memory.forget(address + bytes / 2, bytes / 2, 0x7f);
     for (kernel, body) in bodies {
         let launch =
-            Launch { kernel, blocks: 1, cluster: 1, threads: 64, shared_bytes: 0, overlaps: true, seed: 1 };
+            Launch { kernel, blocks: 1, cluster: 1, cooperative: false, threads: 64, shared_bytes: 0, overlaps: true, seed: 1 };
         let body = *body;
         run(&launch, &mut memory, std::slice::from_ref(&buffer), move || body(Global::new(address)))?;
     }

@@ -225,7 +225,8 @@ impl Gpu {
             // With all the shared memory that a block can have: `decode` takes nearly all.
             let shared_bytes = gpu.info.shared_bytes;
             for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
-                let launch = Launch { entry, blocks: 1 << i, cluster: 1 << i, shared_bytes };
+                let (blocks, cluster) = (1 << i, 1 << i);
+                let launch = Launch { entry, blocks, cluster, cooperative: false, shared_bytes };
                 *most = launch::most_clusters(function, &launch)?;
             }
         }

@@ -23,6 +23,9 @@ const PROGRAMMATIC_STREAM_SERIALIZATION: u32 = 6;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const CLUSTER_DIMENSION: u32 = 4;
 
+/// `CU_LAUNCH_ATTRIBUTE_COOPERATIVE`: all blocks run at once, or the launch is refused.
+const COOPERATIVE: u32 = 2;
+
 impl Attribute {
     fn new(id: u32, words: [u32; 3]) -> Self {
         let mut value = [0; 16];
@@ -69,22 +72,26 @@ pub(super) unsafe fn launch<P: Pod>(
     parameters: &P,
     overlap: bool,
 ) -> Result<()> {
-    let overlapping = Attribute::new(PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]);
-    let clustered = Attribute::new(CLUSTER_DIMENSION, [launch.cluster, 1, 1]);
-    // Also a cluster of one: its block stores to itself as to another.
-    let attributes = match (overlap, launch.entry.cluster > 1) {
-        (true, true) => &[overlapping, clustered][..],
-        (true, false) => &[overlapping],
-        (false, true) => &[clustered],
-        (false, false) => &[],
-    };
+    let mut attributes = [Attribute::new(0, [0; 3]); 3];
+    let mut count = 0;
+    for (wanted, id, words) in [
+        (overlap, PROGRAMMATIC_STREAM_SERIALIZATION, [1, 0, 0]),
+        // Also a cluster of one: its block stores to itself as to another.
+        (launch.entry.cluster > 1, CLUSTER_DIMENSION, [launch.cluster, 1, 1]),
+        (launch.cooperative, COOPERATIVE, [1, 0, 0]),
+    ] {
+        if wanted {
+            attributes[count] = Attribute::new(id, words);
+            count += 1;
+        }
+    }
     let config = Config {
         grid: [launch.blocks, 1, 1],
         block: [launch.entry.threads, 1, 1],
         shared_bytes: launch.shared_bytes,
         stream,
         attributes: attributes.as_ptr(),
-        attribute_count: attributes.len() as u32,
+        attribute_count: count as u32,
     };
     let mut parameter = ptr::from_ref(parameters).cast_mut().cast::<c_void>();
     // SAFETY: the driver copies the parameters before it returns; the rest is as the caller promises.

@@ -22,7 +22,7 @@ mod workspace;
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, TileKind};
 pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, device_of};
 pub use graph::{AllowAllocation, Graph};
-pub use queue::{DeviceBuffer, Queue};
+pub use queue::{DeviceBuffer, KeptRoute, Queue};
 pub use workspace::Workspace;
 
 use crate::error::{Error, Result};

@@ -9,13 +9,14 @@ use crate::cuda::workspace::Workspace;
 use crate::cuda::{failed, status};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::launch::{Launches, Parameters, Planner};
+use crate::launch::{Launches, Parameters, Parts, Planner};
 use crate::plan::{Launch, Options, Plan, RouteSource, Stage};
 use crate::projection::Projection;
 use crate::tensor::{Device, View, ViewMut};
 use bytemuck::Pod;
 use cust::stream::Stream;
 use cust::sys::{self, CUstream};
+use moe_lora_kernels::params::{Tile, count};
 use std::marker::PhantomData;
 
 /// A stream of a [`Gpu`] that calls run on, one after another. It stays on the thread that made it, where
@@ -27,6 +28,17 @@ pub struct Queue<'a> {
     _owned: Option<Stream>,
     /// The context is current on one thread: neither `Send` nor `Sync`.
     _thread: PhantomData<*const ()>,
+}
+
+/// What `route` leaves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptRoute {
+    /// Pairs, segment by segment; inactive ones last.
+    pub pairs: Vec<u32>,
+    /// Segments cut into tiles.
+    pub tiles: Vec<Tile>,
+    /// Tiles of active pairs: the first ones.
+    pub active_tiles: usize,
 }
 
 /// Memory on the device, freed when dropped.
@@ -116,6 +128,33 @@ impl<'a> Queue<'a> {
         self.synchronize()
     }
 
+    /// Copies out the route of `pairs` pairs that a workspace keeps, for tests and measurements: waits for queued work.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] when the driver refuses, or queued work failed.
+    pub fn download_route(&self, workspace: &mut Workspace, pairs: usize) -> Result<KeptRoute> {
+        let (scratch, base) = workspace.scratch();
+        let Parts { pairs: list, tiles, counts, .. } = scratch.parts(base);
+        let counts = self.download_at::<u32>(counts.address(), count::LEN)?;
+        Ok(KeptRoute {
+            pairs: self.download_at(list.address(), pairs)?,
+            tiles: self.download_at(tiles.address(), counts[count::ALL as usize] as usize)?,
+            active_tiles: counts[count::ACTIVE as usize] as usize,
+        })
+    }
+
+    fn download_at<T: Pod>(&self, address: u64, len: usize) -> Result<Vec<T>> {
+        let mut elements = vec![T::zeroed(); len];
+        let bytes = size_of_val(elements.as_slice());
+        // SAFETY: the address is of memory of this device that lives; `elements` holds `bytes`, and is not read
+        // before the copy has ended.
+        status("cuMemcpyDtoHAsync", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(elements.as_mut_ptr().cast(), address, bytes, self.stream)
+        })?;
+        self.synchronize()?;
+        Ok(elements)
+    }
+
     /// What a call of this layout would launch; `None` when there is nothing to do.
     ///
     /// # Errors
@@ -175,14 +214,7 @@ impl Backend for Queue<'_> {
     }
 
     fn download<T: Pod>(&self, buffer: &DeviceBuffer<T>) -> Result<Vec<T>> {
-        let mut elements = vec![T::zeroed(); buffer.len];
-        let bytes = size_of_val(elements.as_slice());
-        // SAFETY: both sides hold `bytes`, and `elements` is not read before the copy has ended.
-        status("cuMemcpyDtoHAsync", unsafe {
-            sys::cuMemcpyDtoHAsync_v2(elements.as_mut_ptr().cast(), buffer.address(), bytes, self.stream)
-        })?;
-        self.synchronize()?;
-        Ok(elements)
+        self.download_at(buffer.address(), buffer.len)
     }
 
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace> {

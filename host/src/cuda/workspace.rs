@@ -1,13 +1,15 @@
 //! Scratch memory of calls: made once, so that a call allocates nothing.
 
 use crate::call::Route;
-use crate::cuda::failed;
+use crate::cuda::{failed, status};
 use crate::error::Result;
 use crate::launch::Scratch;
 use crate::plan::RouteSource;
 use crate::projection::Projection;
 use crate::tensor::Space;
 use cust::memory::DeviceBuffer;
+use cust::stream::{Stream, StreamFlags};
+use cust::sys;
 
 /// Scratch memory on the device. One call at a time may use it, on one stream.
 pub struct Workspace {
@@ -21,8 +23,16 @@ impl Workspace {
     }
 
     fn with(scratch: Scratch) -> Result<Self> {
-        // SAFETY: every part is written by the kernel that comes before its reader.
+        // SAFETY: every part is written by the kernel that comes before its reader, or zeroed below.
         let memory = unsafe { DeviceBuffer::uninitialized(scratch.bytes()) }.map_err(failed("cuMemAlloc"))?;
+        // On a stream of its own: the default one may not be used while another is captured.
+        let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
+        // SAFETY: the memory is long enough, and nobody else uses it yet.
+        status("cuMemsetD8Async", unsafe {
+            let start = memory.as_device_ptr().as_raw();
+            sys::cuMemsetD8Async(start, 0, scratch.zero_bytes(), stream.as_inner())
+        })?;
+        stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
         Ok(Workspace { memory, scratch })
     }
 

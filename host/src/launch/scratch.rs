@@ -8,6 +8,7 @@ use crate::projection::{Projection, ProjectionSizes};
 use crate::tensor::Space;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Tile, count};
+use moe_lora_kernels::route::EXCHANGE_HEAD;
 use std::fmt;
 
 /// Alignment of each part.
@@ -52,6 +53,8 @@ struct Room {
     listed: usize,
     tiles: usize,
     scratch_bytes: usize,
+    /// Words of a table of route's exchange.
+    exchange: usize,
 }
 
 /// Where the parts of a workspace are.
@@ -61,6 +64,9 @@ pub(crate) struct Parts {
     pub buckets: Global<u32>,
     pub tiles: Global<Tile>,
     pub counts: Global<u32>,
+    /// Where the blocks of route tell one another their counts, and the words of each of its two tables.
+    pub exchange: Global<u32>,
+    pub exchange_room: u32,
     /// `h`, or its parts in f32.
     pub scratch: u64,
 }
@@ -73,6 +79,7 @@ impl Room {
             listed: plan::max_listed(projection, tokens)? as usize,
             tiles: plan::max_tiles(projection, tokens)? as usize,
             scratch_bytes: plan::scratch_bytes(projection, tokens)?,
+            exchange: plan::exchange_words(projection, tokens)? as usize,
         })
     }
 
@@ -83,6 +90,7 @@ impl Room {
             listed: self.listed.max(other.listed),
             tiles: self.tiles.max(other.tiles),
             scratch_bytes: self.scratch_bytes.max(other.scratch_bytes),
+            exchange: self.exchange.max(other.exchange),
         }
     }
 
@@ -93,12 +101,18 @@ impl Room {
             ("listed pairs", self.listed, needed.listed),
             ("tiles", self.tiles, needed.tiles),
             ("bytes of h", self.scratch_bytes, needed.scratch_bytes),
+            ("words of route's exchange", self.exchange, needed.exchange),
         ] {
             if got > limit {
                 return Err(Error::WorkspaceTooSmall { what, limit, got });
             }
         }
         Ok(())
+    }
+
+    /// Bytes of the exchange.
+    fn exchange_bytes(&self) -> usize {
+        (EXCHANGE_HEAD as usize + 2 * self.exchange) * size_of::<u32>()
     }
 
     /// The parts from `base` on, and the bytes of all of them.
@@ -110,6 +124,9 @@ impl Room {
             base + start as u64
         };
         let parts = Parts {
+            // First: what must be zero at first.
+            exchange: Global::new(part(self.exchange_bytes())),
+            exchange_room: self.exchange as u32,
             counts: Global::new(part(count::LEN * size_of::<u32>())),
             pairs: Global::new(part(self.listed * size_of::<u32>())),
             buckets: Global::new(part(self.pairs * size_of::<u32>())),
@@ -147,10 +164,21 @@ impl Scratch {
         self.room.parts(0).1
     }
 
+    /// Bytes at the beginning of the memory that must be zero before the first call.
+    pub fn zero_bytes(&self) -> usize {
+        self.room.exchange_bytes()
+    }
+
     /// Elements that the list of pairs has room for.
     #[cfg(feature = "emulate")]
     pub fn listed(&self) -> usize {
         self.room.listed
+    }
+
+    /// The parts of the memory at `base`.
+    #[cfg(feature = "cuda")]
+    pub fn parts(&self, base: u64) -> Parts {
+        self.room.parts(base).0
     }
 
     /// Where a call's route comes from: itself, or what this workspace keeps.

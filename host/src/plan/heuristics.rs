@@ -16,9 +16,18 @@ const MIN_STEPS: u32 = 2;
 /// Blocks a multiprocessor that keep enough loads in flight for the memory's bandwidth.
 const BLOCKS_PER_MULTIPROCESSOR: u64 = 4;
 
-/// Pairs from which on `route` is spread over a cluster: fewer are sorted sooner than a cluster can meet.
-/// 2,048 pairs took 6.1 µs in one block and 7.9 in a cluster; 8,192 took 13.3 and 8.1.
-pub(super) const ROUTE_CLUSTER_PAIRS: usize = 4096;
+/// Pairs from which on `align` is spread over a cluster: fewer are sorted sooner than a cluster can meet.
+pub(super) const ALIGN_CLUSTER_PAIRS: usize = 4096;
+
+/// Blocks of `route`.
+pub(super) fn route_blocks(pairs: usize) -> u32 {
+    match pairs {
+        0..1025 => 1,
+        1025..65_536 => pairs.div_ceil(512) as u32,
+        65_536..262_144 => 64,
+        _ => 128,
+    }
+}
 
 /// The tile: the smallest that holds most segments whole, since every further tile of a segment reads its
 /// weights again. Segments are guessed to be of the size that uniform routing over all slots gives. At 32

@@ -84,6 +84,74 @@ impl<T: Scalar> Global<T> {
     }
 }
 
+impl Global<u32> {
+    /// `ld.relaxed.gpu` (PTX ISA 9.7.9.8): what some block of the grid stored here with
+    /// [`store_relaxed`](Self::store_relaxed), perhaps the newest. It says nothing about other words. A thread may
+    /// come here again and again until a word has come, if the block that stores it runs at the same time.
+    ///
+    /// # Safety
+    /// As for [`Global::load`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load_relaxed(self) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let value: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.relaxed.gpu.global.u32 {}, [{}];",
+                    out(reg32) value, in(reg64) self.address(), options(nostack));
+            }
+            value
+        }
+        #[cfg(feature = "emulate")]
+        {
+            let [value] = emulate::load_relaxed(self.address());
+            value
+        }
+    }
+
+    /// As [`load_relaxed`](Self::load_relaxed), of four words, each on its own.
+    ///
+    /// # Safety
+    /// As for [`Global::load16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16_relaxed(self) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let (a, b, c, d);
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}];",
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) self.address(),
+                    options(nostack));
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        {
+            emulate::load_relaxed(self.address())
+        }
+    }
+
+    /// `st.relaxed.gpu` (PTX ISA 9.7.9.11): a store that blocks of the grid may look for while they run.
+    ///
+    /// # Safety
+    /// As for [`Global::store`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store_relaxed(self, value: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("st.relaxed.gpu.global.u32 [{}], {};", in(reg64) self.address(), in(reg32) value, options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::store_relaxed(self.address(), value);
+    }
+}
+
 impl<T> Global<T> {
     /// Loads 16 bytes.
     ///

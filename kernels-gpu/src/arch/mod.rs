@@ -3,7 +3,7 @@
 //! | module | unit | PTX | since |
 //! |---|---|---|---|
 //! | [`thread`] | who am I | `%tid`, `%ctaid`, `trap` | – |
-//! | [`global`] | device memory | `ld.global`, `st.global` | – |
+//! | [`global`] | device memory | `ld.global`, `st.global`, `ld.relaxed`, `st.relaxed` | – |
 //! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
 //! | `bulk` | global → shared by the copy engine | `cp.async.bulk` | sm_90 |

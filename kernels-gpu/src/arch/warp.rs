@@ -1,4 +1,4 @@
-//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.9).
+//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -30,7 +30,7 @@ pub fn shuffle_up(value: u32, distance: u32) -> u32 {
     }
 }
 
-/// `shfl.sync.idx`: the value of thread `lane`. The whole warp must come here.
+/// `shfl.sync.idx`: the value of thread `lane` of the warp, 0 ..= 31. The whole warp must come here.
 #[inline(always)]
 #[track_caller]
 pub fn shuffle(value: u32, lane: u32) -> u32 {

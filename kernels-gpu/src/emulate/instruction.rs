@@ -18,6 +18,7 @@ const WINDOW: u32 = 1 << 24;
 pub(super) enum Operation {
     None,
     ShuffleUp(u32, u32),
+    Shuffle(u32, u32),
     Sync,
     Ballot(bool),
     LoadMatrices(u32),
@@ -30,7 +31,7 @@ impl Operation {
     fn name(&self) -> &'static str {
         match self {
             Operation::None => "nothing",
-            Operation::ShuffleUp(..) => "shfl.sync",
+            Operation::ShuffleUp(..) | Operation::Shuffle(..) => "shfl.sync",
             Operation::Sync => "bar.warp.sync",
             Operation::Ballot(_) => "vote.sync",
             Operation::LoadMatrices(_) => "ldmatrix",
@@ -104,6 +105,13 @@ impl Machine {
                 });
                 warp::shuffle_up(operands).map(|value| [value; 4])
             }
+            Operation::Shuffle(..) => {
+                let operands = operations.map(|operation| match operation {
+                    Operation::Shuffle(value, lane) => (value, lane),
+                    _ => (0, 0),
+                });
+                warp::shuffle(operands).map(|value| [value; 4])
+            }
             Operation::Ballot(_) => {
                 let votes = operations.map(|operation| matches!(operation, Operation::Ballot(true)));
                 [[warp::ballot(votes); 4]; LANES]
@@ -126,6 +134,7 @@ impl Machine {
                 warp::mma(element, &fragments).map(|d| d.map(f32::to_bits))
             }
             Operation::ArriveCluster => {
+                self.check_cluster()?;
                 for lane in 0..LANES {
                     let state = self.thread(thread(lane));
                     if state.arrived != state.waited {
@@ -141,6 +150,11 @@ impl Machine {
             }
             Operation::WaitCluster => [[0; 4]; LANES],
         })
+    }
+
+    /// Refuses what is for clusters in a cooperative launch, whose blocks share no memory.
+    fn check_cluster(&self) -> Result<(), Fault> {
+        if self.blocks.len() as u32 == self.cluster { Ok(()) } else { Err(Fault::NoCluster) }
     }
 
     /// Lands a copy: its bytes are now the thread's that started it.
@@ -195,7 +209,7 @@ pub(crate) fn cluster_rank() -> u32 {
 
 /// `%cluster_nctarank`.
 pub(crate) fn cluster_blocks() -> u32 {
-    with(|machine| machine.blocks.len() as u32)
+    with(|machine| machine.cluster)
 }
 
 /// `trap`.
@@ -290,6 +304,12 @@ pub(crate) fn shuffle_up(value: u32, distance: u32) -> u32 {
     meet(Operation::ShuffleUp(value, distance))[0]
 }
 
+/// `shfl.sync.idx`.
+#[track_caller]
+pub(crate) fn shuffle(value: u32, lane: u32) -> u32 {
+    meet(Operation::Shuffle(value, lane))[0]
+}
+
 /// `bar.warp.sync`.
 #[track_caller]
 pub(crate) fn sync_warp() {
@@ -318,9 +338,9 @@ pub(crate) fn mma(element: ElementType, d: &mut [f32; 4], a: [u32; 4], b: [u32; 
 #[track_caller]
 pub(crate) fn map_shared(address: u32, rank: u32) -> u32 {
     let at = Location::caller();
-    execute(at, |machine, _| match machine.blocks.len() as u32 {
+    execute(at, |machine, _| match machine.cluster {
         blocks if rank >= blocks => Err(Fault::NoBlock { block: rank, blocks }),
-        _ => Ok((rank + 1) * WINDOW + address % WINDOW),
+        _ => machine.check_cluster().map(|()| (rank + 1) * WINDOW + address % WINDOW),
     })
 }
 
@@ -380,6 +400,40 @@ pub(crate) fn store_global<const N: usize>(address: u64, bytes: [u8; N]) {
         machine.memory.part(part).copy_from_slice(&bytes);
         Ok(())
     })
+}
+
+/// Relaxed loads with nobody doing anything else, after which nobody will: far more than a launch has words.
+const MOST_LOOKS: u32 = 1 << 20;
+
+/// `ld.relaxed.gpu` of `N` words. Others run first, as the thread may be looking for what one of them stores.
+#[track_caller]
+pub(crate) fn load_relaxed<const N: usize>(address: u64) -> [u32; N] {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        machine.looks += 1;
+        machine.ready.push(id);
+        if machine.looks > MOST_LOOKS { Err(Fault::NeverCame) } else { Ok(()) }
+    });
+    suspend();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::RelaxedRead, at);
+        let bytes = (N * WORD) as u64;
+        let part = machine.global(id, address, bytes, bytes, &now)?;
+        Ok(words(machine.memory.part(part)))
+    })
+}
+
+/// `st.relaxed.gpu` of a word.
+#[track_caller]
+pub(crate) fn store_relaxed(address: u64, value: u32) {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        machine.looks = 0;
+        let now = machine.now(id, Kind::RelaxedWrite, at);
+        let part = machine.global(id, address, WORD as u64, WORD as u64, &now)?;
+        machine.memory.part(part).copy_from_slice(&value.to_le_bytes());
+        Ok(())
+    });
 }
 
 /// `cp.async` of 16 bytes, the first `bytes` of which come from `source`. Both ends are checked now; the

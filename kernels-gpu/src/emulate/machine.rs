@@ -67,8 +67,12 @@ pub(super) struct Machine {
     kernel: String,
     pub memory: Memory,
     regions: Vec<Region>,
-    /// The blocks of the cluster that runs.
+    /// The blocks of the cluster that runs, or of the whole grid when the launch is cooperative.
     pub blocks: Vec<Block>,
+    /// Blocks of a cluster.
+    pub cluster: u32,
+    /// Relaxed loads since anybody did anything else.
+    pub looks: u32,
     /// Threads that have arrived at the next cluster barrier and have not ended.
     pub at_cluster_barrier: usize,
     /// Cluster barriers that the cluster has passed.
@@ -104,13 +108,14 @@ pub(super) fn run(
     buffers: &[Buffer],
     body: Rc<dyn Fn()>,
 ) -> Result<(), Box<Report>> {
-    let Launch { threads, blocks, cluster, .. } = *launch;
+    let Launch { threads, blocks, cluster, cooperative, .. } = *launch;
     let whole_warps = (1..=MAX_THREADS).contains(&threads) && threads.is_multiple_of(LANES as u32);
     assert!(whole_warps, "{threads} threads");
     let whole_clusters = (1..=MAX_CLUSTER).contains(&cluster) && blocks.is_multiple_of(cluster);
     assert!(whole_clusters, "{blocks} blocks in clusters of {cluster}");
+    assert!(!cooperative || cluster == 1, "a cooperative launch of clusters");
     let mut random = Random(launch.seed);
-    let mut order: Vec<u32> = (0..blocks / cluster).collect();
+    let mut order: Vec<u32> = (0..blocks / together(launch)).collect();
     for i in (1..order.len()).rev() {
         order.swap(i, random.below(i + 1));
     }
@@ -128,16 +133,21 @@ pub(super) fn run(
     machine.report.map_or(Ok(()), Err)
 }
 
+/// Blocks that run at once.
+fn together(launch: &Launch<'_>) -> u32 {
+    if launch.cooperative { launch.blocks } else { launch.cluster }
+}
+
 /// Runs the blocks of one cluster until all their threads have ended or a fault is found.
 fn run_cluster(number: u32, launch: &Launch<'_>, body: &Rc<dyn Fn()>) {
-    let Launch { threads, cluster, .. } = *launch;
+    let (threads, cluster) = (launch.threads, together(launch));
     with(|machine| machine.begin_cluster(number * cluster, threads));
     let mut coroutines: Vec<Thread> = (0..cluster * threads).map(|_| new_thread(body.clone())).collect();
     while let Some(id) = with(Machine::next) {
         RUNNING.set((id, number * cluster + id.rank));
         let coroutine = &mut coroutines[(id.rank * threads + id.thread) as usize];
         match catch_unwind(AssertUnwindSafe(|| coroutine.resume(()))) {
-            Ok(CoroutineResult::Yield(())) => {}
+            Ok(CoroutineResult::Yield(())) => with(|machine| machine.note_progress(id)),
             Ok(CoroutineResult::Return(())) => with(|machine| machine.end_thread(id)),
             Err(payload) => {
                 let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
@@ -218,7 +228,9 @@ impl Machine {
             kernel: launch.kernel.to_owned(),
             regions: buffers.iter().map(region).collect(),
             memory,
-            blocks: (0..launch.cluster).map(block).collect(),
+            blocks: (0..together(launch)).map(block).collect(),
+            cluster: launch.cluster,
+            looks: 0,
             at_cluster_barrier: 0,
             cluster_barriers: 0,
             cluster_gathering: Gathering::default(),
@@ -265,7 +277,15 @@ impl Machine {
         self.report.get_or_insert_with(|| Box::new(Report { kernel, block, thread: id.thread, at, fault }));
     }
 
+    /// A thread has stopped: unless it looks for a word, something has come of it.
+    fn note_progress(&mut self, id: Id) {
+        if !matches!(self.thread(id).state, State::Ready) {
+            self.looks = 0;
+        }
+    }
+
     fn end_thread(&mut self, id: Id) {
+        self.looks = 0;
         self.thread(id).state = State::Ended;
         self.block(id).ended += 1;
         if self.thread(id).arrived > self.cluster_barriers {

@@ -2,7 +2,8 @@
 //!
 //! Threads are coroutines. One runs at a time, until it meets others (a barrier, a warp-wide operation) or
 //! ends; which runs next is up to a seed. The blocks of a cluster run together, their threads in one order;
-//! clusters, or blocks where there are none, follow one another, in an order that the seed decides too.
+//! clusters, or blocks where there are none, follow one another, in an order that the seed decides too. Of a
+//! cooperative launch all blocks run together.
 //! Addresses of device memory are numbers of the emulator's own, so a wrong one is reported and never followed.
 //!
 //! | checked | how |
@@ -14,7 +15,8 @@
 //! | `cp.async.bulk`, `st.async` | data lands when the phase that counts it completes; any access before that is reported, and the end of the block before it |
 //! | `fence.proxy.async` | lies between a store to shared memory and a bulk copy to the same place |
 //! | mbarriers | initialised, before any use and once; shown to other blocks and to copies; no more arrivals and bytes than a phase takes; no phase missed by who waits |
-//! | races | two accesses, one of them writing, that nothing puts in order: a barrier of the block, of some of its threads, of the cluster, `bar.warp.sync`, an mbarrier's phase; atomics apart |
+//! | races | two accesses, one of them writing, that nothing puts in order: a barrier of the block, of some of its threads, of the cluster, `bar.warp.sync`, an mbarrier's phase; atomics and relaxed accesses apart |
+//! | waiting | a thread that looks for a word must find it: its writer runs at the same time, and writes it |
 //! | overlap of launches | nothing that a launch which may still run writes is used, nothing that it reads is written |
 //! | barriers, warp-wide operations | all threads that must come come, to the same line |
 //! | offsets | products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap |
@@ -37,9 +39,9 @@ mod warp;
 
 pub(crate) use instruction::{
     arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies, let_next_start,
-    load_global, load_matrices, load_shared, map_shared, mma, overflow, shuffle_up, start_copy, store_global,
-    store_shared, sync_block, sync_warp, thread, trap, update_shared, wait_cluster, wait_for_copies,
-    wait_for_previous,
+    load_global, load_matrices, load_relaxed, load_shared, map_shared, mma, overflow, shuffle, shuffle_up,
+    start_copy, store_global, store_relaxed, store_shared, sync_block, sync_warp, thread, trap, update_shared,
+    wait_cluster, wait_for_copies, wait_for_previous,
 };
 pub(crate) use mbarrier::{
     arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store, wait_mbarrier,
@@ -64,6 +66,8 @@ pub struct Launch<'a> {
     pub blocks: u32,
     /// Blocks of a cluster, at most 8; 1: no clusters.
     pub cluster: u32,
+    /// Whether all blocks run at once (a cooperative launch). It has no clusters.
+    pub cooperative: bool,
     /// Threads a block: whole warps, at most 1024.
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
@@ -72,6 +76,17 @@ pub struct Launch<'a> {
     pub overlaps: bool,
     /// Decides the order of blocks and of threads.
     pub seed: u64,
+}
+
+/// How many blocks a launch has, and which of them run at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    /// As in [`Launch`].
+    pub blocks: u32,
+    /// As in [`Launch`].
+    pub cluster: u32,
+    /// As in [`Launch`].
+    pub cooperative: bool,
 }
 
 /// Runs `body` once for every thread of the grid.
@@ -101,7 +116,7 @@ pub fn run(
 /// As for [`run`], and when `parameters` is not of the entry's type.
 pub fn launch<P: Pod>(
     entry: &Entry,
-    (blocks, cluster): (u32, u32),
+    Grid { blocks, cluster, cooperative }: Grid,
     shared_bytes: u32,
     parameters: &P,
     memory: &mut Memory,
@@ -109,7 +124,7 @@ pub fn launch<P: Pod>(
     seed: u64,
 ) -> Result<(), Box<Report>> {
     let Entry { name: kernel, threads, .. } = *entry;
-    let launch = Launch { kernel, blocks, cluster, threads, shared_bytes, overlaps: true, seed };
+    let launch = Launch { kernel, blocks, cluster, cooperative, threads, shared_bytes, overlaps: true, seed };
     let body = crate::entry::emulated(entry.name).expect("every entry has an emulated form");
     let parameters = bytemuck::bytes_of(parameters).to_vec();
     run(&launch, memory, buffers, move || body(&parameters))

@@ -133,6 +133,10 @@ pub enum Fault {
         /// Blocks of the cluster.
         blocks: u32,
     },
+    /// Something for clusters in a launch that has none.
+    NoCluster,
+    /// A thread looks for a word of device memory that nobody is left to store.
+    NeverCame,
     /// A cluster barrier that is arrived at twice, or waited for before it was arrived at.
     BarrierOrder,
     /// Some threads wait for others that will not come.
@@ -204,6 +208,10 @@ impl fmt::Display for Fault {
             }
             Fault::NoBlock { block, blocks } => {
                 write!(f, "block {block} of a cluster that has {blocks}")
+            }
+            Fault::NoCluster => f.write_str("the launch is cooperative: its blocks are no cluster"),
+            Fault::NeverCame => {
+                f.write_str("a thread looks for a word again and again, and nobody is left to store it")
             }
             Fault::BarrierOrder => {
                 f.write_str("a cluster barrier is arrived at once, then waited for once, and so on")

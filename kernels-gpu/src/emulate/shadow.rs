@@ -78,6 +78,9 @@ pub(super) enum Kind {
     Write,
     /// Reads and writes at once: atomics are in order with one another.
     Atomic,
+    /// Relaxed loads and stores are in order with one another, and with atomics.
+    RelaxedRead,
+    RelaxedWrite,
     /// An asynchronous copy is started: its target may not be touched.
     CopyStart,
     /// A copy by the copy engine is started. It does not see what threads store, unless a fence shows it.
@@ -97,7 +100,7 @@ pub(super) enum Kind {
 impl Kind {
     /// Whether it leaves another value.
     pub fn writes(self) -> bool {
-        !matches!(self, Kind::Read | Kind::Fetch | Kind::Use)
+        !matches!(self, Kind::Read | Kind::RelaxedRead | Kind::Fetch | Kind::Use)
     }
 
     /// Whether it was by copies that an mbarrier counts.
@@ -110,12 +113,19 @@ impl Kind {
         matches!(self, Kind::CopyStart | Kind::BulkStart)
     }
 
+    /// Whether accesses of several threads at once are what it is for.
+    fn is_strong(self) -> bool {
+        matches!(self, Kind::Atomic | Kind::RelaxedRead | Kind::RelaxedWrite)
+    }
+
     /// In words.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Read => "read",
             Kind::Write => "write",
             Kind::Atomic => "atomic",
+            Kind::RelaxedRead => "relaxed read",
+            Kind::RelaxedWrite => "relaxed write",
             Kind::CopyStart | Kind::BulkStart | Kind::CopyEnd | Kind::Landed | Kind::Fetch => {
                 "asynchronous copy"
             }
@@ -162,6 +172,9 @@ impl Touch {
         if before.kind.is_counted() {
             // The stricter of the two.
             self.kind = before.kind;
+        } else if before.kind == Kind::Read {
+            // As before.
+            self.kind = Kind::Read;
         }
         let (cluster, size) = (now.block / now.cluster, now.cluster);
         self.by = match before.by {
@@ -227,8 +240,7 @@ impl Last {
 
     /// True when nothing puts them before `now`, and that matters.
     fn race(&self, now: &Now) -> bool {
-        let atomics = self.touch.kind == Kind::Atomic && now.touch.kind == Kind::Atomic;
-        !atomics && !self.precedes(now)
+        !(self.touch.kind.is_strong() && now.touch.kind.is_strong()) && !self.precedes(now)
     }
 
     /// Takes in `now`.
@@ -361,8 +373,8 @@ impl Shadow {
                 return Err(Conflict::Unfenced(byte, write.touch));
             }
             match kind {
-                Kind::Read | Kind::Fetch => read.merge(now, &mut self.histories),
-                Kind::Atomic if write.touch.kind == Kind::Atomic => write.merge(now, &mut self.histories),
+                Kind::Read | Kind::RelaxedRead | Kind::Fetch => read.merge(now, &mut self.histories),
+                kind if kind.is_strong() && write.touch.kind.is_strong() => write.merge(now, &mut self.histories),
                 // It is the initialisation that others must come after.
                 Kind::Use => {}
                 _ => *write = now.touch.into(),

@@ -1,7 +1,7 @@
 use crate::DTypeArg;
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DecodeRows, DeviceBuffer, Form, Gpu, Options, Queue, TileKind};
+use moe_lora::cuda::{DecodeRows, DeviceBuffer, Form, Gpu, Options, Queue, TileKind, Workspace};
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes,
     Route, RoutingTensors, Rows, View, XRows,
@@ -44,6 +44,12 @@ pub struct Args {
     /// Time every form, tile and cluster that a plan could choose, too
     #[arg(long, conflicts_with = "tile")]
     every_way: bool,
+    /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
+    #[arg(long, conflicts_with_all = ["op", "tile", "every_way"])]
+    route: bool,
+    /// Blocks of the route: the planner's choice without; several are timed in turn
+    #[arg(long, value_delimiter = ',', requires = "route")]
+    route_blocks: Vec<u32>,
     /// Device number
     #[arg(long, default_value_t = 0)]
     device: u32,
@@ -338,6 +344,9 @@ fn time<T: Element>(queues: &[Queue<'_>], case: &Case, seed: u64) -> anyhow::Res
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
     println!("{}", gpu.info());
+    if args.route {
+        return bench_routes(&gpu, args);
+    }
     let ways = if args.every_way { ways() } else { vec![Options { tile: args.tile, ..Options::default() }] };
     let queues = ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<Vec<_>, _>>()?;
     println!(
@@ -364,6 +373,119 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+/// Numbers of tokens whose routes are timed: 640, 8,192, 131,072 and 1,048,576 pairs.
+const ROUTE_TOKENS: [usize; 4] = [80, 1024, 16_384, 131_072];
+/// Routes in a graph.
+const ROUTES: usize = 20;
+
+fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
+    let mut ways = vec![Options::default()];
+    ways.extend(args.route_blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }));
+    let tokens = if args.tokens.is_empty() { &ROUTE_TOKENS } else { args.tokens.as_slice() };
+    println!("| pairs | way | µs | host µs |\n|---|---|---|---|");
+    for (seed, &tokens) in (0..).zip(tokens) {
+        let case = Case { model: &QWEN3_30B, op: "w13", tokens, rank: 64, loras: 2 };
+        for way in &ways {
+            let queue = gpu.queue(*way)?;
+            let (time, host) = time_route(&queue, &case, seed).with_context(|| format!("T={tokens}, {way:?}"))?;
+            println!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, queue.variant());
+        }
+    }
+    Ok(())
+}
+
+/// Microseconds of a route on the device, and of the thread that asks for it.
+fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64, f64)> {
+    let projection = case.projection(DType::Bf16)?;
+    let s = *projection.sizes();
+    let pairs = case.tokens * s.top_k;
+    let mut workspace = queue.workspace(&[projection], case.tokens)?;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut draw = || -> (Vec<i32>, Vec<i32>) {
+        let experts = (0..case.tokens).flat_map(|_| sample(&mut rng, s.experts, s.top_k));
+        let topk_ids = experts.map(|e| e as i32).collect();
+        // One token in nine has no adapter.
+        (topk_ids, (0..case.tokens).map(|_| rng.random_range(-1..8)).map(|l| if l < 0 { l } else { l % 2 }).collect())
+    };
+    let (topk_ids, token_lora) = draw();
+    let (mut ids_on_device, mut lora_on_device) = (queue.upload(&topk_ids)?, queue.upload(&token_lora)?);
+    check_route(queue, &projection, &mut workspace, (&topk_ids, &token_lora), |workspace| {
+        queue.route(workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
+    })?;
+    // SAFETY: every buffer outlives the graph.
+    let graph = unsafe {
+        queue.capture(|queue| {
+            (0..ROUTES).try_for_each(|_| {
+                queue.route(&mut workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
+            })
+        })
+    }?;
+    // Other routing in the buffers that the graph names.
+    for _ in 0..3 {
+        let (topk_ids, token_lora) = draw();
+        queue.write(&mut ids_on_device, 0, &topk_ids)?;
+        queue.write(&mut lora_on_device, 0, &token_lora)?;
+        check_route(queue, &projection, &mut workspace, (&topk_ids, &token_lora), |_| queue.replay(&graph))?;
+    }
+    queue.time(&graph, WARM_UP)?;
+    let time = median(queue.time(&graph, REPLAYS)?) / ROUTES as f64;
+    let host = host_time(queue, || {
+        queue.route(&mut workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
+    })?;
+    debug_assert_eq!(ids_on_device.len(), pairs);
+    Ok((time, host))
+}
+
+fn routing<'a>(topk_ids: &'a DeviceBuffer<i32>, token_lora: &'a DeviceBuffer<i32>) -> RoutingTensors<'a, Device> {
+    RoutingTensors {
+        topk_ids: topk_ids.view(),
+        token_lora: token_lora.view(),
+        adapter_enabled: Enabled::All,
+        ranks: None,
+        expert_map: None,
+    }
+}
+
+/// Lets `route` fill the workspace, and holds what it leaves against the same done plainly, to the bit.
+fn check_route(
+    queue: &Queue<'_>,
+    projection: &Projection,
+    workspace: &mut Workspace,
+    (topk_ids, token_lora): (&[i32], &[i32]),
+    route: impl FnOnce(&mut Workspace) -> moe_lora::Result<()>,
+) -> anyhow::Result<()> {
+    let s = projection.sizes();
+    route(workspace)?;
+    let got = queue.download_route(workspace, topk_ids.len())?;
+    let inactive = s.slots * s.experts;
+    let bucket = |pair: usize| match token_lora[pair / s.top_k] {
+        -1 => inactive,
+        slot => slot as usize * s.experts + topk_ids[pair] as usize,
+    };
+    let mut segments = vec![Vec::new(); inactive + 1];
+    (0..topk_ids.len()).for_each(|pair| segments[bucket(pair)].push(pair as u32));
+    let mut tiles = got.tiles.iter();
+    let mut first = 0;
+    for (bucket, segment) in segments.iter().enumerate() {
+        if bucket == inactive {
+            anyhow::ensure!(got.tiles.len() - tiles.len() == got.active_tiles, "wrong number of active tiles");
+        }
+        anyhow::ensure!(got.pairs[first..][..segment.len()] == *segment, "wrong pairs in bucket {bucket}");
+        let (mut at, end) = (first as u32, (first + segment.len()) as u32);
+        while at < end {
+            let tile = tiles.next().context("too few tiles")?;
+            let rank = if bucket == inactive { 0 } else { s.max_rank as u32 };
+            let place = (tile.slot as usize, tile.expert as usize, tile.first, tile.rank);
+            anyhow::ensure!(place == (bucket / s.experts, bucket % s.experts, at, rank), "wrong tile: {tile:?}");
+            anyhow::ensure!(tile.rows > 0 && tile.rows <= end - at, "wrong rows: {tile:?}");
+            at += tile.rows;
+        }
+        first += segment.len();
+    }
+    anyhow::ensure!(tiles.next().is_none(), "too many tiles");
     Ok(())
 }
 
