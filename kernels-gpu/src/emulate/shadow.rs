@@ -110,7 +110,8 @@ impl Touch {
 
     /// True when nothing puts `self` before `now`, and that matters.
     fn races(&self, now: &Now) -> bool {
-        !(self.kind.is_strong() && now.touch.kind.is_strong()) && !self.precedes(now)
+        let strong = self.kind.is_strong() && now.touch.kind.is_strong();
+        !strong && !self.precedes(now)
     }
 
     /// Stands for both accesses: `now` alone where it comes after `self`.
