@@ -22,7 +22,7 @@
 //!
 //! | words | what |
 //! |---|---|
-//! | (H \| 4) × W | counters, then positions: a bucket's side by side, an odd number of fours so that threads that each take a bucket meet in no bank |
+//! | (H \| 4) × W | counters, then positions: a bucket's side by side |
 //! | W + 4 | pairs in all blocks, then the position of the first pair of a bucket |
 //! | W + 4 | pairs in blocks before this one, then the number of the first tile of a bucket |
 //! | 4 | how many segments have many tiles |
@@ -60,7 +60,8 @@ pub const fn shared_bytes(sorters: u32, window: u32) -> u32 {
     ((counter_stride(sorters) + WINDOW_WORDS) * window + SCRATCH) * 4
 }
 
-/// Words from a bucket's counters to the next bucket's.
+/// Words from a bucket's counters to the next bucket's: an odd number of fours, so that threads that take a bucket
+/// each, four words at a time, meet in no bank.
 const fn counter_stride(sorters: u32) -> u32 {
     sorters | 4
 }
