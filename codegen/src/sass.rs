@@ -118,9 +118,7 @@ pub fn expectation(kernel: Kernel) -> Expectation {
         | Kernel::RouteWide
         | Kernel::Align
         | Kernel::AlignCluster
-        | Kernel::Adopt => {
-            Expectation { tensor_cores: false, wide_loads: false, narrow_offsets: false }
-        }
+        | Kernel::Adopt => Expectation { tensor_cores: false, wide_loads: false, narrow_offsets: false },
         Kernel::Decode { index, .. } => {
             Expectation { tensor_cores: true, wide_loads: true, narrow_offsets: index == IndexWidth::I32 }
         }

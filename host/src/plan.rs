@@ -490,7 +490,9 @@ fn sorting(projection: &Projection, pairs: usize, limits: &DeviceLimits, options
     let (slots, buckets) = (projection.sizes().slots as u64, buckets(projection));
     let most = most_route_blocks(pairs, buckets).min(limits.multiprocessors);
     let blocks = options.route_blocks.unwrap_or(heuristics::route_blocks(pairs)).clamp(1, most);
-    let run = |kernel| pairs.div_ceil((blocks * entry(kernel).threads / WARP) as usize).next_multiple_of(WARP as usize);
+    let run = |kernel| {
+        pairs.div_ceil((blocks * entry(kernel).threads / WARP) as usize).next_multiple_of(WARP as usize)
+    };
     let room = |kernel| route::max_window(entry(kernel).threads / WARP, limits.shared_bytes);
     let narrow = |kernel: &Kernel| {
         let threads = entry(*kernel).threads;

@@ -22,12 +22,13 @@
 //!
 //! | words | what |
 //! |---|---|
-//! | (H \| 4) × W | counters, then positions: a bucket's side by side, an odd number of fours so that threads that each take a bucket meet in no bank |
+//! | (H \| 4) × W | counters, then positions: a bucket's side by side |
 //! | W + 4 | pairs in all blocks, then the position of the first pair of a bucket |
 //! | W + 4 | pairs in blocks before this one, then the number of the first tile of a bucket |
+//! | 4 | how many segments have many tiles |
 //! | 3 a warp | scan |
 //! | [`STAGED`] | rank of a slot |
-//! | 3 | turn, words that the launch before has written, whether a segment has many tiles |
+//! | 2 | turn, words that the launch before has written |
 
 /// Threads of the form of one block: what all of them do is issued once a warp, so the fewer the sooner.
 pub const BLOCK_THREADS: u32 = 256;
@@ -46,7 +47,7 @@ pub const ROWS: u32 = 4;
 pub const STAGED: u32 = 256;
 
 /// Words of shared memory beside the counters and the two arrays of [`WINDOW_WORDS`].
-const SCRATCH: u32 = 8 + 3 * GRID_THREADS / 32 + STAGED + 3;
+const SCRATCH: u32 = 8 + 4 + 3 * GRID_THREADS / 32 + STAGED + 2;
 
 /// Words of shared memory a bucket beside its counters.
 const WINDOW_WORDS: u32 = 2;
@@ -59,7 +60,8 @@ pub const fn shared_bytes(sorters: u32, window: u32) -> u32 {
     ((counter_stride(sorters) + WINDOW_WORDS) * window + SCRATCH) * 4
 }
 
-/// Words from a bucket's counters to the next bucket's.
+/// Words from a bucket's counters to the next bucket's: an odd number of fours, so that threads that take a bucket
+/// each, four words at a time, meet in no bank.
 const fn counter_stride(sorters: u32) -> u32 {
     sorters | 4
 }
@@ -116,8 +118,8 @@ mod kernel {
     /// The bucket of a pair that does not exist.
     const NONE: u32 = u32::MAX;
 
-    /// Tiles of a segment that one thread writes.
-    const OWN_TILES: u32 = 2;
+    /// Tiles of a segment that one thread writes: as many as a segment of usual length has.
+    const OWN_TILES: u32 = 8;
 
     /// A block's count of pairs, once it has come.
     const CAME: u32 = 1 << 31;
@@ -199,7 +201,7 @@ mod kernel {
 
         #[inline(always)]
         fn scan(self) -> Shared {
-            self.tile(self.window + 4)
+            self.many().offset(16)
         }
 
         #[inline(always)]
@@ -220,7 +222,7 @@ mod kernel {
         /// How many segments have more than [`OWN_TILES`] tiles.
         #[inline(always)]
         fn many(self) -> Shared {
-            self.head(2)
+            self.tile(self.window + 4)
         }
 
         /// 0: turn; 1: words that the launch before has written.
@@ -292,7 +294,8 @@ mod kernel {
         unroll::<ROWS>(|r| {
             if rows.pair(r).is_some() {
                 // SAFETY: as the caller promises.
-                found[r] = unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<WIDE>(p, map, slot)) };
+                found[r] =
+                    unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<WIDE>(p, map, slot)) };
             }
         });
         found
@@ -449,23 +452,16 @@ mod kernel {
                 unsafe {
                     if GRID {
                         table.at(block * stride + window_start + i).store_relaxed(CAME | total);
-                        map.first(i).store(0);
-                        map.tile(i).store(0);
                     } else {
                         map.first(i).store(total);
                     }
                 }
             });
-            if thread::index() == 0 {
-                // SAFETY: a word.
-                unsafe { map.many().store(0) };
-            }
             if is_kept {
                 // While counts are on their way.
                 lanes = peers(all_rows, found.map(number), bits);
             }
             if GRID {
-                barrier::sync();
                 // SAFETY: all blocks run at once, and store their words.
                 unsafe { gather::<THREADS>(&p, map, table.at(window_start), (block, stride), buckets) };
                 barrier::sync();
@@ -606,12 +602,12 @@ mod kernel {
         }
     }
 
-    /// Zeroes all counters.
+    /// Zeroes all counters, and what is added up beside them.
     #[inline(always)]
     fn clear_counters<const THREADS: u32>(map: Map) {
         let mut word = 4 * thread::index();
-        while word < counter_stride(map.sorters) * map.window {
-            // SAFETY: a bucket's counters are a multiple of four.
+        while word < counter_stride(map.sorters) * map.window + 2 * (map.window + 4) + 4 {
+            // SAFETY: a bucket's counters are a multiple of four, and so is a window.
             unsafe { Map::word(word).store16([0; 4]) };
             word += 4 * THREADS;
         }
@@ -695,7 +691,7 @@ mod kernel {
                     all += count;
                     before += if 8 * group + (i as u32) < block { count } else { 0 };
                 });
-                // SAFETY: one of the window's buckets; both words were zeroed before the barrier.
+                // SAFETY: one of the window's buckets; both words were zeroed before a barrier.
                 unsafe {
                     if needed[j] != 0 && all > 0 {
                         map.first(bucket + j as u32).fetch_add(all);
@@ -784,7 +780,11 @@ mod kernel {
     /// # Safety
     /// It must be one of the window's, and there must be room for its tiles.
     #[inline(always)]
-    unsafe fn write_own_tiles<const WIDE: bool>(p: &RouteParams, map: Map, (window_start, bucket): (u32, u32)) {
+    unsafe fn write_own_tiles<const WIDE: bool>(
+        p: &RouteParams,
+        map: Map,
+        (window_start, bucket): (u32, u32),
+    ) {
         // SAFETY: the arrays were filled before the barrier, and the tensors of `p` are as their fields say.
         unsafe {
             let (mut first, end) = (map.first(bucket).load(), map.first(bucket + 1).load());

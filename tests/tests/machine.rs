@@ -439,9 +439,13 @@ fn the_blocks_of_a_cooperative_launch_find_each_others_words() {
 
 #[test]
 fn to_look_for_the_word_of_a_block_that_does_not_run_is_reported() {
-    reports("nobody is left to store it", |seed| launch_clusters(5, 1, seed, |out| unsafe { add_up(out, 5) }));
+    reports("nobody is left to store it", |seed| {
+        launch_clusters(5, 1, seed, |out| unsafe { add_up(out, 5) })
+    });
     // Nor does one come that nobody stores.
-    reports("nobody is left to store it", |seed| launch_clusters(4, 0, seed, |out| unsafe { add_up(out, 5) }));
+    reports("nobody is left to store it", |seed| {
+        launch_clusters(4, 0, seed, |out| unsafe { add_up(out, 5) })
+    });
 }
 
 #[test]
@@ -626,8 +630,16 @@ fn launch_queue(bodies: &[(&str, Body)]) -> Result<(), Box<Report>> {
     let buffer = Buffer { name: "buffer".to_owned(), address, bytes, writable: true };
     memory.forget(address + bytes / 2, bytes / 2, 0x7f);
     for (kernel, body) in bodies {
-        let launch =
-            Launch { kernel, blocks: 1, cluster: 1, cooperative: false, threads: 64, shared_bytes: 0, overlaps: true, seed: 1 };
+        let launch = Launch {
+            kernel,
+            blocks: 1,
+            cluster: 1,
+            cooperative: false,
+            threads: 64,
+            shared_bytes: 0,
+            overlaps: true,
+            seed: 1,
+        };
         let body = *body;
         run(&launch, &mut memory, std::slice::from_ref(&buffer), move || body(Global::new(address)))?;
     }

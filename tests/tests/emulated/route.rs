@@ -81,7 +81,8 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
             address
         };
         let memory = &mut memory;
-        let (topk_ids, token_lora) = (bytemuck::cast_slice(&call.topk_ids), bytemuck::cast_slice(&call.token_lora));
+        let (topk_ids, token_lora) =
+            (bytemuck::cast_slice(&call.topk_ids), bytemuck::cast_slice(&call.token_lora));
         let entry = ENTRIES.iter().find(|entry| entry.kernel == shape.kernel).expect("in the table");
         let sorters = entry.threads / 32;
         let mut parameters = RouteParams {
