@@ -4,7 +4,7 @@ use super::instruction::Operation;
 use super::mbarrier::Mbarrier;
 use super::named::Named;
 use super::order::{Knowledge, Place};
-use super::shadow::{Shadow, Touch};
+use super::shadow::{Now, Shadow, Touch};
 use super::warp::LANES;
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::Location;
@@ -109,6 +109,14 @@ impl Block {
             named: BTreeMap::new(),
             let_next_start: None,
         }
+    }
+
+    /// Notes an access by a thread of another block.
+    pub fn note_visitor(&mut self, now: &Now) {
+        let visitors = self.visitors.entry(now.block).or_default();
+        let thread = usize::from(now.thread);
+        visitors.resize(visitors.len().max(thread + 1), None);
+        visitors[thread] = Some(now.touch);
     }
 
     /// True when no thread will run any more.

@@ -454,12 +454,10 @@ impl Machine {
             if block.has_ended() {
                 return Err(absent(now.touch.kind, number, "may have ended by then"));
             }
-            // A store that the owner's mbarrier counts must have landed by then: see `unfinished_copy`.
-            if now.touch.kind != Kind::CopyStart {
-                let visitors = block.visitors.entry(now.block).or_default();
-                let thread = usize::from(now.thread);
-                visitors.resize(visitors.len().max(thread + 1), None);
-                visitors[thread] = Some(now.touch);
+            // A store that the owner's mbarrier counts must have landed by then: see `unfinished_copy`. An
+            // arrival is noted by `arrive_mbarrier`.
+            if !matches!(now.touch.kind, Kind::CopyStart | Kind::Use) {
+                block.note_visitor(now);
             }
         }
         let range = byte as usize..(byte as usize + bytes as usize);

@@ -167,6 +167,8 @@ impl Machine {
         let place = self.mbarrier(id, address, at)?;
         if place.0 != id.rank {
             self.check_published(id, place)?;
+            let now = self.now(id, Kind::Use, at);
+            self.blocks[place.0 as usize].note_visitor(&now);
         }
         let release = self.release(id);
         let barrier = self.found(place);

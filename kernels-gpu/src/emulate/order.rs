@@ -12,6 +12,7 @@
 use super::block::Thread;
 use super::machine::{Id, Machine};
 use super::warp::LANES;
+use std::collections::HashMap;
 use std::rc::Rc;
 
 /// One whose accesses follow one another.
@@ -303,13 +304,19 @@ impl Machine {
     }
 }
 
-/// Some actors of a cluster, and the stamps of their accesses.
+/// Some accesses of a cluster, the last first. What comes before is shared with others.
 #[derive(Debug)]
-pub(super) struct Actors(Vec<Accesses>);
+pub(super) struct Accesses {
+    last: Access,
+    before: Option<Rc<Accesses>>,
+    length: usize,
+    /// The length at which it is looked through for what need not be kept.
+    limit: usize,
+}
 
-/// Accesses of one stamp by lanes of one warp, or by mbarriers' copies.
+/// Accesses of one stamp by lanes of one warp, or of the copies of mbarriers.
 #[derive(Clone, Copy, Debug)]
-struct Accesses {
+struct Access {
     rank: u16,
     /// Number of the warp; past the last, 32 mbarriers.
     warp: u16,
@@ -317,59 +324,106 @@ struct Accesses {
     stamp: u32,
 }
 
-impl Accesses {
+/// Least [`Accesses::limit`].
+const SHORT: usize = 32;
+
+impl Access {
     fn by(actor: Actor, stamp: u32) -> Self {
         let (warp, lane) = (actor.number / LANES as u16, actor.number % LANES as u16);
-        Accesses { rank: actor.rank, warp, lanes: 1 << lane, stamp }
+        Access { rank: actor.rank, warp, lanes: 1 << lane, stamp }
     }
 
-    fn actors(self) -> impl Iterator<Item = Actor> {
+    /// True when `holds` for all whose access it was.
+    fn all(self, mut holds: impl FnMut(Actor, u32) -> bool) -> bool {
         let mut lanes = self.lanes;
-        std::iter::from_fn(move || {
-            (lanes != 0).then(|| {
-                let lane = lanes.trailing_zeros() as u16;
-                lanes &= lanes - 1;
-                Actor { rank: self.rank, number: LANES as u16 * self.warp + lane }
-            })
-        })
+        while lanes != 0 {
+            let number = LANES as u16 * self.warp + lanes.trailing_zeros() as u16;
+            if !holds(Actor { rank: self.rank, number }, self.stamp) {
+                return false;
+            }
+            lanes &= lanes - 1;
+        }
+        true
+    }
+
+    fn is_like(self, other: Access) -> bool {
+        (self.rank, self.warp, self.stamp) == (other.rank, other.warp, other.stamp)
     }
 }
 
-impl Actors {
-    /// True when `holds` for the stamps of all.
+impl Accesses {
+    fn one(access: Access) -> Self {
+        Accesses { last: access, before: None, length: 1, limit: SHORT }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Access> {
+        std::iter::successors(Some(self), |accesses| accesses.before.as_deref()).map(|accesses| accesses.last)
+    }
+
+    /// True when `holds` for the actors and stamps of all.
     pub fn all(&self, mut holds: impl FnMut(Actor, u32) -> bool) -> bool {
-        self.0.iter().all(|accesses| accesses.actors().all(|actor| holds(actor, accesses.stamp)))
+        self.iter().all(|access| access.all(&mut holds))
     }
 
-    /// Adds an access of `actor`, who knows `known`; what has happened before need not be kept.
-    fn with(accesses: &[Accesses], actor: Actor, stamp: u32, known: &Knowledge) -> Self {
-        let new = Accesses::by(actor, stamp);
-        let mut kept = Vec::with_capacity(accesses.len() + 1);
-        let mut found = false;
-        for &(mut old) in accesses {
-            let same_warp = (old.rank, old.warp) == (new.rank, new.warp);
-            if same_warp && old.stamp == stamp {
-                old.lanes |= new.lanes;
-                found = true;
-            } else if same_warp {
-                old.lanes &= !new.lanes;
+    /// `before`, and an access of somebody who knows `known`.
+    fn after(before: &Rc<Accesses>, access: Access, known: &Knowledge) -> Rc<Accesses> {
+        let last = before.last;
+        if last.is_like(access) {
+            if last.lanes & access.lanes != 0 {
+                return before.clone();
             }
-            if !old.actors().all(|actor| known.has_seen(actor, old.stamp)) {
-                kept.push(old);
+            let both = Access { lanes: last.lanes | access.lanes, ..access };
+            let Accesses { before, length, limit, .. } = &**before;
+            return Rc::new(Accesses { last: both, before: before.clone(), length: *length, limit: *limit });
+        }
+        let Accesses { length, limit, .. } = **before;
+        if length < limit {
+            return Rc::new(Accesses {
+                last: access,
+                before: Some(before.clone()),
+                length: length + 1,
+                limit,
+            });
+        }
+        // Of each actor the last access is enough, and of those only what is not known to have happened.
+        let mut kept: Vec<Access> = vec![access];
+        let mut found: HashMap<(u16, u16), u32> = HashMap::from([((access.rank, access.warp), access.lanes)]);
+        for mut old in before.iter() {
+            let lanes = found.entry((old.rank, old.warp)).or_default();
+            old.lanes &= !*lanes;
+            *lanes |= old.lanes;
+            if old.all(|actor, stamp| known.has_seen(actor, stamp)) {
+                continue;
+            }
+            match kept.iter_mut().rev().find(|access| access.is_like(old)) {
+                Some(access) => access.lanes |= old.lanes,
+                None => kept.push(old),
             }
         }
-        if !found {
-            kept.push(new);
-        }
-        Actors(kept)
+        let limit = SHORT.max(2 * kept.len());
+        let all = kept.into_iter().rev().fold(None, |before: Option<Rc<Accesses>>, last| {
+            let length = before.as_ref().map_or(0, |before| before.length) + 1;
+            Some(Rc::new(Accesses { last, before, length, limit }))
+        });
+        all.expect("the new access at least")
     }
 }
 
-/// To whom an access is added.
+impl Drop for Accesses {
+    /// One after another: a thread's stack is not deep enough for all inside each other.
+    fn drop(&mut self) {
+        let mut next = self.before.take();
+        while let Some(mut accesses) = next.and_then(Rc::into_inner) {
+            next = accesses.before.take();
+        }
+    }
+}
+
+/// To what an access is added.
 #[derive(Clone)]
 pub(super) enum Before {
     One(Actor, u32),
-    Many(Rc<Actors>),
+    Many(Rc<Accesses>),
 }
 
 impl Before {
@@ -378,47 +432,48 @@ impl Before {
             (Before::One(actor, stamp), Before::One(other, other_stamp)) => {
                 (actor, stamp) == (other, other_stamp)
             }
-            (Before::Many(actors), Before::Many(other)) => Rc::ptr_eq(actors, other),
+            (Before::Many(accesses), Before::Many(other)) => Rc::ptr_eq(accesses, other),
             _ => false,
         }
     }
 }
 
+/// An addition: to what, whose access, and what came of it.
+type Addition = (Before, (Actor, u32), Rc<Accesses>);
+
 /// Additions that are remembered: neighbouring cells have the same history.
 const ADDITIONS: usize = 256;
 
-/// Sets of actors, each made once for many cells.
-#[derive(Default)]
-pub(super) struct Histories(Vec<Option<(Before, (Actor, u32), Rc<Actors>)>>);
+/// Histories of cells, each made once for many.
+pub(super) struct Histories(Vec<Option<Addition>>);
+
+impl Default for Histories {
+    fn default() -> Self {
+        Histories(vec![None; ADDITIONS])
+    }
+}
 
 impl Histories {
     /// `before`, and an access of `actor`, who knows `known`.
-    pub fn add(&mut self, before: Before, actor: Actor, stamp: u32, known: &Knowledge) -> Rc<Actors> {
-        if let Before::Many(actors) = &before {
-            let new = Accesses::by(actor, stamp);
-            let holds = |old: &Accesses| {
-                (old.rank, old.warp, old.stamp) == (new.rank, new.warp, stamp) && old.lanes & new.lanes != 0
-            };
-            if actors.0.iter().any(holds) {
-                return actors.clone();
-            }
-        }
+    pub fn add(&mut self, before: Before, actor: Actor, stamp: u32, known: &Knowledge) -> Rc<Accesses> {
         let key = match &before {
             Before::One(actor, stamp) => usize::from(actor.number) ^ *stamp as usize * 31,
-            Before::Many(actors) => Rc::as_ptr(actors).addr() / 16,
+            Before::Many(accesses) => Rc::as_ptr(accesses).addr() / 16,
         };
         let key = key ^ usize::from(actor.number) * 7 ^ usize::from(actor.rank) * 61 ^ stamp as usize;
-        self.0.resize_with(ADDITIONS, || None);
         let entry = &mut self.0[(key ^ key / ADDITIONS) % ADDITIONS];
         match entry {
-            Some((old, new, actors)) if old.is(&before) && *new == (actor, stamp) => actors.clone(),
+            Some((old, new, all)) if old.is(&before) && *new == (actor, stamp) => all.clone(),
             _ => {
-                let actors = Rc::new(match &before {
-                    Before::One(one, old) => Actors::with(&[Accesses::by(*one, *old)], actor, stamp, known),
-                    Before::Many(actors) => Actors::with(&actors.0, actor, stamp, known),
-                });
-                *entry = Some((before, (actor, stamp), actors.clone()));
-                actors
+                let access = Access::by(actor, stamp);
+                let all = match &before {
+                    Before::One(one, old) => {
+                        Accesses::after(&Rc::new(Accesses::one(Access::by(*one, *old))), access, known)
+                    }
+                    Before::Many(accesses) => Accesses::after(accesses, access, known),
+                };
+                *entry = Some((before, (actor, stamp), all.clone()));
+                all
             }
         }
     }

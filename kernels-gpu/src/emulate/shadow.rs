@@ -7,9 +7,9 @@
 //! order.
 //!
 //! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as one,
-//! by all who might have been last ([`By`], and exactly who of a cluster: [`Actors`]).
+//! by all who might have been last ([`By`], and exactly who of a cluster: [`Accesses`]).
 
-use super::order::{Actor, Actors, Before, Histories, Knowledge};
+use super::order::{Accesses, Actor, Before, Histories, Knowledge};
 use std::fmt;
 use std::ops::Range;
 use std::panic::Location;
@@ -220,21 +220,21 @@ pub(super) enum Conflict {
 #[derive(Clone)]
 struct Last {
     touch: Touch,
-    /// Who they were by, when that is several of one cluster.
-    actors: Option<Rc<Actors>>,
+    /// Each of them, when they were by several of one cluster.
+    all: Option<Rc<Accesses>>,
 }
 
 impl Last {
     /// True when something puts all of them before `now`.
     fn precedes(&self, now: &Now) -> bool {
         self.touch.precedes(now)
-            || self.actors.as_ref().is_some_and(|actors| {
+            || self.all.as_ref().is_some_and(|all| {
                 let here = match self.touch.by {
                     By::Block(block) => block / now.cluster == now.block / now.cluster,
                     By::Cluster(cluster) => cluster == now.block / now.cluster,
                     _ => false,
                 };
-                here && actors.all(|actor, stamp| actor == now.actor || now.known.has_seen(actor, stamp))
+                here && all.all(|actor, stamp| actor == now.actor || now.known.has_seen(actor, stamp))
             })
     }
 
@@ -249,13 +249,13 @@ impl Last {
             *self = now.touch.into();
             return;
         }
-        let before = match (&self.actors, self.touch.by) {
-            (Some(actors), _) => Some(Before::Many(actors.clone())),
+        let before = match (&self.all, self.touch.by) {
+            (Some(all), _) => Some(Before::Many(all.clone())),
             (None, By::Thread { .. }) => Some(Before::One(self.touch.actor, self.touch.stamp)),
             (None, _) => None,
         };
         self.touch.merge(now);
-        self.actors = match (self.touch.by, before) {
+        self.all = match (self.touch.by, before) {
             (By::Block(_) | By::Cluster(_), Some(before)) => {
                 Some(histories.add(before, now.touch.actor, now.touch.stamp, &now.known))
             }
@@ -268,8 +268,8 @@ impl Last {
         if !matches!(self.touch.kind, Kind::Write | Kind::Atomic | Kind::CopyEnd) {
             return false;
         }
-        match &self.actors {
-            Some(actors) => !actors.all(|actor, stamp| now.has_fenced(actor, stamp)),
+        match &self.all {
+            Some(all) => !all.all(|actor, stamp| now.has_fenced(actor, stamp)),
             None => self.touch.by != By::Nobody && !now.has_fenced(self.touch.actor, self.touch.stamp),
         }
     }
@@ -277,7 +277,7 @@ impl Last {
 
 impl From<Touch> for Last {
     fn from(touch: Touch) -> Self {
-        Last { touch, actors: None }
+        Last { touch, all: None }
     }
 }
 
