@@ -402,11 +402,11 @@ mod tests {
             return;
         };
         let module = module.unwrap();
-        assert!(module.ptx.contains(".version 8.0\n.target sm_90a\n"));
+        assert!(module.ptx.contains(".version 8.1\n.target sm_90a\n"));
         assert!(module.ptx.contains("\n)\n.maxntid 128, 1, 1\n.minnctapersm 2\n{"));
         assert!(made_by(&module.ptx).ends_with(", sm_90a"));
         assert!(module.warnings.starts_with("warning: unused variable"));
-        assert!(!module.warnings.contains("ptx80"), "{}", module.warnings);
+        assert!(!module.warnings.contains("ptx81"), "{}", module.warnings);
     }
 
     #[test]

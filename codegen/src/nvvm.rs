@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn the_target_is_restated_and_nothing_else() {
         let ptx = "//\n.version 9.5\n.target sm_100\n.address_size 64\n\t// .target of a comment\n";
-        let restated = "//\n.version 8.0\n.target sm_90a\n.address_size 64\n\t// .target of a comment\n";
+        let restated = "//\n.version 8.1\n.target sm_90a\n.address_size 64\n\t// .target of a comment\n";
         assert_eq!(restate(ptx, Arch::Sm90a), restated);
     }
 
@@ -388,7 +388,7 @@ mod tests {
     fn inline_assembly_of_one_generation_survives() {
         let Some(nvvm) = nvvm() else { return };
         let compiled = nvvm.compile(KERNEL, Arch::Sm90a).unwrap();
-        for part in [".version 8.0\n.target sm_90a\n", ".entry kernel(", "wgmma.fence.sync.aligned;"] {
+        for part in [".version 8.1\n.target sm_90a\n", ".entry kernel(", "wgmma.fence.sync.aligned;"] {
             assert!(compiled.ptx.contains(part), "{part:?} is not in: {}", compiled.ptx);
         }
         assert!(compiled.version.starts_with("13."), "{}", compiled.version);

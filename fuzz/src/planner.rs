@@ -3,7 +3,9 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use half::{bf16, f16};
-use moe_lora::plan::{DeviceLimits, Form, IndexWidth, Launch, Options, Plan, RouteSource, Stage, TileKind};
+use moe_lora::plan::{
+    DecodeRows, DeviceLimits, Form, IndexWidth, Launch, Options, Plan, RouteSource, Stage, TileKind,
+};
 use moe_lora::{
     DType, Device, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes, Route, Rows,
     RowsMut, View, ViewMut, XRows,
@@ -99,6 +101,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
         index: *u.choose(&[None, Some(IndexWidth::I32), Some(IndexWidth::I64)])?,
         tile: Some(*u.choose(&TileKind::ALL)?).filter(|_| forced),
         form: *u.choose(&[None, Some(Form::Decode), Some(Form::TwoLaunches)])?,
+        rows: *u.choose(&[None, Some(DecodeRows::M8), Some(DecodeRows::M16)])?,
         cluster: u.arbitrary()?,
         route_blocks: u.arbitrary()?,
     };

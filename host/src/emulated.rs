@@ -49,8 +49,12 @@ pub struct Workspace {
     scratch: Scratch,
 }
 
+/// The limits of the emulated device.
+const LIMITS: DeviceLimits = DeviceLimits { decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
+
 impl Emulated {
-    /// A device with the limits of an H100. `seed` decides the order of threads and blocks; each launch has
+    /// A device with the limits of an H100, but few clusters at a time: so each takes many units of `decode`, and
+    /// there are not more threads than a test has time for. `seed` decides the order of threads and blocks; each launch has
     /// another.
     pub fn new(options: Options, seed: u64) -> Self {
         Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: RefCell::default() }
@@ -70,7 +74,7 @@ impl Emulated {
     }
 
     fn planner(&self) -> Planner {
-        Planner { limits: DeviceLimits::H100, options: self.options }
+        Planner { limits: LIMITS, options: self.options }
     }
 
     /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace
@@ -86,7 +90,16 @@ impl Emulated {
             Parameters::Decode(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let (read, fresh) = if p.finds == 0 {
-                    (routed(tensors, (p.route.pairs, listed), p.route.tiles, p.route.counts, p.route.pair_count), vec![])
+                    (
+                        routed(
+                            tensors,
+                            (p.route.pairs, listed),
+                            p.route.tiles,
+                            p.route.counts,
+                            p.route.pair_count,
+                        ),
+                        vec![],
+                    )
                 } else {
                     (tensors.to_vec(), made_route(&p.route).to_vec())
                 };

@@ -118,5 +118,5 @@ pub(super) fn decode_cluster(
 /// Clusters of `decode`: as many as the device runs at a time, each of which takes one unit after another. With
 /// one more, its units would come last of all.
 pub(super) fn decode_clusters(units: u64, cluster: u32, limits: &DeviceLimits) -> u64 {
-    units.min(u64::from(limits.decode_clusters[cluster.ilog2() as usize]))
+    units.min(u64::from(limits.decode_clusters[cluster.ilog2() as usize])).max(1)
 }

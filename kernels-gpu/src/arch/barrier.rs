@@ -24,7 +24,7 @@ pub fn sync() {
 #[inline(always)]
 #[track_caller]
 pub fn sync_some<const NUMBER: u32, const THREADS: u32>() {
-    const { assert!(NUMBER >= 1 && NUMBER <= 15 && THREADS % 32 == 0) };
+    const { assert!(NUMBER >= 1 && NUMBER <= 15 && THREADS.is_multiple_of(32)) };
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: ordering only; the compiler keeps memory accesses on their side of it.
     unsafe {

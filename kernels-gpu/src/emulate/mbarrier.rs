@@ -24,6 +24,9 @@ const UNIT: u32 = 16;
 /// Where a thread waits for a phase.
 const WAIT: &str = "mbarrier.try_wait";
 
+/// The block of the cluster that a barrier is in, and its first byte there.
+type Home = (u32, usize);
+
 /// A barrier.
 pub(super) struct Mbarrier {
     /// The copies that it counts.
@@ -83,12 +86,7 @@ impl Mbarrier {
 
 impl Machine {
     /// Checks that an address is that of a barrier which the thread may use: the block it is in, and its first byte.
-    fn mbarrier(
-        &mut self,
-        id: Id,
-        address: u32,
-        at: &'static Location<'static>,
-    ) -> Result<(u32, usize), Fault> {
+    fn mbarrier(&mut self, id: Id, address: u32, at: &'static Location<'static>) -> Result<Home, Fault> {
         let now = self.now(id, Kind::Use, at);
         let (owner, address) = self.owner(id, address);
         let range = self.shared(owner, address, BYTES, &now)?;
@@ -96,18 +94,18 @@ impl Machine {
     }
 
     /// The barrier that [`Machine::mbarrier`] found.
-    fn found(&mut self, (owner, byte): (u32, usize)) -> &mut Mbarrier {
+    fn found(&mut self, (owner, byte): Home) -> &mut Mbarrier {
         let barriers = &mut self.blocks[owner as usize].mbarriers;
         barriers.get_mut(&byte).expect("its bytes are marked as a barrier's")
     }
 
-    fn misused(&self, id: Id, (owner, byte): (u32, usize), why: String) -> Fault {
+    fn misused(&self, id: Id, (owner, byte): Home, why: String) -> Fault {
         let [owner, block] = [owner, id.rank].map(|rank| self.blocks[rank as usize].number);
         Fault::Mbarrier { place: shared_place(byte, owner, block), why }
     }
 
     /// Other blocks and the copy engine see a barrier only once its initialisation was shown to them.
-    fn check_published(&mut self, id: Id, barrier: (u32, usize)) -> Result<(), Fault> {
+    fn check_published(&mut self, id: Id, barrier: Home) -> Result<(), Fault> {
         let place = self.thread(id).place.clone();
         let Mbarrier { published, made: (maker, stamp), .. } = *self.found(barrier);
         let own = Self::actor(id) == maker && place.fenced > stamp;
@@ -187,7 +185,7 @@ impl Machine {
     }
 
     /// Completes a barrier's phase if nothing is missing: lands what it counts, and wakes who waits for it.
-    fn complete(&mut self, id: Id, place: (u32, usize)) -> Result<(), Fault> {
+    fn complete(&mut self, id: Id, place: Home) -> Result<(), Fault> {
         let barrier = self.found(place);
         if let Some(why) = barrier.excess() {
             return Err(self.misused(id, place, why));
@@ -229,7 +227,7 @@ impl Machine {
         address: u32,
         parity: u32,
         at: &'static Location<'static>,
-    ) -> Result<Option<((u32, usize), u32)>, Fault> {
+    ) -> Result<Option<(Home, u32)>, Fault> {
         let place = self.mbarrier(id, address, at)?;
         if place.0 != id.rank {
             return Err(self.misused(id, place, "only its own block can wait for it".to_owned()));
@@ -250,7 +248,7 @@ impl Machine {
     }
 
     /// A thread that looks again after a phase must find the next one: a parity says no more.
-    fn check_phase(&mut self, id: Id, place: (u32, usize), waited_for: u32) -> Result<(), Fault> {
+    fn check_phase(&mut self, id: Id, place: Home, waited_for: u32) -> Result<(), Fault> {
         let phase = self.found(place).phase;
         if phase == waited_for + 1 {
             return Ok(());

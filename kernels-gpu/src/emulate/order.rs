@@ -174,6 +174,13 @@ type Join = (Rc<Knowledge>, Rc<Knowledge>, Rc<Knowledge>);
 /// Joins that are remembered: the lanes of a warp make the same one after another.
 const JOINS: usize = 64;
 
+/// One of `slots` slots for what has a key of these parts.
+fn slot<const N: usize>(parts: [usize; N], slots: usize) -> usize {
+    // As in Knuth's multiplicative hashing: the upper bits are the mixed ones.
+    let mix = |key: u64, part| (key ^ part as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32);
+    parts.into_iter().fold(0, mix) as usize % slots
+}
+
 /// The order of a launch.
 pub(super) struct Order {
     /// The last stamp. Never the same again during the launch, since what is remembered of device memory outlives a
@@ -200,8 +207,7 @@ impl Order {
         [one, other]: [&Rc<Knowledge>; 2],
         make: impl FnOnce(&Knowledge, &Knowledge) -> Knowledge,
     ) -> Rc<Knowledge> {
-        let [a, b] = [one, other].map(|known| Rc::as_ptr(known).addr() / 16);
-        let entry = &mut self.joins[(a.wrapping_mul(31) ^ b ^ a / JOINS ^ b / JOINS) % JOINS];
+        let entry = &mut self.joins[slot([one, other].map(|known| Rc::as_ptr(known).addr()), JOINS)];
         match entry {
             Some((a, b, made)) if Rc::ptr_eq(a, one) && Rc::ptr_eq(b, other) => made.clone(),
             _ => {
@@ -427,6 +433,13 @@ pub(super) enum Before {
 }
 
 impl Before {
+    fn key(&self) -> usize {
+        match self {
+            Before::One(actor, stamp) => usize::from(actor.number) << 32 | *stamp as usize,
+            Before::Many(accesses) => Rc::as_ptr(accesses).addr(),
+        }
+    }
+
     fn is(&self, other: &Before) -> bool {
         match (self, other) {
             (Before::One(actor, stamp), Before::One(other, other_stamp)) => {
@@ -456,12 +469,8 @@ impl Default for Histories {
 impl Histories {
     /// `before`, and an access of `actor`, who knows `known`.
     pub fn add(&mut self, before: Before, actor: Actor, stamp: u32, known: &Knowledge) -> Rc<Accesses> {
-        let key = match &before {
-            Before::One(actor, stamp) => usize::from(actor.number) ^ *stamp as usize * 31,
-            Before::Many(accesses) => Rc::as_ptr(accesses).addr() / 16,
-        };
-        let key = key ^ usize::from(actor.number) * 7 ^ usize::from(actor.rank) * 61 ^ stamp as usize;
-        let entry = &mut self.0[(key ^ key / ADDITIONS) % ADDITIONS];
+        let (key, actor_key) = (before.key(), usize::from(actor.rank) << 16 | usize::from(actor.number));
+        let entry = &mut self.0[slot([key, actor_key, stamp as usize], ADDITIONS)];
         match entry {
             Some((old, new, all)) if old.is(&before) && *new == (actor, stamp) => all.clone(),
             _ => {

@@ -374,7 +374,9 @@ impl Shadow {
             }
             match kind {
                 Kind::Read | Kind::RelaxedRead | Kind::Fetch => read.merge(now, &mut self.histories),
-                kind if kind.is_strong() && write.touch.kind.is_strong() => write.merge(now, &mut self.histories),
+                kind if kind.is_strong() && write.touch.kind.is_strong() => {
+                    write.merge(now, &mut self.histories)
+                }
                 // It is the initialisation that others must come after.
                 Kind::Use => {}
                 _ => *write = now.touch.into(),
