@@ -65,7 +65,8 @@ pub(super) fn expand_columns(blocks: u64, out_dim: u32, shape: TileShape, limits
     column_tiles.div_ceil(runs) * shape.columns()
 }
 
-/// Pairs a segment up to which `decode` is the faster form.
+/// Pairs a segment up to which `decode` is the faster form. At 8, w13 takes 80 µs and shrink and expand 82; from more
+/// than a tile of 16 on, `decode` would read weights twice.
 const DECODE_SEGMENT: u64 = 12;
 
 /// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost.
@@ -81,7 +82,8 @@ pub(super) fn decode_rows(pairs: usize, buckets: u64) -> DecodeRows {
     }
 }
 
-/// Bytes a microsecond that a device of the H100's kind streams from memory, and that one multiprocessor alone takes.
+/// Bytes a microsecond that a device of the H100's kind streams from memory; and that one multiprocessor takes when
+/// half of them have work, as in a call of one token.
 const STREAM: f64 = 3.0e6;
 const STREAM_OF_ONE: f64 = 45e3;
 /// Microseconds that a unit of `decode` takes a block, however small: a chain of waits, not of work.
@@ -111,6 +113,9 @@ pub(super) fn decode_cluster(
         let unit = (bytes / f64::from(cluster) / rate).max(UNIT_TIME);
         unit * units.div_ceil(clusters) as f64
     };
+    // Larger tiles are a longer chain, which clusters of many blocks wait for: of 256 tokens w13 takes 80 µs in clusters
+    // of 2, 83 of 4 and 87 of 8.
+    let most = if rows > 8 && units > u64::from(limits.decode_clusters[1]) { 1 } else { most };
     let sizes = (0..=most).map(|log| 1 << log);
     sizes.min_by(|one, other| time(*one).total_cmp(&time(*other))).unwrap_or(1)
 }

@@ -22,8 +22,16 @@ fn launch_threads(
         Buffer { name: "output".to_owned(), address: to, bytes: bytes[1], writable: true },
     ];
     let shared_bytes = 1024;
-    let launch =
-        Launch { kernel: "kernel", blocks, cluster: blocks, threads, shared_bytes, overlaps: true, seed };
+    let launch = Launch {
+        kernel: "kernel",
+        blocks,
+        cluster: blocks,
+        threads,
+        shared_bytes,
+        overlaps: true,
+        cooperative: false,
+        seed,
+    };
     run(&launch, &mut memory, &buffers, move || body(Global::new(from), Global::new(to)))?;
     Ok(bytemuck::pod_collect_to_vec(memory.bytes(to, bytes[1])))
 }
@@ -95,7 +103,7 @@ unsafe fn ring(input: Global<u32>, out: Global<u32>, warps: u32, rounds: u32, wr
                 }
                 full(number).arrive_expecting(4 * STAGE);
                 let source = input.at(STAGE * (round % 8));
-                bulk::copy::<_, false>(stage(number), source, 4 * STAGE, full(number));
+                bulk::copy(stage(number), source, 4 * STAGE, full(number));
             }
         }
     }
@@ -239,7 +247,7 @@ unsafe fn copy_alone(input: Global<u32>, what: impl Fn(u32)) {
         if thread::index() == 0 {
             what(0);
             at(0).arrive_expecting(4 * STAGE);
-            bulk::copy::<_, true>(stage(0), input, 4 * STAGE, at(0));
+            bulk::copy(stage(0), input, 4 * STAGE, at(0));
             what(1);
             at(0).arrive();
             what(2);
@@ -288,7 +296,7 @@ fn a_copy_lands_with_its_phase() {
             make(&[1]);
             if thread::index() == 0 {
                 at(0).arrive_expecting(4 * STAGE);
-                bulk::copy::<_, false>(stage(0), input, 4 * STAGE, at(0));
+                bulk::copy(stage(0), input, 4 * STAGE, at(0));
             }
             barrier::sync();
             if thread::index() == 40 {
@@ -328,7 +336,7 @@ fn a_block_waits_for_its_copies_before_it_ends() {
             make(&[1]);
             if thread::index() == 0 {
                 at(0).arrive_expecting(4 * STAGE);
-                bulk::copy::<_, false>(stage(0), input, 4 * STAGE, at(0));
+                bulk::copy(stage(0), input, 4 * STAGE, at(0));
             }
         },
     );
@@ -341,7 +349,7 @@ fn copies_are_in_units_of_16_bytes_and_in_bounds() {
             make(&[1]);
             if thread::index() == 0 {
                 at(0).arrive_expecting(bytes);
-                bulk::copy::<_, false>(target, source, bytes, at(0));
+                bulk::copy(target, source, bytes, at(0));
             }
         }
     }
@@ -374,7 +382,7 @@ fn a_phase_gets_the_bytes_that_were_announced() {
                 make(&[1]);
                 if thread::index() == 0 {
                     at(0).arrive_expecting(announced);
-                    bulk::copy::<_, false>(stage(0), input, 128, at(0));
+                    bulk::copy(stage(0), input, 128, at(0));
                 }
                 at(0).wait(0);
             })
@@ -534,7 +542,7 @@ fn stores_lie_behind_a_fence_before_a_copy_overwrites_them() {
                     bulk::fence();
                 }
                 at(0).arrive_expecting(4 * STAGE);
-                bulk::copy::<_, false>(stage(0), input, 4 * STAGE, at(0));
+                bulk::copy(stage(0), input, 4 * STAGE, at(0));
             }
             at(0).wait(0);
         }
@@ -568,7 +576,7 @@ fn a_barrier_is_shown_to_copies_before_it_counts_them() {
                 at(0).init(1);
                 show();
                 at(0).arrive_expecting(4 * STAGE);
-                bulk::copy::<_, false>(stage(0), input, 4 * STAGE, at(0));
+                bulk::copy(stage(0), input, 4 * STAGE, at(0));
                 at(0).wait(0);
             }
         }
