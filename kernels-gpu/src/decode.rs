@@ -871,7 +871,7 @@ mod kernel {
                             let rows = [0, 1].map(|row| {
                                 let elements = b.offset(2 * (row * columns.rank + rank)).load16_if(exists);
                                 // Above the rank the row may hold anything, NaN too.
-                                if tile.rank % 8 == 0 {
+                                if tile.rank.is_multiple_of(8) {
                                     elements
                                 } else {
                                     keep_first(elements, tile.rank.saturating_sub(rank + 8 * c))

@@ -240,7 +240,8 @@ impl Last {
 
     /// True when nothing puts them before `now`, and that matters.
     fn race(&self, now: &Now) -> bool {
-        !(self.touch.kind.is_strong() && now.touch.kind.is_strong()) && !self.precedes(now)
+        let strong = self.touch.kind.is_strong() && now.touch.kind.is_strong();
+        !strong && !self.precedes(now)
     }
 
     /// Takes in `now`.
