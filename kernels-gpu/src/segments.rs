@@ -13,7 +13,7 @@
 //! | pairs × 4 | the pairs, segment after segment |
 //! | tiles × 8 | tiles: slot and expert, first pair, rows and rank |
 //!
-//! and that is free again once they are found ([`scratch_bytes`]):
+//! and that is free again once they are found ([`Room::scratch_bytes`]):
 //!
 //! | bytes | what |
 //! |---|---|
