@@ -17,6 +17,7 @@ const MIN_STEPS: u32 = 2;
 const BLOCKS_PER_MULTIPROCESSOR: u64 = 4;
 
 /// Pairs from which on `align` is spread over a cluster: fewer are sorted sooner than a cluster can meet.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(super) const ALIGN_CLUSTER_PAIRS: usize = 4096;
 
 /// Blocks of `route`: one for as many pairs as its warps keep in registers, then so many that each has a warp's width
