@@ -73,11 +73,11 @@ impl Options {
         for index in [IndexWidth::I32, IndexWidth::I64] {
             let with_index = Options { index: Some(index), ..Options::default() };
             every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
-            every.push(Options { form: Some(Form::Decode), ..with_index });
+            let decode = Options { form: Some(Form::Decode), ..with_index };
+            every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
         }
         let decode = Options { form: Some(Form::Decode), ..Options::default() };
         every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
-        every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
         every.push(Options { form: Some(Form::TwoLaunches), route_blocks: Some(2), ..Options::default() });
         every
     }
