@@ -158,9 +158,14 @@ impl Programs {
         if words.exists() {
             command.arg(format!("-dict={}", words.display()));
         }
-        if go_on {
-            command.arg(self.found(target)?);
-        }
+        // libFuzzer writes what it finds to the first folder that it is given: never to the sources'.
+        command.arg(if go_on {
+            self.found(target)?
+        } else {
+            let brief = self.dir.join("brief").join(target);
+            empty_dir(&brief)?;
+            brief
+        });
         let what = format!("fuzzing {target} for {seconds} s");
         let output = step(&what, || Ok(command.arg(kept(target)).output()?))?;
         let said = String::from_utf8_lossy(&output.stderr);
