@@ -163,8 +163,8 @@ fn virtual_arch(arch: Arch) -> &'static str {
     }
 }
 
-/// rustc's IR as libNVVM wants it: its data layout, and the version of NVVM IR (IR major and minor, debug
-/// major and minor) that it is written in.
+/// rustc's IR as libNVVM wants it: its data layout, the version of NVVM IR (IR major and minor, debug
+/// major and minor) that it is written in, and instructions that threads meet at marked as such.
 fn to_nvvm_ir(ir: &str, version: [c_int; 4]) -> String {
     let mut nvvm_ir = String::with_capacity(ir.len() + 1024);
     let mut free = 0;
@@ -172,7 +172,11 @@ fn to_nvvm_ir(ir: &str, version: [c_int; 4]) -> String {
         if line.starts_with("target datalayout = ") {
             nvvm_ir.push_str(&format!("target datalayout = \"{DATA_LAYOUT}\""));
         } else {
-            nvvm_ir.push_str(line);
+            let call_end = end_of_meeting_call(line);
+            let (call, rest) = line.split_at(call_end.unwrap_or(line.len()));
+            nvvm_ir.push_str(call);
+            nvvm_ir.push_str(call_end.map_or("", |_| " convergent"));
+            nvvm_ir.push_str(rest);
         }
         nvvm_ir.push('\n');
         // Metadata is numbered, and a number that is taken twice is an error.
@@ -186,6 +190,23 @@ fn to_nvvm_ir(ir: &str, version: [c_int; 4]) -> String {
         "!nvvmir.version = !{{!{free}}}\n!{free} = !{{i32 {major}, i32 {minor}, i32 {debug_major}, i32 {debug_minor}}}\n"
     ));
     nvvm_ir
+}
+
+/// Where the call ends, in a line that calls inline assembly at which threads meet (`bar.sync`, `mma.sync`,
+/// `barrier.cluster.wait.aligned`): all of them must come to one and the same instruction. rustc says that of none, and
+/// libNVVM then copies them into the branches of an `if`, where each half of a warp waits for the other for ever.
+fn end_of_meeting_call(line: &str) -> Option<usize> {
+    let (before, assembly) = line.split_once(" asm ")?;
+    let arguments = before.len() + " asm ".len() + assembly.rfind('"')? + 1;
+    if !assembly.contains(".sync") && !assembly.contains(".aligned") {
+        return None;
+    }
+    let mut open = 0;
+    let is_last = |(_, c): &(usize, char)| {
+        open += i32::from(*c == '(') - i32::from(*c == ')');
+        open == 0 && *c == ')'
+    };
+    line[arguments..].char_indices().find(is_last).map(|(at, _)| arguments + at + 1)
 }
 
 /// The PTX with another `.version` and `.target`.
@@ -350,6 +371,21 @@ mod tests {
         let expected = ir.replace("e-p6:32:32-i64:64", DATA_LAYOUT)
             + "!nvvmir.version = !{!42}\n!42 = !{i32 2, i32 0, i32 3, i32 2}\n";
         assert_eq!(nvvm_ir, expected);
+    }
+
+    #[test]
+    fn what_threads_meet_at_is_convergent_and_nothing_else() {
+        let calls = [
+            (r#"tail call void asm sideeffect "bar.sync 0;", "~{memory}"()"#, " #5, !srcloc !7"),
+            (r#"%1 = call i32 asm "mma.sync $0, [$1];", "=r,l"(ptr addrspace(1) %p, i32 0)"#, ""),
+        ];
+        for (call, rest) in calls {
+            assert_eq!(end_of_meeting_call(&format!("{call}{rest}")), Some(call.len()), "{call}");
+            assert!(to_nvvm_ir(call, [2, 0, 3, 2]).starts_with(&format!("{call} convergent")));
+        }
+        for line in [r#"call void asm sideeffect "cp.async.commit_group;", ""()"#, "; bar.sync", "ret void"] {
+            assert_eq!(end_of_meeting_call(line), None, "{line}");
+        }
     }
 
     #[test]
