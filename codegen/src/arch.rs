@@ -66,7 +66,8 @@ impl Arch {
     pub fn kernel_features(self) -> &'static [&'static str] {
         match self {
             Self::Sm80 => &[],
-            Self::Sm90a | Self::Sm100 | Self::Sm120 => &["sm_90"],
+            Self::Sm90a => &["sm_90", "sm_90a"],
+            Self::Sm100 | Self::Sm120 => &["sm_90"],
         }
     }
 }

@@ -212,7 +212,7 @@ impl Compiler {
                 "--check-cfg",
                 "cfg(test)",
                 "--check-cfg",
-                "cfg(feature, values(\"sm_90\", \"emulate\", \"rust_cuda\"))",
+                "cfg(feature, values(\"sm_90\", \"sm_90a\", \"emulate\", \"rust_cuda\"))",
             ]);
         for feature in arch.kernel_features() {
             rustc.arg("--cfg").arg(format!("feature=\"{feature}\""));
@@ -464,8 +464,11 @@ mod tests {
             .args(["--crate-name", "moe_lora_kernels", "--crate-type", "rlib", "--emit=asm"])
             .arg(kernel_sources().join("lib.rs"))
             .args(common_flags(Arch::Sm90a))
-            .args(["--cfg", "feature=\"sm_90\"", "--cfg", "feature=\"rust_cuda\"", "-Ccodegen-units=1", "-o"])
+            .args(["--cfg", "feature=\"rust_cuda\"", "-Ccodegen-units=1", "-o"])
             .arg(&asm);
+        for feature in Arch::Sm90a.kernel_features() {
+            rustc.arg("--cfg").arg(format!("feature=\"{feature}\""));
+        }
         if let Some(dir) = &compiler.core_dir {
             rustc.arg("-L").arg(dir);
         }

@@ -277,7 +277,7 @@ mod tests {
         let command = rust_cuda.command(Arch::Sm90a, Path::new("out"));
         let arguments: Vec<_> = command.get_args().map(|argument| argument.to_string_lossy()).collect();
         for argument in
-            ["-Zbuild-std=core,alloc", "--target=nvptx64-nvidia-cuda", "--features=rust_cuda,sm_90"]
+            ["-Zbuild-std=core,alloc", "--target=nvptx64-nvidia-cuda", "--features=rust_cuda,sm_90,sm_90a"]
         {
             assert!(arguments.iter().any(|other| other == argument), "{argument} is not in {arguments:?}");
         }

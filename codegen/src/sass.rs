@@ -122,6 +122,12 @@ pub fn expectation(kernel: Kernel) -> Expectation {
         Kernel::Decode { index, .. } => {
             Expectation { tensor_cores: true, wide_loads: true, narrow_offsets: index == IndexWidth::I32 }
         }
+        Kernel::Prefill(_) => Expectation {
+            tensor_cores: true,
+            wide_loads: true,
+            // Its main loops begin the next tile too, whose rows of x are found by a division: a 64-bit product.
+            narrow_offsets: false,
+        },
         Kernel::Shrink(variant) | Kernel::Expand(variant) => Expectation {
             tensor_cores: true,
             // `any` is for addresses that are not multiples of 16.

@@ -4,7 +4,8 @@
 use arbitrary::{Arbitrary, Result, Unstructured};
 use half::{bf16, f16};
 use moe_lora::plan::{
-    DecodeRows, DeviceLimits, Form, IndexWidth, Launch, Options, Plan, RouteSource, Stage, TileKind,
+    DecodeRows, DeviceLimits, Form, IndexWidth, Launch, Options, Plan, PrefillTile, RouteSource, Stage,
+    TileKind,
 };
 use moe_lora::{
     DType, Device, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes, Route, Rows,
@@ -55,7 +56,8 @@ fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
     let shared_bytes = *u.choose(&[99 << 10, 163 << 10, 227 << 10])?;
     let with_clusters = bool::arbitrary(u)?;
     let decode_clusters = if with_clusters { DeviceLimits::H100.decode_clusters } else { [0; 4] };
-    Ok(DeviceLimits { multiprocessors: u.int_in_range(1..=256)?, shared_bytes, decode_clusters })
+    let wgmma = with_clusters && bool::arbitrary(u)?;
+    Ok(DeviceLimits { multiprocessors: u.int_in_range(1..=256)?, shared_bytes, decode_clusters, wgmma })
 }
 
 /// A call of these sizes on memory that nobody looks at: as much as any call may need.
@@ -95,12 +97,19 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
         RouteSource::Kept { tile_rows: 16 },
         RouteSource::Kept { tile_rows: 32 },
         RouteSource::Kept { tile_rows: 64 },
+        RouteSource::Kept { tile_rows: 128 },
     ])?;
     let forced = bool::arbitrary(u)?;
     let options = Options {
         index: *u.choose(&[None, Some(IndexWidth::I32), Some(IndexWidth::I64)])?,
         tile: Some(*u.choose(&TileKind::ALL)?).filter(|_| forced),
-        form: *u.choose(&[None, Some(Form::Decode), Some(Form::TwoLaunches)])?,
+        form: *u.choose(&[
+            None,
+            Some(Form::Decode),
+            Some(Form::TwoLaunches),
+            Some(Form::Prefill(PrefillTile::M64)),
+            Some(Form::Prefill(PrefillTile::M128)),
+        ])?,
         rows: *u.choose(&[None, Some(DecodeRows::M8), Some(DecodeRows::M16)])?,
         cluster: u.arbitrary()?,
         route_blocks: u.arbitrary()?,
@@ -118,6 +127,7 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     let launches = [
         plan.route,
         plan.decode.map(|decode| decode.launch),
+        plan.prefill.map(|prefill| prefill.launch),
         plan.shrink.map(|shrink| shrink.launch),
         plan.expand.map(|expand| expand.launch),
     ];
@@ -139,6 +149,10 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     ];
     if plan.index == IndexWidth::I32 {
         assert!(offsets.iter().all(|&elements| elements <= i32::MAX as u128), "{offsets:?}: {plan}");
+    }
+    if let Some(prefill) = plan.prefill {
+        assert!(limits.wgmma && plan.shrink.is_none() && plan.expand.is_none(), "{plan}");
+        assert!(prefill.rank_room as usize >= sizes.max_rank, "{plan}");
     }
     let columns = plan.tile.shape().columns();
     if let Some(shrink) = plan.shrink {

@@ -105,6 +105,11 @@ impl Emulated {
                 };
                 self.launch(launch, p, &read, &fresh, std::slice::from_ref(out))
             }
+            Parameters::Prefill(p) => {
+                let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
+                let read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
+                self.launch(launch, p, &read, &[], std::slice::from_ref(out))
+            }
             Parameters::Align(p) => {
                 let row = |elements: u32| u64::from(p.slots) * u64::from(elements);
                 let written = [

@@ -15,8 +15,8 @@ use crate::tensor::{Space, View};
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
-    AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, RouteParams, ShrinkParams,
-    enabled,
+    AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
+    ShrinkParams, enabled,
 };
 
 /// The parameter block of a launch.
@@ -26,6 +26,7 @@ pub(crate) enum Parameters {
     Align(AlignParams),
     Adopt(AdoptParams),
     Decode(DecodeParams),
+    Prefill(PrefillParams),
     Shrink(ShrinkParams),
     Expand(ExpandParams),
 }
@@ -138,6 +139,9 @@ impl Planner {
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
         if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
             return Ok([prepared.route(&call.route), Some(decode), None]);
+        }
+        if let Some(prefill) = prepared.prefill(call.x.data.address(), call.a, &tail) {
+            return Ok([prepared.route(&call.route), Some(prefill), None]);
         }
         Ok([
             prepared.route(&call.route),
@@ -287,6 +291,43 @@ impl Prepared<'_> {
             reserved: 0,
         };
         Some((decode.launch, Parameters::Decode(parameters)))
+    }
+
+    fn prefill<S: Space, T: Element>(
+        &self,
+        x: u64,
+        a: &[View<'_, S, T>],
+        tail: &ExpandTail<'_, S, T>,
+    ) -> Option<(Launch, Parameters)> {
+        let Prepared { projection, layout, plan, parts, pair_count } = self;
+        let prefill = plan.prefill?;
+        let sizes = projection.sizes();
+        let parameters = PrefillParams {
+            x: Global::new(x),
+            a: addresses(a),
+            b: addresses(tail.b),
+            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
+            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
+            pairs: parts.pairs,
+            tiles: parts.tiles,
+            counts: parts.counts,
+            x_stride: layout.x_stride as u64,
+            out_stride: layout.out_stride as u64,
+            x_row: self.x_row(),
+            pair_count: *pair_count,
+            in_dim: sizes.in_dim as u32,
+            out_dim: sizes.out_dim as u32,
+            max_rank: sizes.max_rank as u32,
+            slices: sizes.slices as u32,
+            rank_shift: prefill.rank_room.trailing_zeros(),
+            a_experts: projection.a_experts() as u32,
+            b_experts: projection.b_experts() as u32,
+            accumulate: tail.accumulate.into(),
+            tile_parts: plan.tile_parts,
+            blocks: prefill.launch.blocks,
+            reserved: 0,
+        };
+        Some((prefill.launch, Parameters::Prefill(parameters)))
     }
 
     /// P over this gives the row of x.

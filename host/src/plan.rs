@@ -13,7 +13,8 @@ use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
 pub use moe_lora_kernels::{DecodeRows, IndexWidth, TileKind};
 use moe_lora_kernels::{
-    ENTRIES, ElementType, Entry, Kernel, Variant, adopt, decode, expand, route, segments, shrink,
+    ENTRIES, ElementType, Entry, Kernel, PrefillVariant, Variant, adopt, decode, expand, prefill, route,
+    segments, shrink,
 };
 use std::fmt;
 
@@ -27,12 +28,18 @@ pub struct DeviceLimits {
     /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time; zeros where its kernels have no
     /// clusters.
     pub decode_clusters: [u32; 4],
+    /// Whether its kernels use `wgmma`: sm_90a's do.
+    pub wgmma: bool,
 }
 
 impl DeviceLimits {
     /// An H100, for plans that are made where no device is.
-    pub const H100: Self =
-        DeviceLimits { multiprocessors: 132, shared_bytes: 232_448, decode_clusters: [132, 66, 32, 16] };
+    pub const H100: Self = DeviceLimits {
+        multiprocessors: 132,
+        shared_bytes: 232_448,
+        decode_clusters: [132, 66, 32, 16],
+        wgmma: true,
+    };
 
     /// Whether its kernels may use clusters of blocks.
     pub fn has_clusters(&self) -> bool {
@@ -45,7 +52,8 @@ impl DeviceLimits {
 pub struct Options {
     /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
     pub index: Option<IndexWidth>,
-    /// Which kernels a whole call runs. [`Form::Decode`] is honoured only where the device and the shapes allow.
+    /// Which kernels a whole call runs. [`Form::Decode`] and [`Form::Prefill`] are honoured only where the device,
+    /// the shapes and the route allow.
     pub form: Option<Form>,
     /// Tile of `shrink` and `expand`. A tile for sizes in multiples of 8 is honoured only where they are.
     pub tile: Option<TileKind>,
@@ -62,8 +70,32 @@ pub struct Options {
 pub enum Form {
     /// `decode`, one launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
     Decode,
+    /// One launch of warpgroups that shrink and expand: many pairs a segment, on sm_90a.
+    Prefill(PrefillTile),
     /// `shrink`, then `expand`.
     TwoLaunches,
+}
+
+/// The tiles of `prefill`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PrefillTile {
+    /// 64 pairs: one warpgroup.
+    M64,
+    /// 128 pairs: two.
+    M128,
+}
+
+impl PrefillTile {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::M64, Self::M128];
+
+    /// Pairs.
+    pub const fn rows(self) -> u32 {
+        match self {
+            PrefillTile::M64 => 64,
+            PrefillTile::M128 => 128,
+        }
+    }
 }
 
 impl Options {
@@ -75,6 +107,8 @@ impl Options {
             every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
             let decode = Options { form: Some(Form::Decode), ..with_index };
             every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
+            let prefills = PrefillTile::ALL.map(|tile| Some(Form::Prefill(tile)));
+            every.extend(prefills.map(|form| Options { form, ..with_index }));
         }
         let decode = Options { form: Some(Form::Decode), ..Options::default() };
         every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
@@ -166,6 +200,15 @@ pub struct DecodePlan {
     pub stages: [u32; 2],
 }
 
+/// How `prefill` does its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefillPlan {
+    /// The launch.
+    pub launch: Launch,
+    /// Columns of h that a slice takes.
+    pub rank_room: u32,
+}
+
 /// How `shrink` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShrinkPlan {
@@ -214,6 +257,8 @@ pub struct Plan {
     pub sorting: Sorting,
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
+    /// The launch that does so for many pairs.
+    pub prefill: Option<PrefillPlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -355,7 +400,20 @@ impl Plan {
             Stage::Forward if fast => DecodeShape::new(projection, pairs, route, limits, options),
             _ => None,
         };
-        let rows = decode_shape.as_ref().map_or(shape.rows(), |shape| shape.rows.count());
+        // A route made alone is made for the whole call that will use it.
+        let prefill = match stage {
+            Stage::Forward | Stage::Route if fast && decode_shape.is_none() => {
+                prefill_tile(projection, pairs, route, limits, options)
+            }
+            _ => None,
+        };
+        let rows = match (&decode_shape, prefill) {
+            (Some(shape), _) => shape.rows.count(),
+            (None, Some(tile)) => tile.rows(),
+            (None, None) => shape.rows(),
+        };
+        let prefill = prefill.filter(|_| stage == Stage::Forward);
+        let one_launch = decode_shape.is_some() || prefill.is_some();
         let tile_rows = match route {
             RouteSource::Made => rows,
             RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
@@ -374,7 +432,7 @@ impl Plan {
         let steps = (sizes.in_dim as u32).div_ceil(TileShape::DEPTH);
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
-            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if decode_shape.is_none() => {
+            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !one_launch => {
                 let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
                 heuristics::splits(busy * u64::from(column_blocks), steps, most, limits)
             }
@@ -416,6 +474,16 @@ impl Plan {
         let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
         let decode = decode.transpose()?;
         let finds = decode.is_some_and(|decode| decode.finds);
+        let prefill = prefill
+            .map(|tile| {
+                let rank_room = prefill::rank_room(sizes.max_rank as u32);
+                let shape = prefill_shape(projection, tile).expect("chosen where it can be");
+                let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
+                let blocks = tiles.min(u64::from(limits.multiprocessors * shape.blocks()));
+                let launch = launch(kernel, blocks, 1, shape.shared_bytes())?;
+                Ok::<_, Error>(PrefillPlan { launch, rank_room })
+            })
+            .transpose()?;
         let sorting = sorting(projection, pairs, limits, options);
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
@@ -426,6 +494,7 @@ impl Plan {
             tile_parts,
             largest_offset,
             decode,
+            prefill,
             route: match route {
                 RouteSource::Made if finds => None,
                 RouteSource::Made => {
@@ -441,7 +510,7 @@ impl Plan {
             },
             sorting,
             shrink: match stage {
-                _ if decode.is_some() => None,
+                _ if one_launch => None,
                 Stage::Route | Stage::Expand => None,
                 Stage::Forward | Stage::Shrink => Some(ShrinkPlan {
                     launch: launch(
@@ -457,7 +526,7 @@ impl Plan {
                 }),
             },
             expand: match stage {
-                _ if decode.is_some() => None,
+                _ if one_launch => None,
                 Stage::Route | Stage::Shrink => None,
                 Stage::Forward | Stage::Expand => Some(ExpandPlan {
                     launch: launch(
@@ -609,6 +678,49 @@ fn decode_stages(projection: &Projection, rows: u32, bytes: u32) -> Option<[u32;
     }
 }
 
+/// The kernel of `prefill` for a projection; `None` where its ranks take too many columns.
+fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::Shape> {
+    let sizes = projection.sizes();
+    if sizes.max_rank > prefill::MAX_RANK as usize {
+        return None;
+    }
+    let columns = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32);
+    let width = prefill::Shape::WIDTHS.into_iter().find(|&width| columns <= width)?;
+    Some(prefill::Shape { rows: tile.rows(), width })
+}
+
+/// The tile of `prefill` in a whole call with sizes and addresses in multiples of 8 elements; `None` where the call
+/// is not `prefill`'s.
+fn prefill_tile(
+    projection: &Projection,
+    pairs: usize,
+    route: RouteSource,
+    limits: &DeviceLimits,
+    options: &Options,
+) -> Option<PrefillTile> {
+    let sizes = projection.sizes();
+    let fits = |tile: &PrefillTile| {
+        let in_route = match route {
+            RouteSource::Made => true,
+            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile.rows() <= tile_rows,
+        };
+        let shape = prefill_shape(projection, *tile);
+        in_route && shape.is_some_and(|shape| shape.shared_bytes() <= limits.shared_bytes)
+    };
+    // Elements of one matrix are counted in 32 bits, whatever the index width.
+    let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
+    let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank];
+    let possible =
+        limits.wgmma && matrix <= i32::MAX as usize && multiples.iter().all(|size| size % VECTOR == 0);
+    let wanted = match (options.form, options.tile) {
+        (Some(Form::Prefill(tile)), _) => Some(tile),
+        (Some(_), _) | (None, Some(_)) => None,
+        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes.slices),
+    };
+    // A given route's tiles may be too small for the larger tile, and not for the smaller.
+    wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))
+}
+
 /// Columns that a stage of `shrink` must have room for.
 fn column_room(projection: &Projection, shape: TileShape) -> u32 {
     let columns = (projection.sizes().slices * projection.sizes().max_rank).next_multiple_of(COLUMN_GROUP);
@@ -630,7 +742,7 @@ impl fmt::Display for Launch {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "offsets {:?} (largest {})", self.index, self.largest_offset)?;
-        if self.decode.is_none() {
+        if self.decode.is_none() && self.prefill.is_none() {
             let shape = self.tile.shape();
             write!(f, ", tile {} pairs × {} columns", shape.rows(), shape.columns())?;
         }
@@ -640,6 +752,9 @@ impl fmt::Display for Plan {
         if let Some(plan) = self.decode {
             let [shrink, expand] = plan.stages;
             write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
+        }
+        if let Some(plan) = self.prefill {
+            write!(f, "\n  {}", plan.launch)?;
         }
         if let Some(plan) = self.shrink {
             write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;

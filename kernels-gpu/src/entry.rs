@@ -2,10 +2,11 @@
 //! keeps the table that the build and the host read.
 //!
 //! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
-//! addresses that are not multiples of 8 elements.
+//! addresses that are not multiples of 8 elements. The tile of `prefill` says how many columns of h it takes, too:
+//! `prefill_bf16_i32_m64_w128`.
 
 use crate::tile::TileShape;
-use crate::{adopt, align, decode, route};
+use crate::{adopt, align, decode, prefill, route};
 
 /// Element type that an entry point is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -103,6 +104,19 @@ pub enum Kernel {
         /// Pairs of a tile.
         rows: DecodeRows,
     },
+    /// [`crate::prefill`].
+    Prefill(PrefillVariant),
+}
+
+/// What [`crate::prefill`] is stamped out over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PrefillVariant {
+    /// Type of activations and weights.
+    pub element: ElementType,
+    /// Width of offsets.
+    pub index: IndexWidth,
+    /// Pairs a tile, and columns of h.
+    pub shape: prefill::Shape,
 }
 
 /// What a kernel is stamped out over.
@@ -134,10 +148,15 @@ pub struct Entry {
 /// Least compute capability, times ten, that has clusters.
 pub const CLUSTERS_SINCE: u32 = 90;
 
+/// The compute capability, times ten, whose module (for `sm_90a`) has wgmma: no other has.
+pub const WGMMA_ON: u32 = 90;
+
 impl Entry {
     /// True when a module for this compute capability (times ten) has the entry point.
     pub const fn is_on(&self, capability: u32) -> bool {
-        self.cluster == 1 || capability >= CLUSTERS_SINCE
+        let has_clusters = self.cluster == 1 || capability >= CLUSTERS_SINCE;
+        let has_wgmma = !matches!(self.kernel, Kernel::Prefill(_)) || capability == WGMMA_ON;
+        has_clusters && has_wgmma
     }
 }
 
@@ -159,7 +178,8 @@ macro_rules! entry_point {
 macro_rules! entries {
     (
         $($kernel:ident $Kernel:ident $Params:ident [$($tile:literal $Tile:ident $min_blocks:literal,)*])*;
-        decode [$($decode_tile:literal $Rows:ident $decode_min_blocks:literal,)*]
+        decode [$($decode_tile:literal $Rows:ident $decode_min_blocks:literal,)*];
+        prefill [$($prefill:literal $rows:literal $width:literal,)*]
     ) => {
         /// Every entry point of the module.
         pub const ENTRIES: &[Entry] = &[
@@ -205,6 +225,12 @@ macro_rules! entries {
                 entries!(@decode_row "f16" F16 "i32" I32 $decode_tile $Rows $decode_min_blocks),
                 entries!(@decode_row "f16" F16 "i64" I64 $decode_tile $Rows $decode_min_blocks),
             )*
+            $(
+                entries!(@prefill_row "bf16" Bf16 "i32" I32 $prefill $rows $width),
+                entries!(@prefill_row "bf16" Bf16 "i64" I64 $prefill $rows $width),
+                entries!(@prefill_row "f16" F16 "i32" I32 $prefill $rows $width),
+                entries!(@prefill_row "f16" F16 "i64" I64 $prefill $rows $width),
+            )*
         ];
 
         /// The entry point `name`, as the emulated machine calls it: on the bytes of its parameter block.
@@ -223,6 +249,12 @@ macro_rules! entries {
                 entries!(@emulate_decode name "bf16" Bf16 "i64" u64 $decode_tile $Rows);
                 entries!(@emulate_decode name "f16" F16 "i32" u32 $decode_tile $Rows);
                 entries!(@emulate_decode name "f16" F16 "i64" u64 $decode_tile $Rows);
+            )*
+            $(
+                entries!(@emulate_prefill name "bf16" Bf16 "i32" u32 $prefill $rows $width);
+                entries!(@emulate_prefill name "bf16" Bf16 "i64" u64 $prefill $rows $width);
+                entries!(@emulate_prefill name "f16" F16 "i32" u32 $prefill $rows $width);
+                entries!(@emulate_prefill name "f16" F16 "i64" u64 $prefill $rows $width);
             )*
             // SAFETY: what a caller must promise, the emulated machine checks.
             unsafe {
@@ -319,6 +351,12 @@ macro_rules! entries {
                 entries!(@stamp_decode "f16" F16 "i32" u32 $decode_tile $Rows);
                 entries!(@stamp_decode "f16" F16 "i64" u64 $decode_tile $Rows);
             )*
+            $(
+                entries!(@stamp_prefill "bf16" Bf16 "i32" u32 $prefill $rows $width);
+                entries!(@stamp_prefill "bf16" Bf16 "i64" u64 $prefill $rows $width);
+                entries!(@stamp_prefill "f16" F16 "i32" u32 $prefill $rows $width);
+                entries!(@stamp_prefill "f16" F16 "i64" u64 $prefill $rows $width);
+            )*
         }
     };
     (@decode_row $dtype:literal $E:ident $index:literal $I:ident $tile:literal $Rows:ident $min_blocks:literal) => {
@@ -359,6 +397,54 @@ macro_rules! entries {
                 fn entry(p: crate::params::DecodeParams) {
                     // SAFETY: as the entry point's caller promises.
                     unsafe { entries!(@call_decode $E $I $Rows p) }
+                }
+            }
+        };
+    };
+    (@prefill_row $dtype:literal $E:ident $index:literal $I:ident $name:literal $rows:literal $width:literal) => {
+        Entry {
+            name: concat!("prefill_", $dtype, "_", $index, "_", $name),
+            kernel: Kernel::Prefill(PrefillVariant {
+                element: ElementType::$E,
+                index: IndexWidth::$I,
+                shape: prefill::Shape { rows: $rows, width: $width },
+            }),
+            threads: prefill::Shape { rows: $rows, width: $width }.threads(),
+            // Offsets of 64 bits take the registers of a second block.
+            min_blocks: match IndexWidth::$I {
+                IndexWidth::I32 => prefill::Shape { rows: $rows, width: $width }.blocks(),
+                IndexWidth::I64 => 1,
+            },
+            cluster: 1,
+        }
+    };
+    (@emulate_prefill $name:ident $dtype:literal $E:ident $index:literal $I:ident $prefill:literal $rows:literal $width:literal) => {
+        if $name == concat!("prefill_", $dtype, "_", $index, "_", $prefill) {
+            return Some(|parameters| {
+                let parameters: crate::params::PrefillParams = bytemuck::pod_read_unaligned(parameters);
+                // SAFETY: what a caller must promise, the emulated machine checks.
+                unsafe { entries!(@call_prefill $E $I $rows $width parameters) }
+            });
+        }
+    };
+    (@call_prefill $E:ident $I:ident $rows:literal $width:literal $parameters:ident) => {
+        crate::prefill::prefill::<
+            $E,
+            $I,
+            { $width / 2 },
+            { $width / 16 },
+            { crate::prefill::Shape { rows: $rows, width: $width }.warpgroups() },
+            { crate::prefill::Shape { rows: $rows, width: $width }.stages() - 2 },
+        >($parameters)
+    };
+    (@stamp_prefill $dtype:literal $E:ident $index:literal $I:ident $prefill:literal $rows:literal $width:literal) => {
+        #[cfg(feature = "sm_90a")]
+        const _: () = {
+            entry_point! {
+                #[unsafe(export_name = concat!("prefill_", $dtype, "_", $index, "_", $prefill))]
+                fn entry(p: crate::params::PrefillParams) {
+                    // SAFETY: as the entry point's caller promises.
+                    unsafe { entries!(@call_prefill $E $I $rows $width p) }
                 }
             }
         };
@@ -427,4 +513,12 @@ expand Expand ExpandParams [
 decode [
     "m8" M8 1,
     "m16" M16 1,
+];
+prefill [
+    "m64_w32" 64 32,
+    "m64_w64" 64 64,
+    "m64_w128" 64 128,
+    "m128_w32" 128 32,
+    "m128_w64" 128 64,
+    "m128_w128" 128 128,
 ]}

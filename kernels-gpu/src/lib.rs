@@ -1,5 +1,5 @@
 //! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`], all three at once for few
-//! pairs [`decode`], and for routes in vLLM's form [`align`] and [`adopt`].
+//! pairs [`decode`], the last two for many [`prefill`], and for routes in vLLM's form [`align`] and [`adopt`].
 //!
 //! The crate is compiled twice. For `nvptx64-nvidia-cuda` it is the kernels, and its product is PTX;
 //! for the host it is what both sides must agree on: parameter blocks ([`params`]), tile shapes
@@ -28,6 +28,7 @@ pub mod entry;
 pub mod expand;
 pub mod memory;
 pub mod params;
+pub mod prefill;
 pub mod route;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod scan;
@@ -37,7 +38,9 @@ pub mod shrink;
 mod slots;
 pub mod tile;
 
-pub use entry::{DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, TileKind, Variant};
+pub use entry::{
+    DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant,
+};
 
 /// A kernel cannot unwind and has nobody to tell: it stops the launch, and the host sees an error.
 /// No shipped kernel reaches this; the build refuses PTX in which formatting code is left.

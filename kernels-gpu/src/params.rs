@@ -401,6 +401,59 @@ pub struct DecodeParams {
     pub reserved: u32,
 }
 
+/// Parameters of `prefill`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct PrefillParams {
+    /// `[T or P, K]`.
+    pub x: Global<u16>,
+    /// S of `[L, E or 1, R, K]`.
+    pub a: [Global<u16>; MAX_SLICES],
+    /// S of `[L, E or 1, N, R]`.
+    pub b: [Global<u16>; MAX_SLICES],
+    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    pub out: Global<u16>,
+    /// `[P]`, or null for 1.
+    pub topk_weights: Global<f32>,
+    /// Sorted pairs.
+    pub pairs: Global<u32>,
+    /// Tiles.
+    pub tiles: Global<Tile>,
+    /// How many tiles.
+    pub counts: Global<u32>,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: u64,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: u64,
+    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
+    pub x_row: Divider,
+    /// P.
+    pub pair_count: u32,
+    /// K.
+    pub in_dim: u32,
+    /// N.
+    pub out_dim: u32,
+    /// R.
+    pub max_rank: u32,
+    /// S.
+    pub slices: u32,
+    /// Columns of h that a slice takes, as a power of two.
+    pub rank_shift: u32,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
+    /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
+    pub accumulate: u32,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// Blocks of the launch.
+    pub blocks: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

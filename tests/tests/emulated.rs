@@ -3,8 +3,8 @@
 
 use moe_lora::DType;
 use moe_lora::emulated::Emulated;
-use moe_lora::plan::Options;
-use moe_lora::verify::{Case, Experts, Form, Loras, check, check_each, quick_grid};
+use moe_lora::plan::{Form as PlanForm, Options};
+use moe_lora::verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
@@ -16,6 +16,8 @@ mod route;
 
 /// Random calls for each way to make the back end work.
 const CASES: u32 = 64;
+
+const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 
 /// Orders of threads and blocks that every kernel is run in.
 const SEEDS: u64 = 100;
@@ -43,6 +45,22 @@ fn large_routes() -> Vec<Case> {
     ]
 }
 
+/// Calls of `prefill` with every number of columns of h, and with tiles of more than one segment and of several
+/// steps.
+fn wide() -> Vec<Case> {
+    let base = Case { tokens: 80, loras: Loras::Random, ranks: Ranks::Mixed, ..Case::default() };
+    let wide = |max_rank, slices, in_dim, out_dim| Case { max_rank, slices, in_dim, out_dim, ..base.clone() };
+    let cases = [
+        wide(24, 2, 72, 136),
+        wide(64, 1, 136, 72),
+        wide(64, 2, 64, 64),
+        wide(32, 4, 200, 64),
+        Case { routing: Experts::One, loras: Loras::One, ..wide(40, 2, 64, 72) },
+    ];
+    let both = |case: &Case| DTYPES.map(|dtype| Case { dtype, ..case.clone() });
+    cases.iter().flat_map(both).collect()
+}
+
 #[test]
 fn whatever_is_wrong_is_refused_and_nothing_is_written() {
     check_refusals(&Emulated::new(Options::default(), 1), false);
@@ -53,7 +71,9 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     let small = check_all(&quick_grid(), &Options::every());
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [large_routes(), vec![in_blocks]].concat();
-    let tally = small.plus(check_all(&others, &[Options::default()]));
+    let prefill = |way: &Options| matches!(way.form, Some(PlanForm::Prefill(_)));
+    let prefills: Vec<_> = Options::every().into_iter().filter(prefill).collect();
+    let tally = small.plus(check_all(&others, &[Options::default()])).plus(check_all(&wide(), &prefills));
     tally.log();
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
 }

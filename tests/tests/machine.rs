@@ -713,3 +713,6 @@ fn device_memory_that_nobody_wrote_is_reported() {
 
 #[path = "machine/mbarrier.rs"]
 mod mbarrier;
+
+#[path = "machine/warpgroup.rs"]
+mod warpgroup;

@@ -8,7 +8,7 @@ use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
-use moe_lora_kernels::entry::CLUSTERS_SINCE;
+use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
 use moe_lora_kernels::{ENTRIES, Entry, Kernel};
 use std::{fmt, ptr};
 
@@ -254,6 +254,7 @@ impl Gpu {
             multiprocessors: self.info.multiprocessors,
             shared_bytes: self.info.shared_bytes,
             decode_clusters: self.decode_clusters,
+            wgmma: self.embedded.sm == WGMMA_ON,
         }
     }
 

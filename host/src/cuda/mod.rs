@@ -19,7 +19,7 @@ mod launch;
 mod queue;
 mod workspace;
 
-pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, TileKind};
+pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
 pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, device_of};
 pub use graph::{AllowAllocation, Graph};
 pub use queue::{DeviceBuffer, KeptRoute, Queue};

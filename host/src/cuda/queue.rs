@@ -179,6 +179,7 @@ impl<'a> Queue<'a> {
             Parameters::Align(parameters) => self.launch(plan, parameters),
             Parameters::Adopt(parameters) => self.launch(plan, parameters),
             Parameters::Decode(parameters) => self.launch(plan, parameters),
+            Parameters::Prefill(parameters) => self.launch(plan, parameters),
             Parameters::Shrink(parameters) => self.launch(plan, parameters),
             Parameters::Expand(parameters) => self.launch(plan, parameters),
         })

@@ -1,7 +1,7 @@
 //! The rules that choose tiles and divide work, each with its reason. docs/PERFORMANCE.md has the
 //! measurements.
 
-use super::{DecodeRows, DeviceLimits, TileKind};
+use super::{DecodeRows, DeviceLimits, PrefillTile, TileKind};
 use crate::dtype::DType;
 use crate::projection::ProjectionSizes;
 use moe_lora_kernels::decode;
@@ -125,4 +125,19 @@ pub(super) fn decode_cluster(
 /// one more, its units would come last of all.
 pub(super) fn decode_clusters(units: u64, cluster: u32, limits: &DeviceLimits) -> u64 {
     units.min(u64::from(limits.decode_clusters[cluster.ilog2() as usize])).max(1)
+}
+
+/// The tile of `prefill`, where that is the faster form; `segment` is guessed as for [`tile`].
+///
+/// From eight pairs a segment on, w13 takes 74 µs for 76 in two launches; at 32 pairs 87 for 107 with tiles of 64, 99
+/// with tiles of 128, of which three quarters are empty; at 64 pairs 78 and 67. With one slice, much of whose traffic is
+/// `out`, two launches are level at 128 pairs (177 and 174), and at 512 they take 556 µs for 587: each does one kind of
+/// access at a time.
+pub(super) fn prefill_tile(pairs: usize, buckets: u64, slices: usize) -> Option<PrefillTile> {
+    match pairs as u64 / buckets {
+        0..8 => None,
+        8..48 => Some(PrefillTile::M64),
+        256.. if slices == 1 => None,
+        _ => Some(PrefillTile::M128),
+    }
 }

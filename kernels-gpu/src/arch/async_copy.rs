@@ -44,6 +44,23 @@ pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, by
     emulate::start_copy(target.address(), source.address(), bytes);
 }
 
+/// Starts a copy of 16 bytes, all of them from `source`.
+///
+/// # Safety
+/// As for [`copy16`], and `source` must be valid for a read of 16 bytes.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn copy16_whole<T>(target: Shared, source: Global<T>) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!("cp.async.cg.shared.global.L2::128B [{}], [{}], 16;",
+            in(reg32) target.address(), in(reg64) source.address(), options(nostack));
+    }
+    #[cfg(feature = "emulate")]
+    emulate::start_copy(target.address(), source.address(), 16);
+}
+
 /// Closes the copies started since the last call into one group, which may be empty.
 #[inline(always)]
 pub fn commit() {

@@ -10,12 +10,15 @@
 //! | D | row g, columns 2c, 2c+1 | row g+8, columns 2c, 2c+1 | | |
 
 #[cfg(feature = "emulate")]
-use crate::{ElementType, emulate};
+use crate::emulate;
+use crate::entry::ElementType;
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
 /// A 16-bit float type of the tensor cores. Two are packed in a `u32`, the first in the low half.
 pub trait Element: Copy {
+    /// Which of the two it is.
+    const TYPE: ElementType;
     /// `d += a · b` on one warp's fragments. The whole warp must come here.
     #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
@@ -47,6 +50,8 @@ macro_rules! mma {
 }
 
 impl Element for Bf16 {
+    const TYPE: ElementType = ElementType::Bf16;
+
     #[inline(always)]
     #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
@@ -79,6 +84,8 @@ impl Element for Bf16 {
 }
 
 impl Element for F16 {
+    const TYPE: ElementType = ElementType::F16;
+
     #[inline(always)]
     #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {

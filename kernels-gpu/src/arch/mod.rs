@@ -12,6 +12,7 @@
 //! | [`warp`] | a warp's threads meet and exchange | `shfl.sync`, `vote.sync`, `bar.warp.sync` | – |
 //! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster`, `st.async` | sm_90 |
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
+//! | `wgmma` | tensor cores of a warpgroup | `wgmma.mma_async` | sm_90a alone |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |
 //!
 //! Each function has two forms side by side: the instruction, for `nvptx64`, and what the emulated machine
@@ -33,3 +34,5 @@ pub mod mma;
 pub mod shared;
 pub mod thread;
 pub mod warp;
+#[cfg(any(feature = "sm_90a", feature = "emulate"))]
+pub mod wgmma;

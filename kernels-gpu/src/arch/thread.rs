@@ -32,6 +32,23 @@ special!(
     /// Number of this block in the grid.
     block, "ctaid.x", block);
 
+/// As [`index`], but read anew: what follows from it is not known before, so that loops do not keep addresses in
+/// registers that are sooner made again.
+#[inline(always)]
+pub fn index_anew() -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let value: u32;
+        // SAFETY: reads a register.
+        unsafe { asm!("mov.u32 {}, %tid.x;", out(reg32) value, options(nomem, nostack)) };
+        value
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::thread()
+    }
+}
+
 /// Number of this thread in its warp.
 #[inline(always)]
 pub fn lane() -> u32 {

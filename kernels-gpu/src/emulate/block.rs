@@ -6,6 +6,7 @@ use super::named::Named;
 use super::order::{Knowledge, Place};
 use super::shadow::{Now, Shadow, Touch};
 use super::warp::LANES;
+use super::warpgroup::{self, Warpgroup};
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::Location;
 use std::rc::Rc;
@@ -23,6 +24,8 @@ pub(super) struct Block {
     pub epoch: u32,
     pub threads: Vec<Thread>,
     pub warps: Vec<Rendezvous>,
+    /// Of whole warpgroups: none in blocks of less than four warps.
+    pub warpgroups: Vec<Warpgroup>,
     /// Threads that wait at the block's barrier.
     pub at_barrier: usize,
     /// Threads that have ended.
@@ -48,6 +51,8 @@ pub(super) struct Thread {
     /// Whether the launch before this one was waited for, by it or by somebody before a barrier.
     pub has_waited: bool,
     pub place: Place,
+    /// Whether its registers were shown to `wgmma` since the last products were waited for.
+    pub may_multiply: bool,
     /// Copies that were started and belong to no group yet.
     pub open: Vec<Copy>,
     /// Groups of copies under way, the oldest first.
@@ -90,6 +95,7 @@ impl Block {
             passed: 0,
             has_waited: false,
             place: Place { known: known.clone(), stamp: 0, fenced: 0 },
+            may_multiply: false,
             open: Vec::new(),
             groups: VecDeque::new(),
             result: [0; 4],
@@ -102,6 +108,9 @@ impl Block {
             epoch: 0,
             threads: std::iter::repeat_with(thread).take(threads as usize).collect(),
             warps: std::iter::repeat_with(warp).take(threads as usize / LANES).collect(),
+            warpgroups: std::iter::repeat_with(Warpgroup::default)
+                .take(threads as usize / warpgroup::THREADS)
+                .collect(),
             at_barrier: 0,
             ended: 0,
             visitors: BTreeMap::new(),

@@ -544,7 +544,7 @@ fn fault(conflict: Conflict, now: &Now, place: impl Fn(usize) -> String) -> Faul
         Conflict::Race(byte, other) => Fault::Race { what: now.touch.kind.name(), place: place(byte), other },
         Conflict::CopyUnderWay(byte, by) => Fault::CopyUnderWay { place: place(byte), by },
         Conflict::Unwritten(byte) => Fault::Unwritten { place: place(byte) },
-        Conflict::Unfenced(byte, by) => Fault::Unfenced { place: place(byte), by },
+        Conflict::Unfenced(byte, by) => Fault::Unfenced { what: "bulk copy to", place: place(byte), by },
         Conflict::Mbarrier(byte, by) => {
             let what = now.touch.kind.name();
             Fault::Mbarrier { place: place(byte), why: format!("{what} of a barrier, after {by}") }

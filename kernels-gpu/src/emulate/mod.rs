@@ -12,8 +12,9 @@
 //! | shared memory | inside the block's allocation, aligned, read only where somebody wrote |
 //! | another block's shared memory | also: of a block that is sure to have started, and not to have ended |
 //! | `cp.async` | data lands when its group is waited for; any access before that is reported |
+//! | `wgmma` | carried out when waited for; its registers were shown to it |
 //! | `cp.async.bulk`, `st.async` | data lands when the phase that counts it completes; any access before that is reported, and the end of the block before it |
-//! | `fence.proxy.async` | lies between a store to shared memory and a bulk copy to the same place |
+//! | `fence.proxy.async` | lies between a store to shared memory and a bulk copy to the same place, or a `wgmma` that reads it |
 //! | mbarriers | initialised, before any use and once; shown to other blocks and to copies; no more arrivals and bytes than a phase takes; no phase missed by who waits |
 //! | races | two accesses, one of them writing, that nothing puts in order: a barrier of the block, of some of its threads, of the cluster, `bar.warp.sync`, an mbarrier's phase; atomics and relaxed accesses apart |
 //! | waiting | a thread that looks for a word must find it: its writer runs at the same time, and writes it |
@@ -36,6 +37,7 @@ mod overlap;
 mod report;
 mod shadow;
 mod warp;
+mod warpgroup;
 
 pub(crate) use instruction::{
     arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies, let_next_start,
@@ -49,6 +51,7 @@ pub(crate) use mbarrier::{
 pub use memory::{Buffer, Memory};
 pub(crate) use named::sync_some;
 pub use report::{Fault, Report};
+pub(crate) use warpgroup::{Rows, commit_products, fence_warpgroup, multiply_warpgroup, wait_for_products};
 
 use crate::Entry;
 use bytemuck::Pod;

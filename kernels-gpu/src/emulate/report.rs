@@ -66,8 +66,11 @@ pub enum Fault {
         /// Who started the copy.
         by: Touch,
     },
-    /// A copy by the copy engine to where a thread has stored, and nobody has shown that to the engine.
+    /// A copy by the copy engine to where a thread has stored, or a `wgmma` of it, and nobody has shown that to the
+    /// async proxy.
     Unfenced {
+        /// `bulk copy to` or `wgmma of`.
+        what: &'static str,
         /// Which byte of what.
         place: String,
         /// The store.
@@ -139,6 +142,8 @@ pub enum Fault {
     NeverCame,
     /// A cluster barrier that is arrived at twice, or waited for before it was arrived at.
     BarrierOrder,
+    /// A `wgmma` on registers that no `wgmma.fence` has shown it.
+    RegisterFence,
     /// Some threads wait for others that will not come.
     Divergence {
         /// Who waits where: a line for all threads that share a fate.
@@ -188,8 +193,8 @@ impl fmt::Display for Fault {
             Fault::CopyUnderWay { place, by } => {
                 write!(f, "access to {place}, where a copy is under way: started by {by}")
             }
-            Fault::Unfenced { place, by } => {
-                write!(f, "bulk copy to {place} without a fence.proxy.async between it and {by}")
+            Fault::Unfenced { what, place, by } => {
+                write!(f, "{what} {place} without a fence.proxy.async between it and {by}")
             }
             Fault::CopyUnit { bytes } => write!(f, "bulk copy of {bytes} bytes, which is not in units of 16"),
             Fault::EndsBeforeCopy { place, by } => {
@@ -215,6 +220,9 @@ impl fmt::Display for Fault {
             }
             Fault::BarrierOrder => {
                 f.write_str("a cluster barrier is arrived at once, then waited for once, and so on")
+            }
+            Fault::RegisterFence => {
+                f.write_str("wgmma on registers, without a wgmma.fence since the last wait")
             }
             Fault::Divergence { threads } => write!(f, "threads wait for others that do not come\n{threads}"),
             Fault::Overflow { expression } => write!(f, "offset {expression} does not fit 32 bits"),

@@ -135,6 +135,11 @@ impl Kind {
     }
 }
 
+impl Now {
+    /// Stands in the place of a thread's number where an access is that of several.
+    pub const NO_THREAD: u16 = u16::MAX;
+}
+
 impl Touch {
     /// True when something puts `self` before `now`.
     pub(super) fn precedes(&self, now: &Now) -> bool {
@@ -340,6 +345,12 @@ impl Shadow {
             // All reads so far were before the copy.
             cell.read = Self::untouched().read;
         }
+    }
+
+    /// A byte that a thread has stored, with no fence between that and `now`.
+    pub fn unfenced(&self, bytes: &Range<usize>, now: &Now) -> Option<(usize, Touch)> {
+        let number = self.numbers(bytes).find(|&number| self.cells[number].write.is_unfenced(now))?;
+        Some((number * self.granule, self.cells[number].write.touch))
     }
 
     /// Takes in an access to `bytes`.

@@ -1,7 +1,7 @@
 use crate::DTypeArg;
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DecodeRows, DeviceBuffer, Form, Gpu, Options, Queue, TileKind, Workspace};
+use moe_lora::cuda::{DecodeRows, DeviceBuffer, Form, Gpu, Options, PrefillTile, Queue, TileKind, Workspace};
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes,
     Route, RoutingTensors, Rows, View, XRows,
@@ -45,6 +45,9 @@ pub struct Args {
     /// Time every form, tile and cluster that a plan could choose, too
     #[arg(long, conflicts_with = "tile")]
     every_way: bool,
+    /// Time those of them whose names hold one of these, besides the plan's own
+    #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
+    ways: Vec<String>,
     /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
     #[arg(long, conflicts_with_all = ["op", "tile", "every_way"])]
     route: bool,
@@ -348,7 +351,14 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     if args.route {
         return bench_routes(&gpu, args);
     }
-    let ways = if args.every_way { ways() } else { vec![Options { tile: args.tile, ..Options::default() }] };
+    let is_wanted = |way: &Options| {
+        let name = way.name("");
+        *way == Options::default() || args.every_way || args.ways.iter().any(|part| name.contains(part))
+    };
+    let ways = match args.tile {
+        Some(_) => vec![Options { tile: args.tile, ..Options::default() }],
+        None => ways().into_iter().filter(is_wanted).collect(),
+    };
     let queues = ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<Vec<_>, _>>()?;
     println!(
         "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
@@ -522,7 +532,11 @@ fn ways() -> Vec<Options> {
             ..Options::default()
         }));
     }
+    ways.extend(
+        PrefillTile::ALL.map(|tile| Options { form: Some(Form::Prefill(tile)), ..Options::default() }),
+    );
     let tiles = [TileKind::M16, TileKind::M32, TileKind::M64];
     ways.extend(tiles.map(|tile| Options { tile: Some(tile), ..Options::default() }));
+    ways.push(Options { form: Some(Form::TwoLaunches), ..Options::default() });
     ways
 }
