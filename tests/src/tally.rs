@@ -39,6 +39,11 @@ impl Tally {
         ENTRIES.iter().map(|entry| entry.name).filter(|name| !self.0.contains_key(name)).collect()
     }
 
+    /// How often an entry point was launched.
+    pub fn launches(&self, name: &str) -> u64 {
+        self.0.get(name).map_or(0, |[_, launches]| *launches)
+    }
+
     /// Tells whoever asked for it.
     pub fn log(&self) {
         println!("{self}");

@@ -1,10 +1,11 @@
 //! The GPU's kernels, run on the emulated machine with every access checked, keep the operator's contract:
 //! as the planner chooses, and with every form, tile and index width forced.
 
-use moe_lora::DType;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Form as PlanForm, Options};
 use moe_lora::verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
+use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled};
+use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
@@ -21,6 +22,9 @@ const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 
 /// Orders of threads and blocks that every kernel is run in.
 const SEEDS: u64 = 100;
+
+/// Kernels that small calls do not run: [`route`] and the test of a cluster that aligns run them in as many orders.
+const IN_TESTS_OF_THEIR_OWN: [&str; 3] = ["route_grid", "route_wide", "align_cluster"];
 
 /// Checks each case in each of `ways`, in an order of threads that is the case's own.
 fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
@@ -43,6 +47,12 @@ fn large_routes() -> Vec<Case> {
         Case { tokens: 20, loras: Loras::Random, slots: 300, ..case.clone() },
         Case { tokens: 40, loras: Loras::Random, slots: 2, experts: 128, ..case },
     ]
+}
+
+/// The ways that force `prefill`.
+fn prefills() -> Vec<Options> {
+    let prefill = |way: &Options| matches!(way.form, Some(PlanForm::Prefill(_)));
+    Options::every().into_iter().filter(prefill).collect()
 }
 
 /// Calls of `prefill` with every number of columns of h, and with tiles of more than one segment and of several
@@ -71,9 +81,7 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     let small = check_all(&quick_grid(), &Options::every());
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [large_routes(), vec![in_blocks]].concat();
-    let prefill = |way: &Options| matches!(way.form, Some(PlanForm::Prefill(_)));
-    let prefills: Vec<_> = Options::every().into_iter().filter(prefill).collect();
-    let tally = small.plus(check_all(&others, &[Options::default()])).plus(check_all(&wide(), &prefills));
+    let tally = small.plus(check_all(&others, &[Options::default()])).plus(check_all(&wide(), &prefills()));
     tally.log();
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
 }
@@ -109,5 +117,61 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         ..Case::default()
     };
     let cases: Vec<_> = (0..2 * SEEDS).map(case).collect();
-    check_all(&cases, &Options::every()[1..]).log();
+    let tally = check_all(&cases, &Options::every()[1..]);
+    let width = |seed: u64| match seed % 3 {
+        0 => Case { max_rank: 16, slices: 4, ..case(seed) },
+        1 => Case { max_rank: 24, slices: 2, ..case(seed) },
+        _ => Case { max_rank: 40, slices: 2, ..case(seed) },
+    };
+    let widths: Vec<_> = (0..SEEDS + 8).map(|seed| Case { form: Form::Forward, ..width(seed) }).collect();
+    let tally = tally.plus(check_all(&widths, &prefills()));
+    tally.log();
+    // Each launch has an order of its own.
+    let few = |name: &&str| tally.launches(name) < SEEDS && !IN_TESTS_OF_THEIR_OWN.contains(name);
+    let few: Vec<_> = ENTRIES.iter().map(|entry| entry.name).filter(few).collect();
+    assert!(few.is_empty(), "kernels in less than {SEEDS} orders: {few:?}");
+}
+
+#[test]
+fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
+    const EXPERTS: usize = 4;
+    const PAIRS: usize = 4096;
+    const BLOCK: usize = 16;
+    const ROOM: usize = PAIRS + EXPERTS * BLOCK;
+    (0..SEEDS).into_par_iter().for_each(|seed| {
+        let machine = Emulated::new(Options::default(), seed);
+        let upload = |ids: &[i32]| machine.upload(ids).expect("room");
+        let ids: Vec<_> = (0..PAIRS).map(|pair| (pair % EXPERTS) as i32).collect();
+        let (topk_ids, token_lora, lora_ids) = (upload(&ids), upload(&[0; PAIRS / 2]), upload(&[0]));
+        let (mut places, mut experts) = (upload(&[-7; ROOM]), upload(&[-7; ROOM / BLOCK]));
+        let mut padded = upload(&[-7]);
+        let call = Align {
+            tokens: PAIRS / 2,
+            top_k: 2,
+            experts: EXPERTS,
+            slots: 1,
+            shape: BlockShape { block_size: BLOCK, max_padded: ROOM, max_blocks: ROOM / BLOCK },
+            topk_ids: topk_ids.view(),
+            token_lora: token_lora.view(),
+            adapter_enabled: Enabled::All,
+            lora_ids: lora_ids.view(),
+            expert_map: None,
+            sorted_token_ids: places.view_mut(),
+            expert_ids: experts.view_mut(),
+            num_tokens_post_padded: padded.view_mut(),
+        };
+        machine.align(call).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        let [mut places, experts, padded] =
+            [&places, &experts, &padded].map(|array| machine.download(array).expect("what was written"));
+        let of_each = PAIRS / EXPERTS;
+        places[..PAIRS].chunks_mut(of_each).for_each(<[i32]>::sort_unstable);
+        let place = |place: usize| place % of_each * EXPERTS + place / of_each;
+        let expected = (0..ROOM).map(|i| if i < PAIRS { place(i) } else { PAIRS } as i32);
+        assert!(places.iter().copied().eq(expected), "seed {seed}: {places:?}");
+        let expected =
+            (0..ROOM / BLOCK).map(|i| if i < PAIRS / BLOCK { (i * BLOCK / of_each) as i32 } else { -1 });
+        assert!(experts.iter().copied().eq(expected), "seed {seed}: {experts:?}");
+        assert_eq!(padded, [PAIRS as i32]);
+        assert!(machine.launches().contains_key("align_cluster"));
+    });
 }
