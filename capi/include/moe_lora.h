@@ -121,7 +121,7 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_STRUCT_SIZE = 17,
     /**
-     * A field has a value that it does not allow.
+     * A field has a value that it does not allow, or the file that `MOE_LORA_TUNING` names is none for this device.
      */
     MOE_LORA_STATUS_INVALID_VALUE = 18,
     /**

@@ -52,7 +52,7 @@ pub enum Status {
     /// The `size` of a struct is less than this library needs, or the struct is of a later version and uses
     /// what this library does not know.
     StructSize = 17,
-    /// A field has a value that it does not allow.
+    /// A field has a value that it does not allow, or the file that `MOE_LORA_TUNING` names is none for this device.
     InvalidValue = 18,
     /// A bug in the library. The call may have written part of its output.
     Internal = 19,

@@ -63,6 +63,7 @@ impl Fault {
                 Error::NoDevice { .. } => Status::NoDevice,
                 Error::UnsupportedDevice { .. } => Status::UnsupportedDevice,
                 Error::Driver { .. } => Status::Driver,
+                Error::Tuning { .. } | Error::TunedElsewhere { .. } => Status::InvalidValue,
                 // DTypeMismatch cannot come from C, where the projection alone has a type.
                 _ => Status::Internal,
             },

@@ -73,8 +73,8 @@ impl Emulated {
         EmulatedBuffer { memory: self.memory.clone(), address, len: elements.len(), element: PhantomData }
     }
 
-    fn planner(&self) -> Planner {
-        Planner { limits: LIMITS, options: self.options }
+    fn planner(&self) -> Planner<'static> {
+        Planner { limits: LIMITS, options: self.options, tuning: None }
     }
 
     /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace

@@ -158,6 +158,22 @@ pub enum Error {
         /// The least that is supported.
         needed: &'static str,
     },
+    /// A file of tuned calls cannot be read or written.
+    #[error("{path}: {reason}")]
+    Tuning {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file of tuned calls was measured on another kind of device.
+    #[error("the tuning is of {tuned}, the device is {device}: make one with `moe-lora tune`")]
+    TunedElsewhere {
+        /// Name of the device that it was measured on.
+        tuned: String,
+        /// Name of this device.
+        device: String,
+    },
     /// An emulated kernel did what no kernel may. Unlike every other error, this one is found while the
     /// call runs: what it had written by then stays.
     #[cfg(feature = "emulate")]

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::plan::{self, DeviceLimits, Launch, Options, Plan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
 use crate::tensor::{Space, View};
+use crate::tuning::Tuning;
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
@@ -38,12 +39,14 @@ pub(crate) type Launches = [Option<(Launch, Parameters)>; 3];
 const NOTHING: Launches = [None, None, None];
 
 /// What decides how calls are planned.
-pub(crate) struct Planner {
+pub(crate) struct Planner<'t> {
     pub limits: DeviceLimits,
     pub options: Options,
+    /// Where nothing is forced, what was measured comes before the planner's own rules.
+    pub tuning: Option<&'t Tuning>,
 }
 
-impl Planner {
+impl Planner<'_> {
     /// What a call of this layout would launch; `None` when there is nothing to do.
     pub fn plan(
         &self,
@@ -52,7 +55,9 @@ impl Planner {
         stage: Stage,
         route: RouteSource,
     ) -> Result<Option<Plan>> {
-        Plan::new(projection, layout, stage, route, &self.limits, &self.options)
+        let tuning = self.tuning.filter(|_| self.options == Options::default());
+        let tuned = tuning.and_then(|tuning| tuning.way(projection, layout.tokens, stage, route));
+        Plan::new(projection, layout, stage, route, &self.limits, &tuned.unwrap_or(self.options))
     }
 
     /// Plans a checked call and makes its workspace, which lies at `base`, ready; `None` when there is

@@ -26,6 +26,7 @@ pub mod reference;
 pub mod run;
 pub mod tensor;
 pub mod tensor_file;
+pub mod tuning;
 pub mod verify;
 
 pub use backend::{Backend, Buffer};

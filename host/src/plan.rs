@@ -117,7 +117,6 @@ impl Options {
     }
 
     /// A back end's name and what was forced on it: `cuda i64 m32`.
-    #[cfg(any(feature = "cuda", feature = "emulate"))]
     pub fn name(&self, backend: &str) -> String {
         let index = self.index.map_or(String::new(), |index| format!(" {index:?}"));
         let form = self.form.map_or(String::new(), |form| format!(" {form:?}"));

@@ -26,7 +26,8 @@ pub enum ExpertWeights {
 }
 
 /// The sizes that a [`Projection`] is made from, named as in the operator's contract.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ProjectionSizes {
     /// Type of activations and weights.
     pub dtype: DType,

@@ -3,6 +3,7 @@
 use crate::cuda::{bind, failed, launch, queue::Queue, status};
 use crate::error::{Error, Result};
 use crate::plan::{DeviceLimits, Launch, Options};
+use crate::tuning::{TUNING_VAR, Tuning};
 use cust::context::Context;
 use cust::device::{Device, DeviceAttribute};
 use cust::module::Module;
@@ -10,7 +11,8 @@ use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
 use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
 use moe_lora_kernels::{ENTRIES, Entry, Kernel};
-use std::{fmt, ptr};
+use std::path::Path;
+use std::{env, fmt, ptr};
 
 /// The kernels for one generation of devices.
 #[derive(Clone, Copy, Debug)]
@@ -156,6 +158,7 @@ pub struct Gpu {
     loaded_from: LoadedFrom,
     info: DeviceInfo,
     decode_clusters: [u32; 4],
+    tuning: Option<Tuning>,
 }
 
 // SAFETY: contexts, modules and functions may be used from any thread on which the context is current;
@@ -165,14 +168,31 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens device `ordinal` and loads the newest kernels that it can run. The device's context becomes
-    /// current on this thread.
+    /// Opens device `ordinal` and loads the newest kernels that it can run, and the tuning that the environment
+    /// names ([`TUNING_VAR`]), if it names one. The device's context becomes current on this thread.
     ///
     /// # Errors
     /// [`Error::NoDevice`] without a driver or device, [`Error::UnsupportedDevice`] when no embedded module
-    /// fits, [`Error::Driver`] when the driver refuses something.
+    /// fits, [`Error::Driver`] when the driver refuses something; for the tuning [`Error::Tuning`], or as for
+    /// [`Gpu::tuned`].
     pub fn new(ordinal: u32) -> Result<Self> {
-        Self::with_kernels(ordinal, EMBEDDED)
+        let gpu = Self::with_kernels(ordinal, EMBEDDED)?;
+        match env::var_os(TUNING_VAR).filter(|path| !path.is_empty()) {
+            Some(path) => gpu.tuned(Tuning::load(Path::new(&path))?),
+            None => Ok(gpu),
+        }
+    }
+
+    /// This device, whose queues plan calls as they were measured to be fastest, where nothing is forced on them.
+    ///
+    /// # Errors
+    /// [`Error::TunedElsewhere`] when that was on a device of another name.
+    pub fn tuned(self, tuning: Tuning) -> Result<Self> {
+        if tuning.device() != self.info.name {
+            let (tuned, device) = (tuning.device().to_owned(), self.info.name.clone());
+            return Err(Error::TunedElsewhere { tuned, device });
+        }
+        Ok(Gpu { tuning: Some(tuning), ..self })
     }
 
     /// Opens device `ordinal` and loads the newest of `kernels` that it can run: part of [`EMBEDDED`], to run
@@ -216,8 +236,16 @@ impl Gpu {
                 Ok(Some(function))
             })
             .collect::<Result<Vec<_>>>()?;
-        let mut gpu =
-            Gpu { functions, _module: module, context, embedded, loaded_from, info, decode_clusters: [0; 4] };
+        let mut gpu = Gpu {
+            functions,
+            _module: module,
+            context,
+            embedded,
+            loaded_from,
+            info,
+            decode_clusters: [0; 4],
+            tuning: None,
+        };
         if embedded.sm >= CLUSTERS_SINCE {
             let decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
             let entry = ENTRIES.iter().find(decode).expect("the table has decode");
@@ -256,6 +284,11 @@ impl Gpu {
             decode_clusters: self.decode_clusters,
             wgmma: self.embedded.sm == WGMMA_ON,
         }
+    }
+
+    /// What was measured on such a device, if it was given.
+    pub fn tuning(&self) -> Option<&Tuning> {
+        self.tuning.as_ref()
     }
 
     /// A queue on a stream of its own.

@@ -169,8 +169,8 @@ impl<'a> Queue<'a> {
         self.planner().plan(projection, layout, stage, route)
     }
 
-    fn planner(&self) -> Planner {
-        Planner { limits: self.gpu.limits(), options: self.options }
+    fn planner(&self) -> Planner<'a> {
+        Planner { limits: self.gpu.limits(), options: self.options, tuning: self.gpu.tuning() }
     }
 
     fn launch_all(&self, launches: &Launches) -> Result<()> {

@@ -5,7 +5,13 @@ mod backends;
 mod bench;
 mod demo;
 mod info;
+#[cfg(feature = "cuda")]
+mod measure;
+#[cfg(feature = "cuda")]
+mod models;
 mod run;
+#[cfg(feature = "cuda")]
+mod tune;
 mod verify;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -38,6 +44,9 @@ enum Command {
     /// Time the operator on a GPU at the shapes of well-known models
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
+    /// Find the fastest way of a model's calls on this GPU, for the library to take
+    #[cfg(feature = "cuda")]
+    Tune(tune::Args),
     /// Apply one layer of PEFT adapters to tensors in a file
     Run(run::Args),
     /// Check back ends against the float64 reference, over a grid of shapes and modes
@@ -66,6 +75,8 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::demo(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::bench(&args),
+        #[cfg(feature = "cuda")]
+        Command::Tune(args) => tune::tune(&args),
         Command::Run(args) => run::run(&args),
         Command::Verify(args) => verify::verify(&args),
     };

@@ -1,0 +1,250 @@
+//! Times calls on a GPU: right first, then over graphs of many calls on weights that no cache holds.
+
+use moe_lora::cuda::{DeviceBuffer, Queue};
+use moe_lora::{
+    Backend, Buffer, DType, Device, Element, Enabled, Forward, Projection, Route, RoutingTensors, Rows, View,
+    XRows,
+};
+use rand::rngs::StdRng;
+use rand::seq::index::sample;
+use rand::{Rng, SeedableRng};
+use rand_distr::StandardNormal;
+use std::time::Instant;
+
+/// Bytes a second that a stream reaches on an H100.
+const BANDWIDTH: f64 = 3.0e12;
+/// 16-bit operations a second that a large matrix product reaches on an H100.
+const OPERATIONS: f64 = 790e12;
+/// Weights of all sets together: several times an H100's 50 MB of L2.
+const ROTATION_BYTES: usize = 400_000_000;
+/// Most sets of weights.
+const MAX_SETS: usize = 12;
+/// Calls in a graph, at least.
+const MIN_CALLS: usize = 8;
+/// Replays: first some that are not timed.
+pub const WARM_UP: usize = 3;
+pub const REPLAYS: usize = 15;
+/// Calls that are made one after another while the host is timed: few enough for the driver to queue them all.
+const QUEUED: usize = 16;
+/// Sequences of a batch; each has one adapter.
+const SEQUENCES: usize = 16;
+/// Pairs whose output is checked.
+const CHECKED_PAIRS: usize = 64;
+/// Normal values that weights are made of, over and over; a prime, so that no two rows are alike.
+const POOL: usize = 1_000_003;
+
+/// A call to time.
+#[derive(Clone, Copy)]
+pub struct Workload {
+    pub projection: Projection,
+    pub tokens: usize,
+    /// Whether pairs are weighted, as those of w2 are.
+    pub weighted: bool,
+}
+
+/// A call's inputs, on the host.
+struct Inputs<T> {
+    topk_ids: Vec<i32>,
+    topk_weights: Vec<f32>,
+    token_lora: Vec<i32>,
+    x: Vec<T>,
+    a: Vec<Vec<T>>,
+    b: Vec<Vec<T>>,
+}
+
+impl<T: Element> Inputs<T> {
+    fn new(&Workload { projection, tokens, .. }: &Workload, rng: &mut StdRng) -> Self {
+        let s = projection.sizes();
+        let pool: Vec<f32> = (0..POOL).map(|_| rng.sample(StandardNormal)).collect();
+        let mut tensor = |len: usize, scale: f32| -> Vec<T> {
+            let start = rng.random_range(0..POOL);
+            pool.iter().cycle().skip(start).take(len).map(|value| T::from_f32(value * scale)).collect()
+        };
+        let x_rows = match s.x_rows {
+            XRows::Token => tokens,
+            XRows::Pair => tokens * s.top_k,
+        };
+        let x = tensor(x_rows * s.in_dim, 1.0);
+        let a_len = s.slots * s.experts * s.max_rank * s.in_dim;
+        let b_len = s.slots * s.experts * s.max_rank * s.out_dim;
+        let a = (0..s.slices).map(|_| tensor(a_len, (s.in_dim as f32).powf(-0.5))).collect();
+        let b = (0..s.slices).map(|_| tensor(b_len, (s.max_rank as f32).powf(-0.5))).collect();
+        let topk_ids = (0..tokens).flat_map(|_| sample(rng, s.experts, s.top_k)).map(|e| e as i32).collect();
+        let topk_weights = (0..tokens * s.top_k).map(|_| rng.random_range(0.05..1.0)).collect();
+        // Whole sequences share an adapter.
+        let run = tokens.div_ceil(tokens.min(SEQUENCES));
+        let token_lora = (0..tokens).map(|t| (t / run % s.slots) as i32).collect();
+        Inputs { topk_ids, topk_weights, token_lora, x, a, b }
+    }
+
+    /// Which (slot, expert) a pair uses.
+    fn segment(&self, pair: usize, top_k: usize) -> (usize, usize) {
+        (self.token_lora[pair / top_k] as usize, self.topk_ids[pair] as usize)
+    }
+
+    /// One pair's delta, in float64.
+    fn delta(&self, projection: &Projection, pair: usize, weighted: bool) -> Vec<f64> {
+        let s = projection.sizes();
+        let (slot, expert) = self.segment(pair, s.top_k);
+        let matrix = slot * s.experts + expert;
+        let row = if s.x_rows == XRows::Pair { pair } else { pair / s.top_k };
+        let dot = |v: &[T], w: &[f64]| v.iter().zip(w).map(|(v, w)| f64::from(v.to_f32()) * w).sum::<f64>();
+        let x: Vec<f64> = self.x[row * s.in_dim..][..s.in_dim].iter().map(|v| v.to_f32().into()).collect();
+        let weight = if weighted { f64::from(self.topk_weights[pair]) } else { 1.0 };
+        (0..s.slices)
+            .flat_map(|slice| {
+                let a = &self.a[slice][matrix * s.max_rank * s.in_dim..][..s.max_rank * s.in_dim];
+                let b = &self.b[slice][matrix * s.max_rank * s.out_dim..][..s.max_rank * s.out_dim];
+                let h: Vec<f64> = a.chunks(s.in_dim).map(|row| dot(row, &x)).collect();
+                b.chunks(s.max_rank).map(|row| weight * dot(row, &h)).collect::<Vec<_>>()
+            })
+            .collect()
+    }
+}
+
+/// Times in microseconds.
+pub struct Times {
+    /// With the route of the call before.
+    pub kernels: f64,
+    /// With the routing step.
+    pub routed: f64,
+    /// What a call costs the host.
+    pub host: f64,
+    /// What no implementation can go below.
+    pub floor: f64,
+    /// Distance from float64.
+    pub error: f64,
+}
+
+pub fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Microseconds that a call takes the host, which waits for nothing.
+pub fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<()>) -> moe_lora::Result<f64> {
+    let mut times = Vec::new();
+    for _ in 0..WARM_UP + REPLAYS {
+        queue.synchronize()?;
+        let start = Instant::now();
+        (0..QUEUED).try_for_each(|_| call())?;
+        times.push(start.elapsed().as_secs_f64() * 1e6 / QUEUED as f64);
+    }
+    queue.synchronize()?;
+    Ok(median(times.split_off(WARM_UP)))
+}
+
+/// Time that no implementation can go below.
+fn floor<T: Element>(projection: &Projection, inputs: &Inputs<T>) -> f64 {
+    let s = projection.sizes();
+    let pairs = inputs.topk_ids.len();
+    let mut touched: Vec<_> = (0..pairs).map(|pair| inputs.segment(pair, s.top_k)).collect();
+    touched.sort_unstable();
+    touched.dedup();
+    let matrices = touched.len() * s.max_rank * (s.in_dim + s.out_dim) * s.slices;
+    let elements = matrices + inputs.x.len() + 2 * pairs * s.out_dim * s.slices;
+    let operations = 2 * pairs * s.max_rank * (s.in_dim + s.out_dim) * s.slices;
+    ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
+}
+
+/// Times of a call run on each of `queues`, after each of which `done` is called.
+pub fn time<T: Element>(
+    queues: &[Queue<'_>],
+    workload: &Workload,
+    seed: u64,
+    mut done: impl FnMut(),
+) -> anyhow::Result<Vec<Times>> {
+    let queue = &queues[0];
+    let &Workload { projection, tokens, weighted } = workload;
+    let s = *projection.sizes();
+    let inputs = Inputs::<T>::new(workload, &mut StdRng::seed_from_u64(seed));
+    let pairs = tokens * s.top_k;
+
+    let [topk_ids, token_lora] = [&inputs.topk_ids, &inputs.token_lora].map(|ids| queue.upload(ids));
+    let (topk_ids, token_lora) = (topk_ids?, token_lora?);
+    let topk_weights = queue.upload(&inputs.topk_weights)?;
+    let x = queue.upload(&inputs.x)?;
+    let set_bytes = (inputs.a.iter().chain(&inputs.b).map(Vec::len).sum::<usize>()) * DType::SIZE;
+    let sets = (ROTATION_BYTES / set_bytes + 1).clamp(1, MAX_SETS);
+    let upload =
+        |slices: &[Vec<T>]| slices.iter().map(|slice| queue.upload(slice)).collect::<Result<Vec<_>, _>>();
+    let weights = (0..sets)
+        .map(|_| Ok((upload(&inputs.a)?, upload(&inputs.b)?)))
+        .collect::<moe_lora::Result<Vec<(Vec<DeviceBuffer<T>>, Vec<DeviceBuffer<T>>)>>>()?;
+    let views = |slices: &[DeviceBuffer<T>]| -> Vec<View<'_, Device, T>> {
+        // SAFETY: the buffers outlive the graphs below.
+        slices.iter().map(|slice| unsafe { View::from_raw(slice.view().address(), slice.len()) }).collect()
+    };
+    let zeros = vec![T::from_f32(0.0); pairs * projection.out_width()];
+    let mut out = queue.upload(&zeros)?;
+    let mut workspace = queue.workspace(&[projection], tokens)?;
+    let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
+        let (a, b) = (views(&weights[set].0), views(&weights[set].1));
+        let routing = RoutingTensors {
+            topk_ids: topk_ids.view(),
+            token_lora: token_lora.view(),
+            adapter_enabled: Enabled::All,
+            ranks: None,
+            expert_map: None,
+        };
+        queue.forward(
+            &mut workspace,
+            &projection,
+            Forward {
+                tokens,
+                route: if kept { Route::Kept } else { Route::From(routing) },
+                x: Rows::from(x.view()),
+                a: &a,
+                b: &b,
+                topk_weights: weighted.then(|| topk_weights.view()),
+                out: out.view_mut().into(),
+                offset: 0,
+                accumulate: true,
+            },
+        )
+    };
+
+    let mut times = Vec::new();
+    for queue in queues {
+        queue.write(&mut out, 0, &zeros)?;
+        // Twice, on a fresh and on a kept route: out was zero, so it now holds twice the delta.
+        call(queue, &mut out, 0, false)?;
+        call(queue, &mut out, 0, true)?;
+        let result = queue.download(&out)?;
+        let mut rng = StdRng::seed_from_u64(seed + 1);
+        let (mut wrong, mut right) = (0.0, 0.0);
+        for _ in 0..CHECKED_PAIRS {
+            let pair = rng.random_range(0..pairs);
+            let width = projection.out_width();
+            for (got, delta) in
+                result[pair * width..][..width].iter().zip(inputs.delta(&projection, pair, weighted))
+            {
+                wrong += (f64::from(got.to_f32()) - 2.0 * delta).powi(2);
+                right += (2.0 * delta).powi(2);
+            }
+        }
+        let error = (wrong / right).sqrt();
+        // Each of the two sums was rounded to the element type.
+        let tolerance = 2.0 * T::DTYPE.tolerance();
+        if error.is_nan() || error > tolerance {
+            anyhow::bail!("{}: error {error:.1e}, at most {tolerance:.1e} is allowed", queue.variant());
+        }
+
+        // The graphs: the calls' times do not depend on what out holds, as long as it stays finite.
+        let calls = MIN_CALLS.div_ceil(sets) * sets;
+        let mut measured = Vec::new();
+        for kept in [true, false] {
+            // SAFETY: every buffer outlives the graph.
+            let graph = unsafe {
+                queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, &mut out, i % sets, kept)))
+            }?;
+            queue.time(&graph, WARM_UP)?;
+            measured.push(median(queue.time(&graph, REPLAYS)?) / calls as f64);
+        }
+        let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
+        let host = host_time(queue, || call(queue, &mut out, 0, false))?;
+        times.push(Times { kernels, routed, host, floor: floor(&projection, &inputs), error });
+        done();
+    }
+    Ok(times)
+}
