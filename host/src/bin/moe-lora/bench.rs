@@ -66,25 +66,34 @@ struct Case {
     model: &'static Model,
     op: Op,
     tokens: usize,
+    /// Rank that weights are allocated for.
+    max_rank: usize,
+    /// Rank of the adapters.
     rank: usize,
     loras: usize,
 }
 
 fn cases() -> Vec<Case> {
-    let case = |model, op, rank, loras| move |tokens| Case { model, op, tokens, rank, loras };
+    let case = |model, op, rank, loras| move |tokens| Case { model, op, tokens, max_rank: rank, rank, loras };
     let mut cases = Vec::new();
     cases.extend([1, 4, 16, 80, 256, 1024, 4096, 16384].map(case(&QWEN3_30B, Op::W13, 64, 2)));
     cases.extend([80, 2048].map(case(&QWEN3_30B, Op::W13, 16, 2)));
     cases.extend([1, 16, 80, 1024, 4096, 16384].map(case(&QWEN3_30B, Op::W2, 64, 2)));
     cases.extend([64, 2048].map(case(&GPT_OSS_20B, Op::W13, 32, 4)));
     cases.extend([64].map(case(&OLMOE_1B, Op::W13, 16, 8)));
+    // Small adapters, and the same beside a large one that needs a large allocation.
+    for max_rank in [8, 128] {
+        let small = |tokens| Case { max_rank, ..case(&QWEN3_30B, Op::W13, 8, 2)(tokens) };
+        cases.extend([80, 1024].map(small));
+    }
     cases
 }
 
 impl Case {
     fn workload(&self, dtype: DType) -> moe_lora::Result<Workload> {
-        let projection = self.model.projection(self.op, self.rank, self.loras, dtype)?;
-        Ok(Workload { projection, tokens: self.tokens, weighted: self.op == Op::W2 })
+        let &Case { model, op, tokens, max_rank, rank, loras } = self;
+        let projection = model.projection(op, max_rank, loras, dtype)?;
+        Ok(Workload { projection, tokens, rank, weighted: op == Op::W2 })
     }
 }
 
@@ -118,8 +127,9 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
             DTypeArg::Bf16 => time::<bf16>(&queues, &workload, seed as u64, || {}),
             DTypeArg::F16 => time::<f16>(&queues, &workload, seed as u64, || {}),
         };
-        let Case { model, op, tokens, rank, loras } = case;
+        let Case { model, op, tokens, max_rank, rank, loras } = case;
         let name = model.name;
+        let rank = if rank == max_rank { rank.to_string() } else { format!("{rank} of {max_rank}") };
         let timed = timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
         for (queue, Times { kernels, routed, host, floor, error }) in queues.iter().zip(timed) {
             let (way, ratio) = (queue.variant(), routed / floor);
@@ -144,7 +154,7 @@ fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
     let tokens = if args.tokens.is_empty() { &ROUTE_TOKENS } else { args.tokens.as_slice() };
     println!("| pairs | way | µs | host µs |\n|---|---|---|---|");
     for (seed, &tokens) in (0..).zip(tokens) {
-        let case = Case { model: &QWEN3_30B, op: Op::W13, tokens, rank: 64, loras: 2 };
+        let case = Case { model: &QWEN3_30B, op: Op::W13, tokens, max_rank: 64, rank: 64, loras: 2 };
         for way in &ways {
             let queue = gpu.queue(*way)?;
             let (time, host) =

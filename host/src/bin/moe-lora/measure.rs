@@ -38,6 +38,8 @@ const POOL: usize = 1_000_003;
 pub struct Workload {
     pub projection: Projection,
     pub tokens: usize,
+    /// Rank of every adapter, at most that which the weights are allocated for.
+    pub rank: usize,
     /// Whether pairs are weighted, as those of w2 are.
     pub weighted: bool,
 }
@@ -83,7 +85,7 @@ impl<T: Element> Inputs<T> {
     }
 
     /// One pair's delta, in float64.
-    fn delta(&self, projection: &Projection, pair: usize, weighted: bool) -> Vec<f64> {
+    fn delta(&self, &Workload { projection, rank, weighted, .. }: &Workload, pair: usize) -> Vec<f64> {
         let s = projection.sizes();
         let (slot, expert) = self.segment(pair, s.top_k);
         let matrix = slot * s.experts + expert;
@@ -93,10 +95,10 @@ impl<T: Element> Inputs<T> {
         let weight = if weighted { f64::from(self.topk_weights[pair]) } else { 1.0 };
         (0..s.slices)
             .flat_map(|slice| {
-                let a = &self.a[slice][matrix * s.max_rank * s.in_dim..][..s.max_rank * s.in_dim];
+                let a = &self.a[slice][matrix * s.max_rank * s.in_dim..][..rank * s.in_dim];
                 let b = &self.b[slice][matrix * s.max_rank * s.out_dim..][..s.max_rank * s.out_dim];
                 let h: Vec<f64> = a.chunks(s.in_dim).map(|row| dot(row, &x)).collect();
-                b.chunks(s.max_rank).map(|row| weight * dot(row, &h)).collect::<Vec<_>>()
+                b.chunks(s.max_rank).map(|row| weight * dot(&row[..rank], &h)).collect::<Vec<_>>()
             })
             .collect()
     }
@@ -135,15 +137,15 @@ pub fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<(
 }
 
 /// Time that no implementation can go below.
-fn floor<T: Element>(projection: &Projection, inputs: &Inputs<T>) -> f64 {
+fn floor<T: Element>(&Workload { projection, rank, .. }: &Workload, inputs: &Inputs<T>) -> f64 {
     let s = projection.sizes();
     let pairs = inputs.topk_ids.len();
     let mut touched: Vec<_> = (0..pairs).map(|pair| inputs.segment(pair, s.top_k)).collect();
     touched.sort_unstable();
     touched.dedup();
-    let matrices = touched.len() * s.max_rank * (s.in_dim + s.out_dim) * s.slices;
+    let matrices = touched.len() * rank * (s.in_dim + s.out_dim) * s.slices;
     let elements = matrices + inputs.x.len() + 2 * pairs * s.out_dim * s.slices;
-    let operations = 2 * pairs * s.max_rank * (s.in_dim + s.out_dim) * s.slices;
+    let operations = 2 * pairs * rank * (s.in_dim + s.out_dim) * s.slices;
     ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
 }
 
@@ -155,7 +157,7 @@ pub fn time<T: Element>(
     mut done: impl FnMut(),
 ) -> anyhow::Result<Vec<Times>> {
     let queue = &queues[0];
-    let &Workload { projection, tokens, weighted } = workload;
+    let &Workload { projection, tokens, rank, weighted } = workload;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(workload, &mut StdRng::seed_from_u64(seed));
     let pairs = tokens * s.top_k;
@@ -163,6 +165,7 @@ pub fn time<T: Element>(
     let [topk_ids, token_lora] = [&inputs.topk_ids, &inputs.token_lora].map(|ids| queue.upload(ids));
     let (topk_ids, token_lora) = (topk_ids?, token_lora?);
     let topk_weights = queue.upload(&inputs.topk_weights)?;
+    let ranks = queue.upload(&vec![rank as i32; s.slots])?;
     let x = queue.upload(&inputs.x)?;
     let set_bytes = (inputs.a.iter().chain(&inputs.b).map(Vec::len).sum::<usize>()) * DType::SIZE;
     let sets = (ROTATION_BYTES / set_bytes + 1).clamp(1, MAX_SETS);
@@ -184,7 +187,7 @@ pub fn time<T: Element>(
             topk_ids: topk_ids.view(),
             token_lora: token_lora.view(),
             adapter_enabled: Enabled::All,
-            ranks: None,
+            ranks: (rank < s.max_rank).then(|| ranks.view()),
             expert_map: None,
         };
         queue.forward(
@@ -216,9 +219,7 @@ pub fn time<T: Element>(
         for _ in 0..CHECKED_PAIRS {
             let pair = rng.random_range(0..pairs);
             let width = projection.out_width();
-            for (got, delta) in
-                result[pair * width..][..width].iter().zip(inputs.delta(&projection, pair, weighted))
-            {
+            for (got, delta) in result[pair * width..][..width].iter().zip(inputs.delta(workload, pair)) {
                 wrong += (f64::from(got.to_f32()) - 2.0 * delta).powi(2);
                 right += (2.0 * delta).powi(2);
             }
@@ -243,7 +244,7 @@ pub fn time<T: Element>(
         }
         let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
         let host = host_time(queue, || call(queue, &mut out, 0, false))?;
-        times.push(Times { kernels, routed, host, floor: floor(&projection, &inputs), error });
+        times.push(Times { kernels, routed, host, floor: floor(workload, &inputs), error });
         done();
     }
     Ok(times)

@@ -26,7 +26,7 @@ Examples:
 pub struct Args {
     /// Where to write, and to read what was measured before
     file: PathBuf,
-    /// A model whose layer it is
+    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b or olmoe-1b-7b; of another give the four sizes
     #[arg(long, value_parser = model, conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
     model: Option<Model>,
     /// Width of a token
@@ -95,7 +95,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     for &op in &args.op {
         let projection = model.projection(op, args.rank, args.adapters, args.dtype.into())?;
         for &tokens in &args.tokens {
-            let workload = Workload { projection, tokens, weighted: op == Op::W2 };
+            let workload = Workload { projection, tokens, rank: args.rank, weighted: op == Op::W2 };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;
             let way = match tuned.way.name("") {
                 name if name.is_empty() => "as planned".to_owned(),
