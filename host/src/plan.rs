@@ -25,8 +25,8 @@ pub struct DeviceLimits {
     pub multiprocessors: u32,
     /// Most shared memory that a block may be given, in bytes.
     pub shared_bytes: u32,
-    /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time; zeros where its kernels have no
-    /// clusters.
+    /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time, with [`decode::BLOCKS`] blocks a
+    /// multiprocessor; zeros where its kernels have no clusters.
     pub decode_clusters: [u32; 4],
     /// Whether its kernels use `wgmma`: sm_90a's do.
     pub wgmma: bool,
@@ -37,9 +37,15 @@ impl DeviceLimits {
     pub const H100: Self = DeviceLimits {
         multiprocessors: 132,
         shared_bytes: 232_448,
-        decode_clusters: [132, 66, 32, 16],
+        decode_clusters: [264, 132, 64, 32],
         wgmma: true,
     };
+
+    /// Most shared memory of a block of which a multiprocessor runs `blocks`, in bytes.
+    pub fn shared_bytes_of(&self, blocks: u32) -> u32 {
+        (self.shared_bytes.saturating_add(decode::RESERVED_BYTES) / blocks)
+            .saturating_sub(decode::RESERVED_BYTES)
+    }
 
     /// Whether its kernels may use clusters of blocks.
     pub fn has_clusters(&self) -> bool {
@@ -581,6 +587,8 @@ struct DecodeShape {
     finds: bool,
     room: Room,
     stages: [u32; 2],
+    /// Blocks that a multiprocessor runs at a time.
+    blocks: u32,
 }
 
 impl DecodeShape {
@@ -623,11 +631,17 @@ impl DecodeShape {
             }
             let tiles = tiles(projection, pairs, count);
             let room = if finds { Room::new(pairs as u32, tiles as u32) } else { Room::NONE };
-            let cluster = heuristics::decode_cluster(pairs, count, sizes, limits, options.cluster);
+            let most_blocks = decode_blocks(rows);
+            let cluster =
+                heuristics::decode_cluster(pairs, count, most_blocks, sizes, limits, options.cluster);
             let fixed = decode::fixed_bytes(count, sizes.max_rank as u32, cluster, room);
-            let stages = decode_stages(projection, count, limits.shared_bytes.checked_sub(fixed)?)?;
-            let has_scratch = !finds || ring_bytes(count, stages) >= room.scratch_bytes();
-            has_scratch.then_some(DecodeShape { rows, cluster, finds, room, stages })
+            // Where segments and h leave too little room for several blocks, one takes all.
+            (1..=most_blocks).rev().find_map(|blocks| {
+                let left = limits.shared_bytes_of(blocks).checked_sub(fixed)?;
+                let stages = decode_stages(projection, count, left)?;
+                let has_scratch = !finds || ring_bytes(count, stages) >= room.scratch_bytes();
+                has_scratch.then_some(DecodeShape { rows, cluster, finds, room, stages, blocks })
+            })
         })
     }
 
@@ -639,15 +653,21 @@ impl DecodeShape {
         index: IndexWidth,
         limits: &DeviceLimits,
     ) -> Result<DecodePlan> {
-        let DecodeShape { rows, cluster, finds, room, stages } = self;
+        let DecodeShape { rows, cluster, finds, room, stages, blocks } = self;
         let max_rank = projection.sizes().max_rank as u32;
         let shared_bytes =
             decode::fixed_bytes(rows.count(), max_rank, cluster, room) + ring_bytes(rows.count(), stages);
-        let clusters = heuristics::decode_clusters(units, cluster, limits);
+        let clusters = heuristics::decode_clusters(units, cluster, blocks, limits);
         let kernel = Kernel::Decode { element, index, rows };
         let launch = launch(kernel, clusters * u64::from(cluster), cluster, shared_bytes)?;
         Ok(DecodePlan { launch, finds, room, stages })
     }
+}
+
+/// Blocks of `decode` with tiles of so many pairs for which a multiprocessor has registers.
+fn decode_blocks(rows: DecodeRows) -> u32 {
+    let (element, index) = (ElementType::Bf16, IndexWidth::I32);
+    entry(Kernel::Decode { element, index, rows }).min_blocks
 }
 
 /// Bytes of both rings of `decode`.
@@ -662,14 +682,14 @@ fn decode_stages(projection: &Projection, rows: u32, bytes: u32) -> Option<[u32;
     let fits = |stages: [u32; 2]| {
         ring_bytes(rows, stages) <= bytes && stages.iter().all(|stages| *stages <= decode::MAX_STAGES)
     };
-    let mut stages = [decode::MIN_STAGES; 2];
-    if !fits(stages) {
-        return None;
-    }
+    let mut stages = Some([decode::MIN_STAGES; 2]).filter(|stages| fits(*stages))?;
     loop {
         let [shrink, expand] = stages;
         let more = [[shrink + 1, expand], [shrink, expand + 1]];
-        let wanted = usize::from(shrink as usize * sizes.out_dim > expand as usize * sizes.in_dim);
+        let wanted = usize::from(
+            (shrink * decode::A_STAGE) as usize * sizes.out_dim
+                > (expand * decode::B_STAGE) as usize * sizes.in_dim,
+        );
         match [more[wanted], more[1 - wanted]].into_iter().find(|stages| fits(*stages)) {
             Some(more) => stages = more,
             None => return Some(stages),

@@ -8,12 +8,15 @@
 //!
 //! | warps | role |
 //! |---|---|
-//! | 8 | shrink: the block takes some of the ranks, in groups of 16, and where there are fewer groups than blocks a share of K; it sends its part of h to all blocks of the cluster |
-//! | 8 | expand: adds up the parts of h that have come, always in the same order, and takes a share of the columns |
-//! | 2 | fill a ring of stages for shrink, one with a, one with x |
-//! | 2 | fill a ring for expand, one with b, one with the old values of `out` |
+//! | 4 | shrink: the block takes some of the ranks, in groups of 16, and where there are fewer groups than blocks a share of K; it sends its part of h to all blocks of the cluster |
+//! | 4 | expand: adds up the parts of h that have come, always in the same order, and takes a share of the columns |
+//! | 2 | fill a ring of stages for shrink, with a and x, each every other row |
+//! | 1 | fills a ring for expand, with b and the old values of `out` |
 //!
 //! Who fills a ring does nothing but ask the copy engine for the next stage, and needs no h.
+//!
+//! A block takes half of a multiprocessor ([`BLOCKS`]): the chain of waits of one unit runs beside that of another, and the
+//! next launch makes itself ready beside the last units.
 //!
 //! Weights are mma's operand with sixteen rows, pairs its eight columns. Both come as sixteen bytes a thread: a
 //! thread of number c in its quad holds elements 8c … 8c + 7 of a run of 32, which mma would have it hold as 2c,
@@ -29,21 +32,21 @@
 //! | 384 | barriers |
 //! | [`Room::shared_bytes`] | the segments |
 //! | 2 × ROWS × `row_bytes(R)` | h, in turns |
-//! | 8 × ROWS × 80 | the shrink warps' sums of 16 ranks |
+//! | 4 × ROWS × 80 | the shrink warps' sums of 16 ranks |
 //! | 2 × `landing_bytes` | parts of h as they come from the blocks of the cluster, in turns |
-//! | stages × ([`A_STAGE`] + ROWS × `row_bytes(CHUNK)`) | ring for shrink: 16 ranks of a and the tile's rows of x, [`CHUNK`] elements of K |
-//! | stages × ([`B_STAGE`] + ROWS × `old_row_bytes`) | ring for expand: rows of b, and the old values of those columns |
+//! | stages × [`shrink_stage_bytes`] | ring for shrink: 16 ranks of a and the tile's rows of x, `CHUNK` elements of K |
+//! | stages × [`expand_stage_bytes`] | ring for expand: rows of b, and the old values of those columns |
 //!
 //! Before the rings are used, they are the scratch of [`segments`].
 
 use crate::segments::{self, Room};
 
 /// Warps that shrink; as many expand.
-const WORKERS: u32 = 8;
-/// Warps that fill a ring.
+const WORKERS: u32 = 4;
+/// Warps that fill the ring for shrink, each with its share of a stage's rows; one fills that for expand.
 const FILLERS: u32 = 2;
 /// Threads of a block.
-pub const THREADS: u32 = 32 * (2 * WORKERS + 2 * FILLERS);
+pub const THREADS: u32 = 32 * (2 * WORKERS + FILLERS + 1);
 const _: () = assert!(THREADS == segments::THREADS);
 /// Largest R.
 pub const MAX_RANK: u32 = 512;
@@ -53,9 +56,14 @@ pub const MAX_CLUSTER: u32 = 8;
 pub const MAX_STAGES: u32 = 8;
 /// Fewest stages of a ring: with one being multiplied, one is under way.
 pub const MIN_STAGES: u32 = 2;
+/// Blocks that a multiprocessor runs at a time, with tiles of 8 pairs and where their shared memory allows.
+pub const BLOCKS: u32 = 2;
+/// Bytes of shared memory that the device takes of each block for itself.
+pub const RESERVED_BYTES: u32 = 1024;
 
-/// Elements of K of a stage.
-pub const CHUNK: u32 = 512;
+/// Elements of K of a stage. In stages of 256 one token takes 1.1 µs more, and 80 tokens 3 to 6: a row is a copy, however
+/// short.
+const CHUNK: u32 = 512;
 /// Most columns of a stage.
 const MAX_COLUMNS: u32 = 256;
 /// Elements that a quad of threads loads of a row at a time, sixteen bytes each.
@@ -79,14 +87,15 @@ const fn old_row_bytes(columns: u32) -> u32 {
     2 * columns + 16
 }
 
-/// Bytes of a stage's part of a.
-pub const A_STAGE: u32 = GROUP * row_bytes(CHUNK);
-/// Bytes of a stage's part of b.
+/// Bytes of a of a stage for shrink, without what keeps its rows apart.
+pub const A_STAGE: u32 = 2 * GROUP * CHUNK;
+/// Bytes of b of a stage for expand.
 pub const B_STAGE: u32 = 16 << 10;
+const _: () = assert!(B_STAGE / 2 / MAX_RANK >= GROUP);
 
 /// Bytes of a stage for shrink, with `rows` pairs a tile.
 pub const fn shrink_stage_bytes(rows: u32) -> u32 {
-    A_STAGE + rows * row_bytes(CHUNK)
+    (GROUP + rows) * row_bytes(CHUNK)
 }
 
 /// Bytes of a stage for expand, with `rows` pairs a tile.
@@ -120,9 +129,8 @@ pub use kernel::decode;
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90"), feature = "emulate"))]
 mod kernel {
     use super::{
-        A_STAGE, B_STAGE, BARRIER_BYTES, CHUNK, FILLERS, GROUP, MAX_COLUMNS, MAX_STAGES, RUN, SUM_ROW,
-        WORKERS, expand_stage_bytes, fixed_bytes, landing_bytes, old_row_bytes, row_bytes,
-        shrink_stage_bytes,
+        B_STAGE, BARRIER_BYTES, CHUNK, FILLERS, GROUP, MAX_COLUMNS, MAX_STAGES, RUN, SUM_ROW, WORKERS,
+        expand_stage_bytes, fixed_bytes, landing_bytes, old_row_bytes, row_bytes, shrink_stage_bytes,
     };
     use crate::arch::mbarrier::{self, Mbarrier};
     use crate::arch::mma::Element;
@@ -130,14 +138,20 @@ mod kernel {
     use crate::arch::{barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
     use crate::params::{DecodeParams, Tile, count};
-    use crate::segments::Segments;
+    use crate::segments::{self, Segments};
     use crate::tile::{quotient, select_slice, unroll};
 
     /// Threads that shrink, or that expand.
     const ROLE_THREADS: u32 = 32 * WORKERS;
-    /// The barriers at which they meet among themselves.
+    /// The barriers at which they meet among themselves, and those who fill the rings each other.
     const SHRINK_MEETS: u32 = 1;
     const EXPAND_MEETS: u32 = 2;
+    const FILLERS_MEET: u32 = 3;
+    /// Runs of K, or groups of columns, that a warp multiplies at a time, with sums of their own: each is a chain of loads
+    /// and products that wait for one another.
+    const CHAINS: usize = 2;
+    /// Threads that fill rings.
+    const FILL_THREADS: u32 = 32 * (FILLERS + 1);
 
     /// Number of this thread among those of its role.
     #[inline(always)]
@@ -208,6 +222,8 @@ mod kernel {
         start: Shared,
         stages: u32,
         stage_bytes: u32,
+        /// Warps that fill it.
+        fillers: u32,
         /// Number of the first of its barriers: a stage's *full* ends when the warps that fill it have come, and all
         /// bytes have; its *empty* when all warps that work on it have left it.
         barriers: u32,
@@ -227,7 +243,7 @@ mod kernel {
             while stage < self.stages {
                 // SAFETY: as the caller promises.
                 unsafe {
-                    self.full(stage).init(FILLERS);
+                    self.full(stage).init(self.fillers);
                     self.empty(stage).init(WORKERS);
                 }
                 stage += 1;
@@ -468,7 +484,6 @@ mod kernel {
             }
         }
     }
-    const _: () = assert!(B_STAGE / 2 / super::MAX_RANK >= GROUP);
 
     /// Calls `body` with each stage that the block's share of a unit's shrink takes: the group of ranks, the first
     /// element of K, and how many.
@@ -485,113 +500,76 @@ mod kernel {
         }
     }
 
-    /// Fills the ring for shrink with a, a lane a row.
+    /// Fills the ring for shrink, as warp `filler` of those that do: a lane of the first half of the warp asks for a row of
+    /// a, of the other half for one of x.
     ///
     /// # Safety
     /// As for [`decode`]; the whole warp must come here.
     #[inline(always)]
-    unsafe fn fill_a<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
+    unsafe fn fill_shrink<I: Index, const ROWS: u32>(context: &Context<'_>, mut ring: Ring, filler: u32) {
         let p = context.p;
-        let rank = thread::lane();
+        let (row, takes_x) = (thread::lane() % GROUP, thread::lane() >= GROUP);
         let mut shares = Shares::new(context, 0);
+        let (mut filled, stages) = (0, ring.stages);
         let unit = |Unit { tile, slice }: Unit| {
             shares.change(context, tile.rank);
             let matrix = first_row::<I>(&tile, p.a_experts, p.route.max_rank);
             let a = select_slice(p.a, slice);
-            each_chunk(&shares, |group, at, length| {
-                let ranks = (tile.rank - GROUP * group).min(GROUP);
-                // SAFETY: the rows are inside the tensor, and elements come in eights; as many bytes are announced as
-                // are copied.
-                unsafe {
-                    let (stage, full) = ring.fill(2 * length * ranks);
-                    if rank < ranks {
-                        let row = matrix.plus(I::from_u32(GROUP * group + rank)).times(I::from_u32(p.in_dim));
-                        let target = stage.offset(rank * row_bytes(length));
-                        bulk::copy(target, a.at(row.plus(I::from_u32(at))), 2 * length, full);
-                    }
-                }
-            });
-        };
-        // SAFETY: as the caller promises.
-        unsafe { context.each_unit(rows, unit) };
-    }
-
-    /// Fills the ring for shrink with x, a lane a row.
-    ///
-    /// # Safety
-    /// As for [`fill_a`].
-    #[inline(always)]
-    unsafe fn fill_x<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
-        let (p, lane) = (context.p, thread::lane());
-        let mut shares = Shares::new(context, 0);
-        let unit = |Unit { tile, .. }: Unit| {
-            shares.change(context, tile.rank);
             let mut x = Global::<u16>::NULL;
-            if tile.rank > 0 && lane < tile.rows {
+            if takes_x && tile.rank > 0 && row < tile.rows {
                 // SAFETY: the tile has so many pairs.
-                let pair = unsafe { context.pair(&tile, lane) };
+                let pair = unsafe { context.pair(&tile, row) };
                 x = p.x.at(I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride)));
             }
-            each_chunk(&shares, |_, at, length| {
-                // SAFETY: as in `fill_a`.
+            each_chunk(&shares, |group, at, length| {
+                let ranks = (tile.rank - GROUP * group).min(GROUP);
+                let (exists, source) = if takes_x {
+                    (!x.is_null(), x)
+                } else {
+                    let rank = matrix.plus(I::from_u32(GROUP * group + row));
+                    (row < ranks, a.at(rank.times(I::from_u32(p.in_dim))))
+                };
+                // SAFETY: the rows are inside the tensors, and elements come in eights; as many bytes are announced as
+                // are copied.
                 unsafe {
-                    let (stage, full) = ring.fill(2 * length * tile.rows);
-                    if !x.is_null() {
-                        let target = stage.offset(A_STAGE + lane * row_bytes(length));
-                        bulk::copy(target, x.at(at), 2 * length, full);
+                    let wanted = exists && row % FILLERS == filler;
+                    let (stage, full) = ring.fill(2 * length * warp::ballot(wanted).count_ones());
+                    if wanted {
+                        let target = stage.offset(thread::lane() * row_bytes(length));
+                        bulk::copy(target, source.at(at), 2 * length, full);
                     }
+                }
+                filled += 1;
+                // Those of b may follow.
+                if filled == stages {
+                    barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
                 }
             });
         };
         // SAFETY: as the caller promises.
-        unsafe { context.each_unit(rows, unit) };
+        unsafe { context.each_unit(ROWS, unit) };
+        if filled < stages {
+            barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
+        }
     }
 
-    /// Fills the ring for expand with b, a lane a column, or, where ranks are used whole, all columns in one piece.
+    /// Fills the ring for expand: b, a lane a column, or, where ranks are used whole, all columns in one piece; and
+    /// the old values of `out`, a lane a row.
     ///
     /// # Safety
-    /// As for [`fill_a`].
+    /// As for [`fill_shrink`].
     #[inline(always)]
-    unsafe fn fill_b<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
-        let p = context.p;
+    unsafe fn fill_expand<I: Index, const ROWS: u32>(context: &Context<'_>, mut ring: Ring) {
+        let (p, lane) = (context.p, thread::lane());
         let max_rank = p.route.max_rank;
         let mut columns = Columns::new(context);
-        let unit = |Unit { tile, slice }: Unit| {
+        // Expand has nothing to do before shrink has: the first copies of a must not wait for those of b.
+        barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
+        let unit = |unit: Unit| {
+            let Unit { tile, slice } = unit;
             columns.change(tile.rank);
             let matrix = first_row::<I>(&tile, p.b_experts, p.out_dim);
             let b = select_slice(p.b, slice);
-            columns.each_step(|at, count| {
-                let row = matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank));
-                let source = b.at(row);
-                let (pieces, ranks) =
-                    if columns.rank == max_rank { (1, count * max_rank) } else { (count, columns.rank) };
-                // SAFETY: as in `fill_a`.
-                unsafe {
-                    let (stage, full) = ring.fill(2 * count * columns.rank);
-                    let mut piece = thread::lane();
-                    while piece < pieces {
-                        let target = stage.offset(2 * piece * ranks);
-                        bulk::copy(target, source.at(piece * max_rank), 2 * ranks, full);
-                        piece += 32;
-                    }
-                }
-            });
-        };
-        // SAFETY: as the caller promises.
-        unsafe { context.each_unit(rows, unit) };
-    }
-
-    /// Fills the ring for expand with the old values of `out`, a lane a row.
-    ///
-    /// # Safety
-    /// As for [`fill_a`].
-    #[inline(always)]
-    unsafe fn fill_old<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32) {
-        let (p, lane) = (context.p, thread::lane());
-        let mut columns = Columns::new(context);
-        let unit = |unit: Unit| {
-            let tile = unit.tile;
-            columns.change(tile.rank);
             let rows = if p.accumulate != 0 { tile.rows } else { 0 };
             let mut out = Global::<u16>::NULL;
             if lane < rows {
@@ -599,9 +577,19 @@ mod kernel {
                 out = context.out_row::<I>(&unit, unsafe { context.pair(&tile, lane) });
             }
             columns.each_step(|at, count| {
-                // SAFETY: as in `fill_a`.
+                let row = matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank));
+                let source = b.at(row);
+                let (pieces, ranks) =
+                    if columns.rank == max_rank { (1, count * max_rank) } else { (count, columns.rank) };
+                // SAFETY: as in `fill_shrink`.
                 unsafe {
-                    let (stage, full) = ring.fill(2 * count * rows);
+                    let (stage, full) = ring.fill(2 * count * (columns.rank + rows));
+                    let mut piece = lane;
+                    while piece < pieces {
+                        let target = stage.offset(2 * piece * ranks);
+                        bulk::copy(target, source.at(piece * max_rank), 2 * ranks, full);
+                        piece += 32;
+                    }
                     if lane < rows {
                         let target = stage.offset(B_STAGE + lane * old_row_bytes(count));
                         bulk::copy(target, out.at(at), 2 * count, full);
@@ -610,7 +598,7 @@ mod kernel {
             });
         };
         // SAFETY: as the caller promises.
-        unsafe { context.each_unit(rows, unit) };
+        unsafe { context.each_unit(ROWS, unit) };
     }
 
     /// Shrinks, and sends this block's parts of h to all blocks of the cluster.
@@ -637,7 +625,7 @@ mod kernel {
             let mut group = shares.group;
             while group < shares.groups {
                 let ranks = (tile.rank - GROUP * group).min(GROUP);
-                let mut sum = [[0.0f32; 4]; FRAGMENTS];
+                let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
                 let (mut at, end) = shares.k;
                 while at < end {
                     let length = CHUNK.min(end - at);
@@ -648,20 +636,23 @@ mod kernel {
                     let weights = [0, 8].map(|half| stage.offset((g + half).min(ranks - 1) * row_bytes));
                     let mut run = warp;
                     while RUN * run < length {
-                        let here = 2 * RUN * run;
-                        let exists = RUN * run + 8 * c < length;
-                        // SAFETY: the stage holds these rows up to `length`.
-                        unsafe {
-                            let rows = weights.map(|weights| weights.offset(here).load16_if(exists));
-                            unroll::<FRAGMENTS>(|f| {
-                                if f == 0 || 8 * (f as u32) < tile.rows {
-                                    let row = (8 * f as u32 + g).min(tile.rows - 1);
-                                    let x = stage.offset(A_STAGE + row * row_bytes + here);
-                                    multiply::<E>(&mut sum[f], rows, x.load16_if(exists));
-                                }
-                            });
-                        }
-                        run += WORKERS;
+                        unroll::<CHAINS>(|i| {
+                            let run = run + i as u32 * WORKERS;
+                            let here = 2 * RUN * run;
+                            let exists = RUN * run + 8 * c < length;
+                            // SAFETY: the stage holds these rows up to `length`.
+                            unsafe {
+                                let rows = weights.map(|weights| weights.offset(here).load16_if(exists));
+                                unroll::<FRAGMENTS>(|f| {
+                                    if f == 0 || 8 * (f as u32) < tile.rows {
+                                        let row = (8 * f as u32 + g).min(tile.rows - 1);
+                                        let x = stage.offset((GROUP + row) * row_bytes + here);
+                                        multiply::<E>(&mut sum[i][f], rows, x.load16_if(exists));
+                                    }
+                                });
+                            }
+                        });
+                        run += CHAINS as u32 * WORKERS;
                     }
                     // SAFETY: as above.
                     unsafe { ring.leave() };
@@ -674,8 +665,10 @@ mod kernel {
                     unroll::<4>(|i| {
                         let row = warp * ROWS + 8 * f as u32 + 2 * c + (i as u32 & 1);
                         let place = context.sums.offset(row * SUM_ROW + 4 * (g + 8 * (i as u32 >> 1)));
+                        let mut all = sum[0][f][i];
+                        unroll::<{ CHAINS - 1 }>(|chain| all += sum[chain + 1][f][i]);
                         // SAFETY: there is room for every warp, pair and rank of the group.
-                        unsafe { place.store(sum[f][i].to_bits()) };
+                        unsafe { place.store(all.to_bits()) };
                     });
                 });
                 barrier::sync_some::<SHRINK_MEETS, ROLE_THREADS>();
@@ -703,13 +696,12 @@ mod kernel {
         parity: u32,
     ) {
         const FOURS: u32 = GROUP / 4;
+        let shift = context.blocks.trailing_zeros();
         let mut item = worker();
-        while item < context.blocks * ROWS * FOURS {
-            let (four, row, block) = (item % FOURS, item / FOURS % ROWS, item / FOURS / ROWS);
+        while item < rows * FOURS << shift {
+            let (four, block, row) =
+                (item % FOURS, item / FOURS & (context.blocks - 1), item / FOURS >> shift);
             item += ROLE_THREADS;
-            if row >= rows {
-                continue;
-            }
             let mut sum = [0.0f32; 4];
             unroll::<{ WORKERS as usize }>(|w| {
                 let place = context.sums.offset((w as u32 * ROWS + row) * SUM_ROW + 16 * four);
@@ -720,7 +712,8 @@ mod kernel {
             let part = (shares.k_share * ROWS + row) * shares.landing_groups() + group;
             let place = context.landing::<ROWS>(turn).offset(4 * (part * GROUP + 4 * four));
             // SAFETY: the barrier is initialised: what was sent in this turn before was read by all. There is room
-            // for every part; nobody reads there before the phase has ended.
+            // for every part; nobody reads there before the phase has ended. (Only who sends may wait here: for others
+            // nobody waits, and the barrier may be two phases on when they come.)
             unsafe {
                 read(turn).wait(parity ^ 1);
                 place.in_block(block).store4_async(sum, landed(turn).in_block(block));
@@ -860,52 +853,59 @@ mod kernel {
                 let stage = unsafe { ring.enter() };
                 let mut group = GROUP * warp;
                 while group < count {
-                    let column = group + 2 * g;
-                    let b = stage.offset(2 * column * columns.rank + 16 * c);
-                    let mut sum = [[0.0f32; 4]; FRAGMENTS];
+                    let column_of = |i: usize| group + i as u32 * GROUP * WORKERS + 2 * g;
+                    let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
                     let mut rank = 0;
                     while rank < tile.rank {
-                        let exists = column < count && rank + 8 * c < columns.rank;
-                        // SAFETY: the stage holds these columns up to the rank, h all runs of them.
-                        unsafe {
-                            let rows = [0, 1].map(|row| {
-                                let elements = b.offset(2 * (row * columns.rank + rank)).load16_if(exists);
+                        let mut rows = [[[0; 4]; 2]; CHAINS];
+                        unroll::<CHAINS>(|i| {
+                            let column = column_of(i);
+                            let exists = column < count && rank + 8 * c < columns.rank;
+                            unroll::<2>(|row| {
+                                let place =
+                                    stage.offset(2 * ((column + row as u32) * columns.rank + rank) + 16 * c);
+                                // SAFETY: the stage holds these columns up to the rank.
+                                let elements = unsafe { place.load16_if(exists) };
                                 // Above the rank the row may hold anything, NaN too.
-                                if tile.rank.is_multiple_of(8) {
+                                rows[i][row] = if tile.rank.is_multiple_of(8) {
                                     elements
                                 } else {
                                     keep_first(elements, tile.rank.saturating_sub(rank + 8 * c))
-                                }
-                            });
-                            unroll::<FRAGMENTS>(|f| {
-                                if f == 0 || 8 * (f as u32) < tile.rows {
-                                    // Pairs past the last are computed from it, and never stored.
-                                    let row = (8 * f as u32 + g).min(tile.rows - 1);
-                                    let h = h.offset(row * h_row + 2 * rank);
-                                    multiply::<E>(&mut sum[f], rows, h.load16());
-                                }
-                            });
-                        }
-                        rank += RUN;
-                    }
-                    if column < count {
-                        unroll::<FRAGMENTS>(|f| {
-                            unroll::<2>(|i| {
-                                let mut old = 0;
-                                let row = 8 * f as u32 + 2 * c + i as u32;
-                                if accumulate && row < tile.rows {
-                                    let row = stage.offset(B_STAGE + row * old_row_bytes(count));
-                                    // SAFETY: the stage holds the old values of these columns.
-                                    old = unsafe { row.offset(2 * column).load() };
-                                }
-                                let [low, high] = E::unpack(old);
-                                let weight = weight[f][i];
-                                let values = E::pack(sum[f][i] * weight + low, sum[f][i + 2] * weight + high);
-                                store(f, i, at + column, values);
+                                };
                             });
                         });
+                        unroll::<FRAGMENTS>(|f| {
+                            if f == 0 || 8 * (f as u32) < tile.rows {
+                                // Pairs past the last are computed from it, and never stored.
+                                let row = (8 * f as u32 + g).min(tile.rows - 1);
+                                // SAFETY: h holds all runs of these ranks.
+                                let h = unsafe { h.offset(row * h_row + 2 * rank).load16() };
+                                unroll::<CHAINS>(|i| multiply::<E>(&mut sum[i][f], rows[i], h));
+                            }
+                        });
+                        rank += RUN;
                     }
-                    group += GROUP * WORKERS;
+                    unroll::<CHAINS>(|chain| {
+                        let column = column_of(chain);
+                        if column < count {
+                            unroll::<FRAGMENTS>(|f| {
+                                unroll::<2>(|i| {
+                                    let mut old = 0;
+                                    let row = 8 * f as u32 + 2 * c + i as u32;
+                                    if accumulate && row < tile.rows {
+                                        let row = stage.offset(B_STAGE + row * old_row_bytes(count));
+                                        // SAFETY: the stage holds the old values of these columns.
+                                        old = unsafe { row.offset(2 * column).load() };
+                                    }
+                                    let [low, high] = E::unpack(old);
+                                    let (sum, weight) = (sum[chain][f], weight[f][i]);
+                                    let values = E::pack(sum[i] * weight + low, sum[i + 2] * weight + high);
+                                    store(f, i, at + column, values);
+                                });
+                            });
+                        }
+                    });
+                    group += CHAINS as u32 * GROUP * WORKERS;
                 }
                 // SAFETY: as above.
                 unsafe { ring.leave() };
@@ -922,13 +922,13 @@ mod kernel {
     /// As for the entry points: every tensor of `p` must be as its field says.
     #[inline(always)]
     pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u32>(p: DecodeParams) {
-        const { assert!(ROWS == 8 * FRAGMENTS as u32 && ROWS <= 32) };
+        const { assert!(ROWS == 8 * FRAGMENTS as u32 && GROUP + ROWS <= 32) };
         let (block, blocks) = (cluster::block(), cluster::blocks());
 
         // The map of shared memory.
         let max_rank = p.route.max_rank;
-        let segments = Shared::base().offset(BARRIER_BYTES);
-        let h = segments.offset(p.room.shared_bytes());
+        let found_at = Shared::base().offset(BARRIER_BYTES);
+        let h = found_at.offset(p.room.shared_bytes());
         let sums = h.offset(2 * ROWS * row_bytes(max_rank.next_multiple_of(RUN)));
         let landings = sums.offset(WORKERS * ROWS * SUM_ROW);
         let start = Shared::base().offset(fixed_bytes(ROWS, max_rank, blocks, p.room));
@@ -936,6 +936,7 @@ mod kernel {
             start,
             stages: p.shrink_stages,
             stage_bytes: const { shrink_stage_bytes(ROWS) },
+            fillers: FILLERS,
             barriers: 0,
             stage: 0,
             parity: 0,
@@ -944,6 +945,7 @@ mod kernel {
             start: start.offset(p.shrink_stages * const { shrink_stage_bytes(ROWS) }),
             stages: p.expand_stages,
             stage_bytes: const { expand_stage_bytes(ROWS) },
+            fillers: 1,
             barriers: 2 * MAX_STAGES,
             ..shrink_ring
         };
@@ -962,19 +964,23 @@ mod kernel {
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
-        if p.finds != 0 {
+        let few = p.route.pair_count <= segments::FEW;
+        if p.finds != 0 && !few {
             // SAFETY: the rings are not in use yet.
             unsafe { Segments::prepare(start, p.room) };
+            barrier::sync();
         }
         grid::wait_for_previous();
         grid::let_next_start();
 
         // SAFETY: as the caller promises; the rings are not in use yet.
         let found = unsafe {
-            if p.finds != 0 {
-                Segments::find::<ROWS>(&p.route, segments, start, p.room)
+            if p.finds == 0 {
+                Segments::none(found_at)
+            } else if few {
+                Segments::find_few::<ROWS>(&p.route, found_at, p.room)
             } else {
-                Segments::none(segments)
+                Segments::find::<ROWS>(&p.route, found_at, start, p.room)
             }
         };
         // The rings held the scratch of the search.
@@ -994,20 +1000,13 @@ mod kernel {
                 cluster::wait();
                 expand::<E, I, FRAGMENTS, ROWS>(&context, expand_ring);
             } else {
-                match warp - FILL {
-                    0 => fill_a::<I>(&context, shrink_ring, ROWS),
-                    1 => {
-                        fill_x::<I>(&context, shrink_ring, ROWS);
-                        if p.finds != 0 {
-                            found.keep(
-                                &p.route,
-                                thread::block() * 32 + thread::lane(),
-                                p.clusters * blocks * 32,
-                            );
-                        }
+                if warp < FILL + FILLERS {
+                    fill_shrink::<I, ROWS>(&context, shrink_ring, warp - FILL);
+                    if p.finds != 0 && thread::block() == 0 && warp == FILL {
+                        found.keep(&p.route);
                     }
-                    2 => fill_b::<I>(&context, expand_ring, ROWS),
-                    _ => fill_old::<I>(&context, expand_ring, ROWS),
+                } else {
+                    fill_expand::<I, ROWS>(&context, expand_ring);
                 }
                 cluster::wait();
             }

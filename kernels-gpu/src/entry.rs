@@ -509,9 +509,9 @@ expand Expand ExpandParams [
     "m64" M64 3,
     "any" Any 2,
 ];
-// One block a multiprocessor: its rings take all shared memory.
+// Tiles of 16 pairs have twice the sums, and no room for them among the registers of a second block.
 decode [
-    "m8" M8 1,
+    "m8" M8 2,
     "m16" M16 1,
 ];
 prefill [

@@ -99,7 +99,7 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub(crate) use kernel::{bucket, slot_rank};
+pub(crate) use kernel::{bucket_by, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
@@ -141,7 +141,12 @@ mod kernel {
     /// # Safety
     /// As for [`slot_rank`].
     #[inline(always)]
-    unsafe fn bucket_by(p: &RouteParams, slot: u32, global_expert: u32, rank: impl Fn(u32) -> u32) -> u32 {
+    pub(crate) unsafe fn bucket_by(
+        p: &RouteParams,
+        slot: u32,
+        global_expert: u32,
+        rank: impl Fn(u32) -> u32,
+    ) -> u32 {
         let inactive = p.slots * p.experts;
         if global_expert >= p.global_experts {
             return inactive;
@@ -156,16 +161,6 @@ mod kernel {
             return inactive;
         }
         slot * p.experts + expert
-    }
-
-    /// The bucket of a pair, given its slot and global expert.
-    ///
-    /// # Safety
-    /// As for [`slot_rank`].
-    #[inline(always)]
-    pub(crate) unsafe fn bucket(p: &RouteParams, slot: u32, global_expert: u32) -> u32 {
-        // SAFETY: as the caller promises.
-        unsafe { bucket_by(p, slot, global_expert, |slot| slot_rank(p, slot)) }
     }
 
     /// Where things are in shared memory.

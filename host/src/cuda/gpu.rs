@@ -10,7 +10,7 @@ use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
 use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
-use moe_lora_kernels::{ENTRIES, Entry, Kernel};
+use moe_lora_kernels::{ENTRIES, Entry, Kernel, decode};
 use std::path::Path;
 use std::{env, fmt, ptr};
 
@@ -251,7 +251,7 @@ impl Gpu {
             let entry = ENTRIES.iter().find(decode).expect("the table has decode");
             let function = gpu.functions[number(entry)].expect("sm_90 has it");
             // With all the shared memory that a block can have: `decode` takes nearly all.
-            let shared_bytes = gpu.info.shared_bytes;
+            let shared_bytes = gpu.limits().shared_bytes_of(decode::BLOCKS);
             for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
                 let (blocks, cluster) = (1 << i, 1 << i);
                 let launch = Launch { entry, blocks, cluster, cooperative: false, shared_bytes };

@@ -66,39 +66,49 @@ pub(super) fn expand_columns(blocks: u64, out_dim: u32, shape: TileShape, limits
     column_tiles.div_ceil(runs) * shape.columns()
 }
 
-/// Pairs a segment up to which `decode` is the faster form. At 8, w13 takes 80 µs and shrink and expand 82; from more
-/// than a tile of 16 on, `decode` would read weights twice.
-const DECODE_SEGMENT: u64 = 12;
+/// Pairs a segment from which on `decode` is the slower form: at 8, w13 takes 79 µs in it, 77 in `prefill` and 80 in
+/// two launches. Segments of more than a tile's pairs read their weights twice.
+const DECODE_SEGMENT: u64 = 7;
 
 /// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost.
 pub(super) fn wants_decode(pairs: usize, buckets: u64) -> bool {
-    pairs as u64 <= DECODE_SEGMENT * buckets
+    (pairs as u64) < DECODE_SEGMENT * buckets
 }
 
-/// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`].
+/// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`]. At 8 pairs a segment w13
+/// takes 79 µs in tiles of 8, whose second ones read half of the weights again, and 80 to 93 in tiles of 16. So these are
+/// for longer segments that `decode` is asked to take all the same.
 pub(super) fn decode_rows(pairs: usize, buckets: u64) -> DecodeRows {
     match pairs as u64 / buckets {
-        0..=3 => DecodeRows::M8,
+        0..=8 => DecodeRows::M8,
         _ => DecodeRows::M16,
     }
 }
 
-/// Bytes a microsecond that a device of the H100's kind streams from memory; and that one multiprocessor takes when
-/// half of them have work, as in a call of one token.
+/// Bytes a microsecond that a device of the H100's kind streams from memory, and that one block of `decode` takes when
+/// nothing keeps it from it: the 101 units of w2 at 16 tokens take 23.0 µs in clusters of 1, 19.7 of 2 and 18.5 of 4.
 const STREAM: f64 = 3.0e6;
-const STREAM_OF_ONE: f64 = 45e3;
-/// Microseconds that a unit of `decode` takes a block, however small: a chain of waits, not of work.
-const UNIT_TIME: f64 = 1.5;
+const STREAM_OF_ONE: f64 = 22e3;
+/// Microseconds that each unit costs a block beside its bytes: R = 16 at 80 tokens takes 23.9, 24.0, 25.8 and 30.6 µs
+/// with 2, 4, 8 and 16 units a block.
+const UNIT_TIME: f64 = 0.6;
+/// Part of a unit's expand that a call ends with, with nothing left to shrink meanwhile: w2, most of whose weights are b,
+/// takes 0.8 µs less at 80 tokens in clusters of 2 than of 1, and w13 as long.
+const END: f64 = 0.26;
+/// Microseconds that it costs to begin with two blocks a multiprocessor: the next launch finds no room before one ends.
+/// Four tokens take 16.4 µs in 252 blocks and 14.1 in 126.
+const CROWD_TIME: f64 = 1.5;
 
-/// Blocks of a cluster of `decode`: those with which the last unit is done first, if each takes what its bytes take.
+/// Blocks of a cluster of `decode`, with up to `blocks` blocks a multiprocessor: those with which the last unit is done
+/// first.
 pub(super) fn decode_cluster(
     pairs: usize,
     rows: u32,
+    blocks: u32,
     sizes: &ProjectionSizes,
     limits: &DeviceLimits,
     asked: Option<u32>,
 ) -> u32 {
-    let most = decode::MAX_CLUSTER.ilog2();
     if let Some(asked) = asked {
         return 1 << asked.clamp(1, decode::MAX_CLUSTER).ilog2();
     }
@@ -107,36 +117,37 @@ pub(super) fn decode_cluster(
     let segments = buckets * (1.0 - (-pairs / buckets).exp());
     let tiles = segments.max(pairs / f64::from(rows)).ceil() as u64;
     let units = tiles * sizes.slices as u64;
-    let bytes = (sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE) as f64;
+    let [a, b] = [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64);
     let time = |cluster: u32| {
-        let clusters = decode_clusters(units, cluster, limits);
-        let rate = (STREAM / (clusters * u64::from(cluster)) as f64).min(STREAM_OF_ONE);
-        let unit = (bytes / f64::from(cluster) / rate).max(UNIT_TIME);
-        unit * units.div_ceil(clusters) as f64
+        let clusters = decode_clusters(units, cluster, blocks, limits);
+        let blocks = clusters * u64::from(cluster);
+        let rounds = units.div_ceil(clusters) as f64;
+        let rate = STREAM_OF_ONE * f64::from(cluster);
+        let streamed = (units as f64 * (a + b) / STREAM).max(rounds * (a + b) / rate);
+        let crowd = if blocks > u64::from(limits.multiprocessors) { CROWD_TIME } else { 0.0 };
+        streamed + rounds * UNIT_TIME + END * b / rate + crowd
     };
-    // Larger tiles are a longer chain, which clusters of many blocks wait for: of 256 tokens w13 takes 80 µs in clusters
-    // of 2, 83 of 4 and 87 of 8.
-    let most = if rows > 8 && units > u64::from(limits.decode_clusters[1]) { 1 } else { most };
-    let sizes = (0..=most).map(|log| 1 << log);
-    sizes.min_by(|one, other| time(*one).total_cmp(&time(*other))).unwrap_or(1)
+    let clusters = (0..=decode::MAX_CLUSTER.ilog2()).map(|log| 1 << log);
+    clusters.min_by(|one, other| time(*one).total_cmp(&time(*other))).unwrap_or(1)
 }
 
-/// Clusters of `decode`: as many as the device runs at a time, each of which takes one unit after another. With
-/// one more, its units would come last of all.
-pub(super) fn decode_clusters(units: u64, cluster: u32, limits: &DeviceLimits) -> u64 {
-    units.min(u64::from(limits.decode_clusters[cluster.ilog2() as usize])).max(1)
+/// Clusters of `decode`: as many as the device runs at a time with `blocks` blocks a multiprocessor, each of which takes
+/// one unit after another. With one more, its units would come last of all.
+pub(super) fn decode_clusters(units: u64, cluster: u32, blocks: u32, limits: &DeviceLimits) -> u64 {
+    let most = limits.decode_clusters[cluster.ilog2() as usize] * blocks / decode::BLOCKS;
+    units.min(u64::from(most)).max(1)
 }
 
 /// The tile of `prefill`, where that is the faster form; `segment` is guessed as for [`tile`].
 ///
-/// From eight pairs a segment on, w13 takes 74 µs for 76 in two launches; at 32 pairs 87 for 107 with tiles of 64, 99
+/// At eight pairs a segment w13 takes 77 µs for 80 in two launches; at 32 pairs 87 for 107 with tiles of 64, 99
 /// with tiles of 128, of which three quarters are empty; at 64 pairs 78 and 67. With one slice, much of whose traffic is
 /// `out`, two launches are level at 128 pairs (177 and 174), and at 512 they take 556 µs for 587: each does one kind of
 /// access at a time.
 pub(super) fn prefill_tile(pairs: usize, buckets: u64, slices: usize) -> Option<PrefillTile> {
     match pairs as u64 / buckets {
-        0..8 => None,
-        8..48 => Some(PrefillTile::M64),
+        0..DECODE_SEGMENT => None,
+        DECODE_SEGMENT..48 => Some(PrefillTile::M64),
         256.. if slices == 1 => None,
         _ => Some(PrefillTile::M128),
     }

@@ -169,20 +169,27 @@ impl Shared {
         }
     }
 
-    /// `red.shared.min.u32`: leaves the smaller of what was there and `value`.
+    /// `atom.shared.exch.b32`: stores `value`, and returns what was there (PTX ISA 9.7.12.4).
     ///
     /// # Safety
     /// As for [`Shared::load`].
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn fetch_min(self, value: u32) {
+    pub unsafe fn exchange(self, value: u32) -> u32 {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: as the caller promises.
-        unsafe {
-            asm!("red.shared.min.u32 [{}], {};", in(reg32) self.0, in(reg32) value, options(nostack));
+        {
+            let before: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("atom.shared.exch.b32 {}, [{}], {};",
+                    out(reg32) before, in(reg32) self.0, in(reg32) value, options(nostack));
+            }
+            before
         }
         #[cfg(feature = "emulate")]
-        emulate::update_shared(self.0, |before| before.min(value));
+        {
+            emulate::update_shared(self.0, |_| value)
+        }
     }
 
     /// `atom.shared.add.u32`: adds, and returns what was there (PTX ISA 9.7.12.4).
