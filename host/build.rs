@@ -131,7 +131,7 @@ mod cuda {
         }
     }
 
-    /// Writes the modules, and `embedded.rs`: a slice of `Embedded` that `src/cuda/gpu.rs` includes.
+    /// Writes the modules, packed, and `embedded.rs`: a slice of `Embedded` that `src/cuda/gpu.rs` includes.
     fn embed(
         out: &Path,
         modules: &[(Arch, String)],
@@ -141,12 +141,15 @@ mod cuda {
         for (arch, ptx) in modules {
             let path = out.join(format!("{arch}.ptx"));
             fs::write(&path, ptx)?;
+            pack(&path)?;
             let cubin = match assembler {
                 Some(ptxas) => {
-                    ptxas.assemble(&path, *arch, &out.join(format!("{arch}.cubin")))?;
+                    let cubin = out.join(format!("{arch}.cubin"));
+                    ptxas.assemble(&path, *arch, &cubin)?;
+                    pack(&cubin)?;
                     format!(
-                        "Some(Cubin {{ image: include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{arch}.cubin\")), \
-                         ptxas: {:?} }})",
+                        "Some(Cubin {{ image: Packed(include_bytes!(concat!(env!(\"OUT_DIR\"), \
+                         \"/{arch}.cubin.lz4\"))), ptxas: {:?} }})",
                         ptxas.version
                     )
                 }
@@ -157,11 +160,19 @@ mod cuda {
             writeln!(
                 rows,
                 "    Embedded {{ sm: {sm}, arch: \"{arch}\", made_by: {made_by:?}, \
-                 ptx: include_str!(concat!(env!(\"OUT_DIR\"), \"/{arch}.ptx\")), cubin: {cubin} }},"
+                 ptx: Packed(include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{arch}.ptx.lz4\"))), cubin: {cubin} }},"
             )?;
         }
         rows.push_str("]\n");
         fs::write(out.join("embedded.rs"), rows)?;
         Ok(())
+    }
+
+    /// Writes FILE.lz4 beside FILE: its length, and an LZ4 block.
+    fn pack(path: &Path) -> Result<(), Box<dyn Error>> {
+        let packed = lz4_flex::compress_prepend_size(&fs::read(path)?);
+        let mut name = path.as_os_str().to_owned();
+        name.push(".lz4");
+        Ok(fs::write(name, packed)?)
     }
 }

@@ -15,7 +15,7 @@ use moe_lora_kernels::Entry;
 use crate::lint::{LintError, lint};
 use crate::stamp::stamp;
 use crate::toolchain::{Core, TARGET, Toolchain};
-use crate::{Arch, Generator, NvvmError, RustCudaError, kernel_sources};
+use crate::{Arch, Generator, NvvmError, RustCudaError, kernel_sources, nvvm};
 
 /// `core` is compiled for the oldest architecture; that serves every later one, since what is
 /// inlined from it is compiled again with the kernels.
@@ -145,7 +145,11 @@ impl Compiler {
     /// [`CompileError::RustCuda`] when another code generator does, [`CompileError::Refused`] when
     /// [`lint`] finds fault with the PTX.
     pub fn compile(&self, arch: Arch) -> Result<Module, CompileError> {
-        self.compile_crate("moe_lora_kernels", &kernel_sources().join("lib.rs"), &entries(arch), arch)
+        let mut entries = entries(arch);
+        if let Generator::Nvvm(..) = self.generator {
+            entries.iter_mut().for_each(|entry| entry.min_blocks = nvvm::min_blocks(entry));
+        }
+        self.compile_crate("moe_lora_kernels", &kernel_sources().join("lib.rs"), &entries, arch)
     }
 
     fn compile_crate(

@@ -58,7 +58,13 @@ pub use toolchain::{Search, Toolchain, ToolchainError};
 
 /// The entry points that a module for `arch` must have.
 pub fn entries(arch: Arch) -> Vec<moe_lora_kernels::Entry> {
-    moe_lora_kernels::ENTRIES.iter().filter(|entry| entry.is_on(arch.capability())).copied().collect()
+    let capability = arch.capability();
+    let on = |entry: &&moe_lora_kernels::Entry| entry.is_on(capability);
+    let of = |entry: &moe_lora_kernels::Entry| moe_lora_kernels::Entry {
+        min_blocks: entry.min_blocks_on(capability),
+        ..*entry
+    };
+    moe_lora_kernels::ENTRIES.iter().filter(on).map(of).collect()
 }
 
 /// The folder of the moe-lora workspace that this crate was compiled from.

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use libloading::Library;
+use moe_lora_kernels::{Entry, Kernel};
 
 use crate::{Arch, cuda_tools};
 
@@ -152,6 +153,12 @@ impl Nvvm {
         let version = cuda_tools::parse_version(&ptx).unwrap_or("unknown").to_owned();
         Ok(Compiled { ptx: restate(&ptx, arch), version, log })
     }
+}
+
+/// Blocks of an entry point that must share a multiprocessor. libNVVM's code for `decode` spills in the registers that
+/// two blocks leave it, and so has one.
+pub(crate) fn min_blocks(entry: &Entry) -> u32 {
+    if matches!(entry.kernel, Kernel::Decode { .. }) { 1 } else { entry.min_blocks }
 }
 
 /// The architecture that libNVVM compiles for: the first that reads the IR of a current LLVM, unless the

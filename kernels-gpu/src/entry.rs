@@ -151,7 +151,17 @@ pub const CLUSTERS_SINCE: u32 = 90;
 /// The compute capability, times ten, whose module (for `sm_90a`) has wgmma: no other has.
 pub const WGMMA_ON: u32 = 90;
 
+/// The compute capability, times ten, from which on a multiprocessor has 100 KiB of shared memory, not 228 as before: what
+/// one block of `decode` takes.
+const LESS_SHARED_SINCE: u32 = 120;
+
 impl Entry {
+    /// [`Entry::min_blocks`] in a module for this compute capability (times ten).
+    pub const fn min_blocks_on(&self, capability: u32) -> u32 {
+        let alone = matches!(self.kernel, Kernel::Decode { .. }) && capability >= LESS_SHARED_SINCE;
+        if alone { 1 } else { self.min_blocks }
+    }
+
     /// True when a module for this compute capability (times ten) has the entry point.
     pub const fn is_on(&self, capability: u32) -> bool {
         let has_clusters = self.cluster == 1 || capability >= CLUSTERS_SINCE;

@@ -14,6 +14,24 @@ use moe_lora_kernels::{ENTRIES, Entry, Kernel, decode};
 use std::path::Path;
 use std::{env, fmt, ptr};
 
+/// A file that was built into the program, as an LZ4 block with its length before it: kernels are so much alike that
+/// they take a third.
+#[derive(Clone, Copy)]
+pub struct Packed(&'static [u8]);
+
+impl Packed {
+    /// The file.
+    pub fn unpack(self) -> Vec<u8> {
+        lz4_flex::decompress_size_prepended(self.0).expect("the build packed it")
+    }
+}
+
+impl fmt::Debug for Packed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Packed({} bytes)", self.0.len())
+    }
+}
+
 /// The kernels for one generation of devices.
 #[derive(Clone, Copy, Debug)]
 pub struct Embedded {
@@ -22,7 +40,7 @@ pub struct Embedded {
     /// The target as PTX names it. One that ends in `a` runs on that very capability alone.
     pub arch: &'static str,
     /// The PTX module.
-    pub ptx: &'static str,
+    pub ptx: Packed,
     /// The same module as machine code, where the build found an assembler.
     pub cubin: Option<Cubin>,
     /// Which code generator and compiler made the PTX.
@@ -34,7 +52,7 @@ pub struct Embedded {
 #[derive(Clone, Copy, Debug)]
 pub struct Cubin {
     /// The ELF image.
-    pub image: &'static [u8],
+    pub image: Packed,
     /// Version of the ptxas that made it, for example `13.0.88`. A driver older than that CUDA release may
     /// refuse it.
     pub ptxas: &'static str,
@@ -71,12 +89,13 @@ impl Embedded {
     fn load(&self, capability: u32) -> Result<(Module, LoadedFrom)> {
         let mut cubin_refused = None;
         if let Some(cubin) = self.cubin_for(capability) {
-            match Module::from_cubin(cubin.image, &[]) {
+            match Module::from_cubin(cubin.image.unpack(), &[]) {
                 Ok(module) => return Ok((module, LoadedFrom::Cubin)),
                 Err(error) => cubin_refused = Some(format!("{error:?}")),
             }
         }
-        let module = Module::from_ptx(self.ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
+        let ptx = String::from_utf8(self.ptx.unpack()).expect("PTX is ASCII");
+        let module = Module::from_ptx(ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
         Ok((module, LoadedFrom::Ptx { cubin_refused }))
     }
 }
@@ -404,8 +423,8 @@ mod tests {
 
     #[test]
     fn a_cubin_is_for_devices_of_its_major_version() {
-        let cubin = Some(Cubin { image: &[], ptxas: "13.0.88" });
-        let kernels = |arch, sm| Embedded { sm, arch, ptx: "", cubin, made_by: "" };
+        let cubin = Some(Cubin { image: Packed(&[]), ptxas: "13.0.88" });
+        let kernels = |arch, sm| Embedded { sm, arch, ptx: Packed(&[]), cubin, made_by: "" };
         let (ampere, hopper) = (kernels("sm_80", 80), kernels("sm_90a", 90));
         let runs = |kernels: &Embedded, capability| {
             (kernels.runs_on(capability), kernels.cubin_for(capability).is_some())
@@ -425,9 +444,10 @@ mod tests {
     fn both_generations_are_built_in() {
         assert_eq!(EMBEDDED.iter().map(|kernels| kernels.sm).collect::<Vec<_>>(), [80, 90]);
         for kernels in EMBEDDED {
-            assert!(kernels.ptx.contains(&format!("\n.target {}\n", kernels.arch)));
+            let ptx = String::from_utf8(kernels.ptx.unpack()).unwrap();
+            assert!(ptx.contains(&format!("\n.target {}\n", kernels.arch)));
             if let Some(cubin) = kernels.cubin {
-                assert!(cubin.image.starts_with(b"\x7fELF"), "{}", kernels.arch);
+                assert!(cubin.image.unpack().starts_with(b"\x7fELF"), "{}", kernels.arch);
             }
         }
     }

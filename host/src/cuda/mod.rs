@@ -20,7 +20,7 @@ mod queue;
 mod workspace;
 
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
-pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, device_of};
+pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, Packed, device_of};
 pub use graph::{AllowAllocation, Graph};
 pub use queue::{DeviceBuffer, KeptRoute, Queue};
 pub use workspace::Workspace;
