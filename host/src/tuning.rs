@@ -136,9 +136,9 @@ impl Tuning {
     }
 
     /// The way that was fastest for the call nearest to this one: the same projection, and a number of tokens that is at
-    /// most [`REACH`] times more or less. `None` where nothing near was measured, for half a call, and on blocks of
+    /// most twice as large, and at least half. `None` where nothing near was measured, for half a call, and on blocks of
     /// the caller's, which were not measured.
-    pub(crate) fn way(
+    pub fn way(
         &self,
         projection: &Projection,
         tokens: usize,

@@ -698,9 +698,9 @@ mod kernel {
         const FOURS: u32 = GROUP / 4;
         let shift = context.blocks.trailing_zeros();
         let mut item = worker();
-        while item < rows * FOURS << shift {
+        while item < (rows * FOURS) << shift {
             let (four, block, row) =
-                (item % FOURS, item / FOURS & (context.blocks - 1), item / FOURS >> shift);
+                (item % FOURS, (item / FOURS) & (context.blocks - 1), (item / FOURS) >> shift);
             item += ROLE_THREADS;
             let mut sum = [0.0f32; 4];
             unroll::<{ WORKERS as usize }>(|w| {

@@ -27,7 +27,7 @@ mod wide;
 mod gpu {
     use super::{blocks, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, LoadedFrom, Options, Queue};
+    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, LoadedFrom, Options, Packed, Queue};
     use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
@@ -67,7 +67,10 @@ mod gpu {
             let kernels = *gpu.embedded();
             let has_cubin = kernels.cubin.is_some();
             assert_eq!(*gpu.loaded_from() == LoadedFrom::Cubin, has_cubin, "{:?}", gpu.loaded_from());
-            let broken = Cubin { image: b"no machine code", ptxas: "0.0.0" };
+            // One run of 15 literals.
+            let image = Packed::of(b"\x0f\0\0\0\xf0\0no machine code");
+            assert_eq!(image.unpack(), b"no machine code");
+            let broken = Cubin { image, ptxas: "0.0.0" };
             for cubin in [None, Some(broken)] {
                 // As static as those of the program.
                 let kernels = Box::leak(Box::new([Embedded { cubin, ..kernels }]));

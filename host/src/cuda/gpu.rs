@@ -20,9 +20,17 @@ use std::{env, fmt, ptr};
 pub struct Packed(&'static [u8]);
 
 impl Packed {
+    /// A file, of its length as four bytes, the lowest first, and an LZ4 block.
+    pub const fn of(packed: &'static [u8]) -> Self {
+        Packed(packed)
+    }
+
     /// The file.
+    ///
+    /// # Panics
+    /// If it is none, which [`EMBEDDED`] never is.
     pub fn unpack(self) -> Vec<u8> {
-        lz4_flex::decompress_size_prepended(self.0).expect("the build packed it")
+        lz4_flex::decompress_size_prepended(self.0).expect("a length and an LZ4 block")
     }
 }
 
