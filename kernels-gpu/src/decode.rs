@@ -441,7 +441,8 @@ mod kernel {
             }
         }
 
-        /// Groups of ranks that a part of h has room for.
+        /// Groups of ranks that a part of h has: as many of each block, the last ones zeros. A block that sent nothing would
+        /// not wait either, and be ahead of the others by more than parities tell.
         #[inline(always)]
         fn landing_groups(&self) -> u32 {
             (self.groups + self.group_shares - 1) & !(self.group_shares - 1)
@@ -610,8 +611,6 @@ mod kernel {
         context: &Context<'_>,
         mut ring: Ring,
     ) {
-        let (g, c) = (thread::lane() / 4, thread::lane() % 4);
-        let warp = worker() / 32;
         let mut shares = Shares::new(context, 0);
         // Units whose h was sent.
         let mut sent = 0;
@@ -623,10 +622,12 @@ mod kernel {
             let (turn, parity) = (sent & 1, sent >> 1 & 1);
             sent += 1;
             let mut group = shares.group;
-            while group < shares.groups {
-                let ranks = (tile.rank - GROUP * group).min(GROUP);
+            while group < shares.landing_groups() {
+                let ranks = tile.rank.saturating_sub(GROUP * group).min(GROUP);
+                let me = thread::index_anew();
+                let (warp, g, c) = (me % ROLE_THREADS / 32, me % 32 / 4, me % 4);
                 let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
-                let (mut at, end) = shares.k;
+                let (mut at, end) = if ranks > 0 { shares.k } else { (0, 0) };
                 while at < end {
                     let length = CHUNK.min(end - at);
                     let row_bytes = row_bytes(length);
@@ -742,7 +743,7 @@ mod kernel {
         // SAFETY: the barrier is initialised.
         unsafe {
             if worker() == 0 {
-                landed(turn).arrive_expecting(shares.k_shares * shares.groups * GROUP * rows * 4);
+                landed(turn).arrive_expecting(shares.k_shares * shares.landing_groups() * GROUP * rows * 4);
             }
             landed(turn).wait(parity);
         }

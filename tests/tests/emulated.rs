@@ -132,6 +132,26 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     assert!(few.is_empty(), "kernels in less than {SEEDS} orders: {few:?}");
 }
 
+/// Clusters whose units have ranks of one, two, three … groups of sixteen, one after another: blocks without a group of
+/// their own keep step with the others.
+#[test]
+fn ranks_of_any_number_of_groups_follow_one_another() {
+    let case = |seed: u64| Case {
+        tokens: 14,
+        slots: 3,
+        slices: 2,
+        max_rank: if seed.is_multiple_of(2) { 64 } else { 128 },
+        ranks: Ranks::Mixed,
+        loras: Loras::Random,
+        seed,
+        ..Case::default()
+    };
+    let decode = Options { form: Some(PlanForm::Decode), ..Options::default() };
+    let ways = [4, 8].map(|cluster| Options { cluster: Some(cluster), ..decode });
+    let cases: Vec<_> = (0..SEEDS / 2).map(case).collect();
+    check_all(&cases, &ways).log();
+}
+
 #[test]
 fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
     const EXPERTS: usize = 4;
