@@ -151,6 +151,16 @@ pub enum RouteSource {
     },
 }
 
+impl RouteSource {
+    /// Pairs a tile of a route that is there already; `None` where this call makes it.
+    fn tile_rows(self) -> Option<u32> {
+        match self {
+            RouteSource::Made => None,
+            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => Some(tile_rows),
+        }
+    }
+}
+
 /// Which part of the operator a call is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stage {
@@ -387,12 +397,7 @@ impl Plan {
             let room = column_room(projection, shape);
             let bytes =
                 shrink::shared_bytes(shape, room).max(expand::shared_bytes(shape, sizes.max_rank as u32));
-            let in_route = match route {
-                RouteSource::Made => true,
-                RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => {
-                    shape.rows() <= tile_rows
-                }
-            };
+            let in_route = route.tile_rows().is_none_or(|rows| shape.rows() <= rows);
             in_route && bytes <= limits.shared_bytes
         };
         let tile = match options.tile {
@@ -419,10 +424,7 @@ impl Plan {
         };
         let prefill = prefill.filter(|_| stage == Stage::Forward);
         let one_launch = decode_shape.is_some() || prefill.is_some();
-        let tile_rows = match route {
-            RouteSource::Made => rows,
-            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
-        };
+        let tile_rows = route.tile_rows().unwrap_or(rows);
         // Every tile of a given route is taken in as many parts as a full one needs.
         let tile_parts = tile_rows.div_ceil(rows);
         let route_tiles = tiles(projection, pairs, tile_rows);
@@ -617,10 +619,7 @@ impl DecodeShape {
         let finds = route == RouteSource::Made
             && pairs <= segments::MAX_PAIRS as usize
             && sizes.slots.max(sizes.experts) <= segments::MAX_NUMBER as usize;
-        let most_rows = match route {
-            RouteSource::Made => u32::MAX,
-            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile_rows,
-        };
+        let most_rows = route.tile_rows().unwrap_or(u32::MAX);
         let wanted = options.rows.unwrap_or_else(|| heuristics::decode_rows(pairs, buckets(projection)));
         // From the wanted size downwards: a large rank may leave no room for a large tile, and a route may have
         // small ones.
@@ -719,10 +718,7 @@ fn prefill_tile(
 ) -> Option<PrefillTile> {
     let sizes = projection.sizes();
     let fits = |tile: &PrefillTile| {
-        let in_route = match route {
-            RouteSource::Made => true,
-            RouteSource::Sorted { tile_rows } | RouteSource::Kept { tile_rows } => tile.rows() <= tile_rows,
-        };
+        let in_route = route.tile_rows().is_none_or(|rows| tile.rows() <= rows);
         let shape = prefill_shape(projection, *tile);
         in_route && shape.is_some_and(|shape| shape.shared_bytes() <= limits.shared_bytes)
     };

@@ -25,6 +25,11 @@ impl Packed {
         Packed(packed)
     }
 
+    /// Bytes of the file.
+    pub fn unpacked_len(self) -> usize {
+        self.0.first_chunk().map_or(0, |len| u32::from_le_bytes(*len) as usize)
+    }
+
     /// The file.
     ///
     /// # Panics
@@ -454,6 +459,7 @@ mod tests {
         for kernels in EMBEDDED {
             let ptx = String::from_utf8(kernels.ptx.unpack()).unwrap();
             assert!(ptx.contains(&format!("\n.target {}\n", kernels.arch)));
+            assert_eq!(ptx.len(), kernels.ptx.unpacked_len());
             if let Some(cubin) = kernels.cubin {
                 assert!(cubin.image.unpack().starts_with(b"\x7fELF"), "{}", kernels.arch);
             }

@@ -218,10 +218,10 @@ impl fmt::Display for Machine {
 fn describe(kernels: &Embedded) -> String {
     let Embedded { made_by, ptx, cubin, .. } = kernels;
     let cubin = match cubin {
-        Some(cubin) => format!("{} KiB of cubin by ptxas {}", cubin.image.unpack().len() >> 10, cubin.ptxas),
+        Some(cubin) => format!("{} KiB of cubin by ptxas {}", cubin.image.unpacked_len() >> 10, cubin.ptxas),
         None => "no cubin".to_owned(),
     };
-    format!("{made_by}: {} KiB of PTX, {cubin}", ptx.unpack().len() >> 10)
+    format!("{made_by}: {} KiB of PTX, {cubin}", ptx.unpacked_len() >> 10)
 }
 
 /// A back end that knows how long its work takes.

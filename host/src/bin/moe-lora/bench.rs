@@ -1,11 +1,11 @@
 use crate::DTypeArg;
-use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, time};
+use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, routing, time};
 use crate::models::{GPT_OSS_20B, Model, OLMOE_1B, Op, QWEN3_30B};
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue, TileKind, Workspace};
+use moe_lora::cuda::{Gpu, Options, Queue, TileKind, Workspace};
 use moe_lora::tuning::ways;
-use moe_lora::{Backend, Buffer, DType, Device, Enabled, Projection, RoutingTensors};
+use moe_lora::{Backend, DType, Projection};
 use rand::rngs::StdRng;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
@@ -214,19 +214,6 @@ fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64,
         queue.route(&mut workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
     })?;
     Ok((time, host))
-}
-
-fn routing<'a>(
-    topk_ids: &'a DeviceBuffer<i32>,
-    token_lora: &'a DeviceBuffer<i32>,
-) -> RoutingTensors<'a, Device> {
-    RoutingTensors {
-        topk_ids: topk_ids.view(),
-        token_lora: token_lora.view(),
-        adapter_enabled: Enabled::All,
-        ranks: None,
-        expert_map: None,
-    }
 }
 
 /// Lets `route` fill the workspace, and holds what it leaves against the same done plainly, to the bit.

@@ -123,6 +123,20 @@ pub fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
+/// The routing of a call whose adapters are all on and of the largest rank.
+pub fn routing<'a>(
+    topk_ids: &'a DeviceBuffer<i32>,
+    token_lora: &'a DeviceBuffer<i32>,
+) -> RoutingTensors<'a, Device> {
+    RoutingTensors {
+        topk_ids: topk_ids.view(),
+        token_lora: token_lora.view(),
+        adapter_enabled: Enabled::All,
+        ranks: None,
+        expert_map: None,
+    }
+}
+
 /// Microseconds that a call takes the host, which waits for nothing.
 pub fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<()>) -> moe_lora::Result<f64> {
     let mut times = Vec::new();
@@ -183,13 +197,8 @@ pub fn time<T: Element>(
     let mut workspace = queue.workspace(&[projection], tokens)?;
     let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
         let (a, b) = (views(&weights[set].0), views(&weights[set].1));
-        let routing = RoutingTensors {
-            topk_ids: topk_ids.view(),
-            token_lora: token_lora.view(),
-            adapter_enabled: Enabled::All,
-            ranks: (rank < s.max_rank).then(|| ranks.view()),
-            expert_map: None,
-        };
+        let ranks = (rank < s.max_rank).then(|| ranks.view());
+        let routing = RoutingTensors { ranks, ..routing(&topk_ids, &token_lora) };
         queue.forward(
             &mut workspace,
             &projection,
