@@ -1,7 +1,9 @@
 //! Copies from global to shared memory that pass no register (PTX ISA 9.7.9.24, `cp.async`).
 //!
 //! A thread starts copies, closes them into groups with [`commit`], and waits until all but the newest
-//! few groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block.
+//! few groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block. Or the thread's
+//! arrival at an mbarrier waits for them ([`super::mbarrier::Mbarrier::arrive_after_copies`]), and whoever waits for that
+//! phase sees them.
 
 use super::shared::Shared;
 #[cfg(feature = "emulate")]
@@ -55,6 +57,23 @@ pub unsafe fn copy16_whole<T>(target: Shared, source: Global<T>) {
     // SAFETY: as the caller promises.
     unsafe {
         asm!("cp.async.cg.shared.global.L2::128B [{}], [{}], 16;",
+            in(reg32) target.address(), in(reg64) source.address(), options(nostack));
+    }
+    #[cfg(feature = "emulate")]
+    emulate::start_copy(target.address(), source.address(), 16);
+}
+
+/// Starts a copy of 16 bytes, all of them from `source`, around which L2 fetches nothing more.
+///
+/// # Safety
+/// As for [`copy16_whole`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn copy16_alone<T>(target: Shared, source: Global<T>) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as the caller promises.
+    unsafe {
+        asm!("cp.async.cg.shared.global [{}], [{}], 16;",
             in(reg32) target.address(), in(reg64) source.address(), options(nostack));
     }
     #[cfg(feature = "emulate")]

@@ -73,7 +73,23 @@ impl Mbarrier {
             asm!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) self.address(), options(nostack));
         }
         #[cfg(feature = "emulate")]
-        emulate::arrive_mbarrier(self.address(), 0);
+        emulate::arrive_mbarrier(self.address(), 1, 0);
+    }
+
+    /// As [`Mbarrier::arrive`], for `count` arrivals.
+    ///
+    /// # Safety
+    /// As for [`Mbarrier::arrive`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn arrive_for(self, count: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("mbarrier.arrive.shared::cta.b64 _, [{}], {};", in(reg32) self.address(), in(reg32) count, options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::arrive_mbarrier(self.address(), count, 0);
     }
 
     /// `mbarrier.arrive.expect_tx`: announces that `bytes` bytes will be copied in during this phase, and arrives.
@@ -89,7 +105,24 @@ impl Mbarrier {
             asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};", in(reg32) self.address(), in(reg32) bytes, options(nostack));
         }
         #[cfg(feature = "emulate")]
-        emulate::arrive_mbarrier(self.address(), bytes);
+        emulate::arrive_mbarrier(self.address(), 1, bytes);
+    }
+
+    /// `cp.async.mbarrier.arrive.noinc`: arrives once the copies that this thread has started ([`super::async_copy`]) have
+    /// landed.
+    ///
+    /// # Safety
+    /// As for [`Mbarrier::arrive`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn arrive_after_copies(self) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            asm!("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{}];", in(reg32) self.address(), options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::arrive_after_copies(self.address());
     }
 
     /// `mbarrier.try_wait.parity`, until it succeeds: waits for the end of the phase of this parity (0 or 1), with
@@ -151,7 +184,7 @@ impl RemoteMbarrier {
             asm!("mbarrier.arrive.shared::cluster.b64 _, [{}];", in(reg32) self.address(), options(nostack));
         }
         #[cfg(feature = "emulate")]
-        emulate::arrive_mbarrier(self.address(), 0);
+        emulate::arrive_mbarrier(self.address(), 1, 0);
     }
 }
 

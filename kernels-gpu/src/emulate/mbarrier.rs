@@ -3,7 +3,8 @@
 //! A copy lands when the phase that counts it completes, with what its source holds then: the latest moment that
 //! the manual allows. Until then its target is under way.
 
-use super::block::State;
+use super::SHARED_BASE;
+use super::block::{self, State};
 use super::machine::{Id, Machine, execute, running, shared_place, suspend, with};
 use super::order::{Actor, Gathering, Knowledge};
 use super::report::Fault;
@@ -65,6 +66,8 @@ struct Copy {
 enum Source {
     /// A part of device memory.
     Global((usize, Range<usize>)),
+    /// The same, by a thread's `cp.async`: of less than its target, after which come zeros; or of nothing.
+    Thread(Option<(usize, Range<usize>)>),
     /// The values of an `st.async`.
     Values([u32; 4]),
 }
@@ -159,7 +162,7 @@ impl Machine {
         &mut self,
         id: Id,
         address: u32,
-        bytes: u32,
+        (count, bytes): (u32, u32),
         at: &'static Location<'static>,
     ) -> Result<(), Fault> {
         let place = self.mbarrier(id, address, at)?;
@@ -171,7 +174,7 @@ impl Machine {
         let release = self.release(id);
         let barrier = self.found(place);
         let (phase, arrivals) = (barrier.phase, barrier.arrivals);
-        if barrier.pending == 0 {
+        if barrier.pending < count {
             let why = format!("phase {phase} takes {arrivals} arrivals, and one more comes");
             return Err(self.misused(id, place, why));
         }
@@ -179,7 +182,7 @@ impl Machine {
         if bytes > MOST || barrier.announced > MOST {
             return Err(self.misused(id, place, format!("phase {phase} cannot wait for so many bytes")));
         }
-        barrier.pending -= 1;
+        barrier.pending -= count;
         barrier.gathering.add(&release);
         self.complete(id, place)
     }
@@ -204,9 +207,16 @@ impl Machine {
         let (completed, waiting) = (barrier.completed.clone(), std::mem::take(&mut barrier.waiting));
         for Copy { target, source, .. } in copies {
             let block = &mut self.blocks[place.0 as usize];
-            block.shadow.land(&target);
+            let by_thread = matches!(source, Source::Thread(_));
+            block.shadow.land(&target, if by_thread { Kind::LandedStore } else { Kind::Landed });
             match source {
                 Source::Global(part) => block.shared[target].copy_from_slice(self.memory.part(part)),
+                Source::Thread(part) => {
+                    let from: &[u8] = part.map_or(&[], |part| self.memory.part(part));
+                    let (start, rest) = block.shared[target].split_at_mut(from.len());
+                    start.copy_from_slice(from);
+                    rest.fill(0);
+                }
                 Source::Values(values) => {
                     block.shared[target].copy_from_slice(values.map(u32::to_le_bytes).as_flattened());
                 }
@@ -255,6 +265,38 @@ impl Machine {
         }
         let why = format!("a thread that waits for phase {waited_for} may miss it: phase {phase} has begun");
         Err(self.misused(id, place, why))
+    }
+
+    /// Gives the copies that a thread has started to the current phase, and arrives: they land when it completes.
+    fn arrive_after_copies(
+        &mut self,
+        id: Id,
+        address: u32,
+        at: &'static Location<'static>,
+    ) -> Result<(), Fault> {
+        let place = self.mbarrier(id, address, at)?;
+        if place.0 != id.rank {
+            return Err(self.misused(id, place, "only copies to its own block can be waited for".to_owned()));
+        }
+        let thread = self.thread(id);
+        let started = std::mem::take(&mut thread.groups).into_iter().flatten();
+        let started: Vec<_> = started.chain(std::mem::take(&mut thread.open)).collect();
+        let Mbarrier { actor, phase, .. } = *self.found(place);
+        for block::Copy { target, source, bytes } in started {
+            let mut reads = self.now(id, Kind::Fetch, at);
+            (reads.touch.actor, reads.touch.stamp) = (actor, phase);
+            let part = match bytes {
+                0 => None,
+                _ => Some(self.global(id, source, bytes.into(), UNIT.into(), &reads)?),
+            };
+            // Checked when the copy was started.
+            let start = (target - SHARED_BASE) as usize;
+            let range = start..start + UNIT as usize;
+            self.block(id).shadow.hand_over(&range, actor, phase);
+            let copy = Copy { target: range, source: Source::Thread(part), by: reads.touch };
+            self.found(place).copies.push(copy);
+        }
+        self.arrive_mbarrier(id, address, (1, 0), at)
     }
 
     fn start_bulk_copy(
@@ -348,11 +390,18 @@ pub(crate) fn publish_mbarriers() {
     with(|machine| machine.publish_mbarriers(id));
 }
 
-/// `mbarrier.arrive`, after `mbarrier.expect_tx` of `bytes` bytes.
+/// `mbarrier.arrive` for `count` arrivals, after `mbarrier.expect_tx` of `bytes` bytes.
 #[track_caller]
-pub(crate) fn arrive_mbarrier(address: u32, bytes: u32) {
+pub(crate) fn arrive_mbarrier(address: u32, count: u32, bytes: u32) {
     let at = Location::caller();
-    execute(at, |machine, id| machine.arrive_mbarrier(id, address, bytes, at));
+    execute(at, |machine, id| machine.arrive_mbarrier(id, address, (count, bytes), at));
+}
+
+/// `cp.async.mbarrier.arrive.noinc`.
+#[track_caller]
+pub(crate) fn arrive_after_copies(address: u32) {
+    let at = Location::caller();
+    execute(at, |machine, id| machine.arrive_after_copies(id, address, at));
 }
 
 /// `mbarrier.try_wait.parity` until it succeeds.

@@ -11,7 +11,7 @@
 //! | device memory | inside one [`Buffer`] of the launch, aligned, written only where the launch may, read only where somebody wrote |
 //! | shared memory | inside the block's allocation, aligned, read only where somebody wrote |
 //! | another block's shared memory | also: of a block that is sure to have started, and not to have ended |
-//! | `cp.async` | data lands when its group is waited for; any access before that is reported |
+//! | `cp.async` | data lands when its group is waited for, or with the phase that waits for it; any access before that is reported |
 //! | `wgmma` | carried out when waited for; its registers were shown to it |
 //! | `cp.async.bulk`, `st.async` | data lands when the phase that counts it completes; any access before that is reported, and the end of the block before it |
 //! | `fence.proxy.async` | lies between a store to shared memory and a bulk copy to the same place, or a `wgmma` that reads it |
@@ -46,7 +46,8 @@ pub(crate) use instruction::{
     update_shared, wait_cluster, wait_for_copies, wait_for_previous,
 };
 pub(crate) use mbarrier::{
-    arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store, wait_mbarrier,
+    arrive_after_copies, arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store,
+    wait_mbarrier,
 };
 pub use memory::{Buffer, Memory};
 pub(crate) use named::sync_some;

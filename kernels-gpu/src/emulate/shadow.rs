@@ -87,8 +87,10 @@ pub(super) enum Kind {
     BulkStart,
     /// An asynchronous copy has landed, for the thread that started it.
     CopyEnd,
-    /// An asynchronous copy has landed, for who has waited for the phase that counts it.
+    /// An asynchronous copy has landed, for who has waited for the phase that counts it; and one not by the copy engine,
+    /// which need not see it.
     Landed,
+    LandedStore,
     /// A copy that an mbarrier counts reads its source.
     Fetch,
     /// `mbarrier.init`: these bytes are a barrier from now on.
@@ -105,7 +107,7 @@ impl Kind {
 
     /// Whether it was by copies that an mbarrier counts.
     fn is_counted(self) -> bool {
-        matches!(self, Kind::Landed | Kind::Fetch)
+        matches!(self, Kind::Landed | Kind::LandedStore | Kind::Fetch)
     }
 
     /// Whether a copy has been started here that has not landed.
@@ -126,9 +128,12 @@ impl Kind {
             Kind::Atomic => "atomic",
             Kind::RelaxedRead => "relaxed read",
             Kind::RelaxedWrite => "relaxed write",
-            Kind::CopyStart | Kind::BulkStart | Kind::CopyEnd | Kind::Landed | Kind::Fetch => {
-                "asynchronous copy"
-            }
+            Kind::CopyStart
+            | Kind::BulkStart
+            | Kind::CopyEnd
+            | Kind::Landed
+            | Kind::LandedStore
+            | Kind::Fetch => "asynchronous copy",
             Kind::Init => "mbarrier.init",
             Kind::Use => "use of an mbarrier",
         }
@@ -271,7 +276,7 @@ impl Last {
 
     /// True when they are stores of threads, of which the copy engine need not see all.
     fn is_unfenced(&self, now: &Now) -> bool {
-        if !matches!(self.touch.kind, Kind::Write | Kind::Atomic | Kind::CopyEnd) {
+        if !matches!(self.touch.kind, Kind::Write | Kind::Atomic | Kind::CopyEnd | Kind::LandedStore) {
             return false;
         }
         match &self.all {
@@ -337,11 +342,19 @@ impl Shadow {
         bytes.start / self.granule..bytes.end.div_ceil(self.granule)
     }
 
-    /// The copies that were started to `bytes` have landed, for who has waited for the phase that counts them.
-    pub fn land(&mut self, bytes: &Range<usize>) {
+    /// The copies that were started to `bytes` are from now on those of an mbarrier's phase.
+    pub fn hand_over(&mut self, bytes: &Range<usize>, actor: Actor, phase: u32) {
         let numbers = self.numbers(bytes);
         for cell in &mut self.cells[numbers] {
-            cell.write.touch.kind = Kind::Landed;
+            (cell.write.touch.actor, cell.write.touch.stamp) = (actor, phase);
+        }
+    }
+
+    /// The copies that were started to `bytes` have landed as `kind`, for who has waited for the phase that counts them.
+    pub fn land(&mut self, bytes: &Range<usize>, kind: Kind) {
+        let numbers = self.numbers(bytes);
+        for cell in &mut self.cells[numbers] {
+            cell.write.touch.kind = kind;
             // All reads so far were before the copy.
             cell.read = Self::untouched().read;
         }

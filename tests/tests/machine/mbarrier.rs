@@ -569,6 +569,59 @@ fn stores_lie_behind_a_fence_before_a_copy_overwrites_them() {
 }
 
 #[test]
+fn copies_that_an_arrival_waits_for_land_with_its_phase() {
+    /// Each lane copies 16 bytes, `bytes` of which it brings, and arrives after them or at once; who reads waits for the phase.
+    unsafe fn copy(input: Global<u32>, out: Global<u32>, bytes: u32, after: bool) {
+        unsafe {
+            make(&[34]);
+            if thread::warp() == 0 {
+                let lane = thread::lane();
+                async_copy::copy16::<_, false>(word(32 + 4 * lane), input.at(4 * lane), bytes);
+                if after {
+                    at(0).arrive_after_copies();
+                } else {
+                    at(0).arrive();
+                }
+                if lane == 0 {
+                    at(0).arrive_for(2);
+                }
+            } else {
+                at(0).wait(0);
+                out.at(thread::index()).store(word(32 + 4 * (thread::index() % 32) + 1).load());
+            }
+        }
+    }
+    for (seed, bytes, word_one) in [(1, 16, 1), (2, 8, 1), (3, 4, 0), (4, 0, 0)] {
+        let out = launch_threads((1, 64), seed, move |input, out| unsafe { copy(input, out, bytes, true) });
+        let expected: Vec<u32> = (0..32).map(|lane| word_one * (4 * lane + 1)).collect();
+        assert_eq!(out.expect("no fault")[32..], expected, "{bytes} bytes");
+    }
+    reported("asynchronous copy", 1, |input, out| unsafe { copy(input, out, 16, false) });
+}
+
+#[test]
+fn the_copy_engine_need_not_see_what_other_copies_have_brought() {
+    unsafe fn overwrite(input: Global<u32>, fences: bool) {
+        unsafe {
+            make(&[1, 1]);
+            if thread::index() == 0 {
+                async_copy::copy16_alone(word(32), input);
+                at(0).arrive_after_copies();
+                at(0).wait(0);
+                if fences {
+                    bulk::fence();
+                }
+                at(1).arrive_expecting(16);
+                bulk::copy(word(32), input, 16, at(1));
+                at(1).wait(0);
+            }
+        }
+    }
+    launch(1, 1, |input, _| unsafe { overwrite(input, true) }).expect("a fence lies between");
+    reported("without a fence.proxy.async", 1, |input, _| unsafe { overwrite(input, false) });
+}
+
+#[test]
 fn a_barrier_is_shown_to_copies_before_it_counts_them() {
     unsafe fn copy(input: Global<u32>, show: impl Fn()) {
         unsafe {
