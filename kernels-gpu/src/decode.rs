@@ -13,7 +13,7 @@
 //! | 2 | fill a ring of stages for shrink, with a and x, each every other row |
 //! | 1 | fills a ring for expand, with b and the old values of `out` |
 //!
-//! Who fills a ring does nothing but ask the copy engine for the next stage, and needs no h.
+//! Who fills a ring does nothing but ask for the next stage, and needs no h.
 //!
 //! A block takes half of a multiprocessor ([`BLOCKS`]): the chain of waits of one unit runs beside that of another, and the
 //! next launch makes itself ready beside the last units.
@@ -71,9 +71,9 @@ const RUN: u32 = 32;
 /// Rows of a matrix of weights that a warp multiplies at a time.
 const GROUP: u32 = 16;
 
-/// Bytes of the barriers: two a stage of each ring, and two for each turn of h.
+/// Bytes of the barriers: two a stage of each ring, two for each turn of h, and one for the first stages of shrink.
 const BARRIER_BYTES: u32 = 384;
-const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 4));
+const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 5));
 
 /// Bytes from one row of `elements` elements of K or of ranks to the next: an odd multiple of 64, so that two quads
 /// that read two rows at once meet different banks.
@@ -135,23 +135,24 @@ mod kernel {
     use crate::arch::mbarrier::{self, Mbarrier};
     use crate::arch::mma::Element;
     use crate::arch::shared::Shared;
-    use crate::arch::{barrier, bulk, cluster, grid, thread, warp};
+    use crate::arch::{async_copy, barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
     use crate::params::{DecodeParams, Tile, count};
     use crate::segments::{self, Segments};
-    use crate::tile::{quotient, select_slice, unroll};
+    use crate::tile::{select_slice, unroll};
 
     /// Threads that shrink, or that expand.
     const ROLE_THREADS: u32 = 32 * WORKERS;
-    /// The barriers at which they meet among themselves, and those who fill the rings each other.
+    /// The barriers at which they meet among themselves.
     const SHRINK_MEETS: u32 = 1;
     const EXPAND_MEETS: u32 = 2;
-    const FILLERS_MEET: u32 = 3;
     /// Runs of K, or groups of columns, that a warp multiplies at a time, with sums of their own: each is a chain of loads
     /// and products that wait for one another.
     const CHAINS: usize = 2;
-    /// Threads that fill rings.
-    const FILL_THREADS: u32 = 32 * (FILLERS + 1);
+    /// Elements of b that a lane copies at a time, where ranks are not used whole.
+    const PIECE: u32 = 8;
+    /// Lanes of a warp: each comes to a stage for expand, with its copies, besides the warp.
+    const LANES: u32 = 32;
 
     /// Number of this thread among those of its role.
     #[inline(always)]
@@ -166,10 +167,16 @@ mod kernel {
         E::mma(sum, [low[2], high[2], low[3], high[3]], [columns[2], columns[3]]);
     }
 
+    /// The logarithm of a power of two. (Of no other number, so that nothing has to be said of zero.)
+    #[inline(always)]
+    fn log2(power: u32) -> u32 {
+        31 - power.leading_zeros()
+    }
+
     /// The share of `length` things that block `block` of `blocks`, a power of two, takes: the first, and the end.
     #[inline(always)]
     fn share_of(length: u32, block: u32, blocks: u32) -> (u32, u32) {
-        let each = length >> blocks.trailing_zeros();
+        let each = length >> log2(blocks);
         let more = length & (blocks - 1);
         let first = block * each + block.min(more);
         (first, first + each + (block < more) as u32)
@@ -204,7 +211,32 @@ mod kernel {
         Mbarrier::at(Shared::base().offset(8 * number))
     }
 
-    /// Ends when all parts of h of a turn have landed: one thread of this block, and the bytes.
+    /// Makes the barriers ready, one a thread.
+    ///
+    /// # Safety
+    /// The block's first warp must come here, before anybody uses them.
+    #[inline(always)]
+    unsafe fn init_barriers(blocks: u32) {
+        const { assert!(4 * MAX_STAGES == 32) };
+        let lane = thread::lane();
+        // SAFETY: the first bytes of shared memory are the barriers'.
+        unsafe {
+            // Of each ring, full and empty.
+            let arrivals = if lane < 2 * MAX_STAGES { FILLERS } else { 1 + LANES };
+            mbarrier(lane).init(if lane & MAX_STAGES == 0 { arrivals } else { WORKERS });
+            if lane < 2 {
+                // One thread that expands; and the warps that shrink, unless they send what the barrier counts.
+                landed(lane).init(if blocks == 1 { 1 + WORKERS } else { 1 });
+                read(lane).init(blocks);
+            }
+            if lane == 0 {
+                begun().init(FILLERS);
+            }
+        }
+        mbarrier::publish();
+    }
+
+    /// Ends when all parts of h of a turn have landed.
     #[inline(always)]
     fn landed(turn: u32) -> Mbarrier {
         mbarrier(4 * MAX_STAGES + turn)
@@ -216,16 +248,20 @@ mod kernel {
         mbarrier(4 * MAX_STAGES + 2 + turn)
     }
 
+    /// Ends when the first stages of shrink were asked for.
+    #[inline(always)]
+    fn begun() -> Mbarrier {
+        mbarrier(4 * MAX_STAGES + 4)
+    }
+
     /// A ring of stages, and where in it a warp is: each warp keeps that for itself.
     #[derive(Clone, Copy)]
     struct Ring {
         start: Shared,
         stages: u32,
         stage_bytes: u32,
-        /// Warps that fill it.
-        fillers: u32,
         /// Number of the first of its barriers: a stage's *full* ends when the warps that fill it have come, and all
-        /// bytes have; its *empty* when all warps that work on it have left it.
+        /// that they asked for has; its *empty* when all warps that work on it have left it.
         barriers: u32,
         stage: u32,
         /// Parity of the phase of the stage's barriers.
@@ -233,23 +269,6 @@ mod kernel {
     }
 
     impl Ring {
-        /// Makes the barriers ready.
-        ///
-        /// # Safety
-        /// One thread may come here, before any other uses the ring.
-        #[inline(always)]
-        unsafe fn init(&self) {
-            let mut stage = 0;
-            while stage < self.stages {
-                // SAFETY: as the caller promises.
-                unsafe {
-                    self.full(stage).init(self.fillers);
-                    self.empty(stage).init(WORKERS);
-                }
-                stage += 1;
-            }
-        }
-
         #[inline(always)]
         fn full(&self, stage: u32) -> Mbarrier {
             mbarrier(self.barriers + stage)
@@ -269,22 +288,16 @@ mod kernel {
             }
         }
 
-        /// Waits for an empty stage and announces `bytes` bytes. Returns the stage, and the barrier that counts them.
+        /// Waits until the next stage is empty. Returns it, and the barrier that counts what comes.
         ///
         /// # Safety
-        /// The whole warp must come here, and start copies of so many bytes.
+        /// The whole warp must come here, and then to [`announce`].
         #[inline(always)]
-        unsafe fn fill(&mut self, bytes: u32) -> (Shared, Mbarrier) {
+        unsafe fn claim(&mut self) -> (Shared, Mbarrier) {
             let full = self.full(self.stage);
             let stage = self.start.offset(self.stage * self.stage_bytes);
-            // SAFETY: the barriers are initialised.
-            unsafe {
-                self.empty(self.stage).wait(self.parity ^ 1);
-                if thread::lane() == 0 {
-                    full.arrive_expecting(bytes);
-                }
-            }
-            warp::sync();
+            // SAFETY: the barrier is initialised.
+            unsafe { self.empty(self.stage).wait(self.parity ^ 1) };
             self.step();
             (stage, full)
         }
@@ -313,6 +326,19 @@ mod kernel {
             }
             self.step();
         }
+    }
+
+    /// Comes to a claimed stage's barrier for this warp, whose bulk copies of `bytes` bytes follow.
+    ///
+    /// # Safety
+    /// The whole warp must come here, once for each stage, and then start copies of so many bytes.
+    #[inline(always)]
+    unsafe fn announce(full: Mbarrier, bytes: u32) {
+        if thread::lane() == 0 {
+            // SAFETY: the barrier is initialised.
+            unsafe { full.arrive_expecting(bytes) };
+        }
+        warp::sync();
     }
 
     /// What all roles know of the launch.
@@ -351,7 +377,7 @@ mod kernel {
                 unsafe { p.route.counts.at(count).load() }
             };
             let end = tiles * p.tile_parts * p.slices;
-            let mut next = quotient(thread::block(), self.blocks);
+            let mut next = thread::block() >> log2(self.blocks);
             while next < end {
                 let number = p.over_slices.quotient(next);
                 let slice = next - number * p.slices;
@@ -407,16 +433,9 @@ mod kernel {
     #[derive(Clone, Copy)]
     struct Shares {
         rank: u32,
-        /// Groups of 16 ranks.
-        groups: u32,
         /// Blocks among which groups are shared: a power of two. Groups of a block are so many apart.
         group_shares: u32,
-        /// Blocks among which K is shared.
-        k_shares: u32,
-        /// This block's first group.
-        group: u32,
-        /// This block's share of K: its number, its first element, and its end.
-        k_share: u32,
+        /// This block's share of K: its first element, and its end.
         k: (u32, u32),
     }
 
@@ -426,11 +445,28 @@ mod kernel {
             let &Context { p, block, blocks, .. } = context;
             let groups = rank.div_ceil(GROUP);
             let group_shares = groups.next_power_of_two().min(blocks);
-            let shift = group_shares.trailing_zeros();
-            let (k_share, k_shares) = (block >> shift, blocks >> shift);
-            let (first, end) = share_of(p.in_dim.div_ceil(RUN), k_share, k_shares);
+            let shift = log2(group_shares);
+            let (first, end) = share_of(p.in_dim.div_ceil(RUN), block >> shift, blocks >> shift);
             let k = (RUN * first, p.in_dim.min(RUN * end));
-            Shares { rank, groups, group_shares, k_shares, group: block & (group_shares - 1), k_share, k }
+            Shares { rank, group_shares, k }
+        }
+
+        /// Groups of 16 ranks.
+        #[inline(always)]
+        fn groups(&self) -> u32 {
+            self.rank.div_ceil(GROUP)
+        }
+
+        /// This block's first group.
+        #[inline(always)]
+        fn group(&self, context: &Context<'_>) -> u32 {
+            context.block & (self.group_shares - 1)
+        }
+
+        /// Of `blocks` blocks, those among which K is shared; of block `blocks`, its number among them.
+        #[inline(always)]
+        fn k_shares(&self, blocks: u32) -> u32 {
+            blocks >> log2(self.group_shares)
         }
 
         /// The shares for units of another rank: most have the one before.
@@ -445,7 +481,7 @@ mod kernel {
         /// not wait either, and be ahead of the others by more than parities tell.
         #[inline(always)]
         fn landing_groups(&self) -> u32 {
-            (self.groups + self.group_shares - 1) & !(self.group_shares - 1)
+            (self.groups() + self.group_shares - 1) & !(self.group_shares - 1)
         }
     }
 
@@ -472,7 +508,7 @@ mod kernel {
         #[inline(always)]
         fn change(&mut self, rank: u32) {
             self.rank = rank.next_multiple_of(8);
-            self.step = ((B_STAGE / 2) >> self.rank.next_power_of_two().trailing_zeros()).min(MAX_COLUMNS);
+            self.step = ((B_STAGE / 2) >> log2(self.rank.next_power_of_two())).min(MAX_COLUMNS);
         }
 
         /// Calls `body` with each stage that they take: the first column, and how many. Without ranks there are none.
@@ -489,9 +525,9 @@ mod kernel {
     /// Calls `body` with each stage that the block's share of a unit's shrink takes: the group of ranks, the first
     /// element of K, and how many.
     #[inline(always)]
-    fn each_chunk(shares: &Shares, mut body: impl FnMut(u32, u32, u32)) {
-        let mut group = shares.group;
-        while group < shares.groups {
+    fn each_chunk(context: &Context<'_>, shares: &Shares, mut body: impl FnMut(u32, u32, u32)) {
+        let mut group = shares.group(context);
+        while group < shares.groups() {
             let (mut at, end) = shares.k;
             while at < end {
                 body(group, at, CHUNK.min(end - at));
@@ -512,6 +548,13 @@ mod kernel {
         let (row, takes_x) = (thread::lane() % GROUP, thread::lane() >= GROUP);
         let mut shares = Shares::new(context, 0);
         let (mut filled, stages) = (0, ring.stages);
+        // The copies of b may follow.
+        let begin = || {
+            if thread::lane() == 0 {
+                // SAFETY: the barrier is initialised.
+                unsafe { begun().arrive() };
+            }
+        };
         let unit = |Unit { tile, slice }: Unit| {
             shares.change(context, tile.rank);
             let matrix = first_row::<I>(&tile, p.a_experts, p.route.max_rank);
@@ -522,7 +565,7 @@ mod kernel {
                 let pair = unsafe { context.pair(&tile, row) };
                 x = p.x.at(I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride)));
             }
-            each_chunk(&shares, |group, at, length| {
+            each_chunk(context, &shares, |group, at, length| {
                 let ranks = (tile.rank - GROUP * group).min(GROUP);
                 let (exists, source) = if takes_x {
                     (!x.is_null(), x)
@@ -534,28 +577,29 @@ mod kernel {
                 // are copied.
                 unsafe {
                     let wanted = exists && row % FILLERS == filler;
-                    let (stage, full) = ring.fill(2 * length * warp::ballot(wanted).count_ones());
+                    let (stage, full) = ring.claim();
+                    announce(full, 2 * length * warp::ballot(wanted).count_ones());
                     if wanted {
                         let target = stage.offset(thread::lane() * row_bytes(length));
                         bulk::copy(target, source.at(at), 2 * length, full);
                     }
                 }
                 filled += 1;
-                // Those of b may follow.
                 if filled == stages {
-                    barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
+                    begin();
                 }
             });
         };
         // SAFETY: as the caller promises.
         unsafe { context.each_unit(ROWS, unit) };
         if filled < stages {
-            barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
+            begin();
         }
     }
 
-    /// Fills the ring for expand: b, a lane a column, or, where ranks are used whole, all columns in one piece; and
-    /// the old values of `out`, a lane a row.
+    /// Fills the ring for expand: the old values of `out`, a row a lane; and b. Where ranks are
+    /// used whole, all columns of b are one copy; otherwise each lane copies [`PIECE`] of a column's ranks at a time, since a
+    /// bulk copy takes as long for the few ranks of a column as for many.
     ///
     /// # Safety
     /// As for [`fill_shrink`].
@@ -564,34 +608,54 @@ mod kernel {
         let (p, lane) = (context.p, thread::lane());
         let max_rank = p.route.max_rank;
         let mut columns = Columns::new(context);
+        // Whether stages were filled without the copy engine.
+        let mut stored = false;
         // Expand has nothing to do before shrink has: the first copies of a must not wait for those of b.
-        barrier::sync_some::<FILLERS_MEET, FILL_THREADS>();
+        // SAFETY: the barrier is initialised.
+        unsafe { begun().wait(0) };
         let unit = |unit: Unit| {
             let Unit { tile, slice } = unit;
             columns.change(tile.rank);
+            let ranks = columns.rank;
+            let is_whole = ranks == max_rank;
             let matrix = first_row::<I>(&tile, p.b_experts, p.out_dim);
             let b = select_slice(p.b, slice);
-            let rows = if p.accumulate != 0 { tile.rows } else { 0 };
+            let wants_old = p.accumulate != 0 && lane < tile.rows;
             let mut out = Global::<u16>::NULL;
-            if lane < rows {
+            if wants_old {
                 // SAFETY: the tile has so many pairs.
                 out = context.out_row::<I>(&unit, unsafe { context.pair(&tile, lane) });
             }
             columns.each_step(|at, count| {
-                let row = matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank));
-                let source = b.at(row);
-                let (pieces, ranks) =
-                    if columns.rank == max_rank { (1, count * max_rank) } else { (count, columns.rank) };
+                let source = b.at(matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank)));
+                let b_bytes = if is_whole { 2 * count * max_rank } else { 0 };
                 // SAFETY: as in `fill_shrink`.
                 unsafe {
-                    let (stage, full) = ring.fill(2 * count * (columns.rank + rows));
-                    let mut piece = lane;
-                    while piece < pieces {
-                        let target = stage.offset(2 * piece * ranks);
-                        bulk::copy(target, source.at(piece * max_rank), 2 * ranks, full);
-                        piece += 32;
+                    let (stage, full) = ring.claim();
+                    if !is_whole {
+                        // A power of two of lanes takes a column, so that no lane divides.
+                        let shift = log2((ranks / PIECE).next_power_of_two());
+                        let mut item = lane;
+                        while item < count << shift {
+                            let (column, first) = (item >> shift, PIECE * (item & ((1 << shift) - 1)));
+                            if first < ranks {
+                                let target = stage.offset(2 * (column * ranks + first));
+                                async_copy::copy16_alone(target, source.at(column * max_rank + first));
+                            }
+                            item += LANES;
+                        }
+                        full.arrive_after_copies();
+                        stored = true;
+                    } else if stored {
+                        // The copy engine need not see what other copies have left here.
+                        bulk::fence();
                     }
-                    if lane < rows {
+                    announce(full, 2 * count * warp::ballot(wants_old).count_ones() + b_bytes);
+                    if is_whole && lane == 0 {
+                        full.arrive_for(LANES);
+                        bulk::copy(stage, source, b_bytes, full);
+                    }
+                    if wants_old {
                         let target = stage.offset(B_STAGE + lane * old_row_bytes(count));
                         bulk::copy(target, out.at(at), 2 * count, full);
                     }
@@ -619,11 +683,9 @@ mod kernel {
                 return;
             }
             shares.change(context, tile.rank);
-            let (turn, parity) = (sent & 1, sent >> 1 & 1);
-            sent += 1;
-            let mut group = shares.group;
+            let mut group = shares.group(context);
             while group < shares.landing_groups() {
-                let ranks = tile.rank.saturating_sub(GROUP * group).min(GROUP);
+                let ranks = shares.rank.saturating_sub(GROUP * group).min(GROUP);
                 let me = thread::index_anew();
                 let (warp, g, c) = (me % ROLE_THREADS / 32, me % 32 / 4, me % 4);
                 let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
@@ -674,16 +736,28 @@ mod kernel {
                 });
                 barrier::sync_some::<SHRINK_MEETS, ROLE_THREADS>();
                 // SAFETY: all sums are there.
-                unsafe { send::<ROWS>(context, &shares, tile.rows, group, turn, parity) };
+                unsafe { send::<ROWS>(context, &shares, tile.rows, group, sent) };
                 group += shares.group_shares;
             }
+            if context.blocks == 1 {
+                // SAFETY: the barriers are initialised. Who had nothing to send waits as well: a phase of what has landed
+                // takes all warps, and must not get those of a later one.
+                unsafe {
+                    read(sent & 1).wait(sent >> 1 & 1 ^ 1);
+                    warp::sync();
+                    if thread::lane() == 0 {
+                        landed(sent & 1).arrive();
+                    }
+                }
+            }
+            sent += 1;
         };
         // SAFETY: as the caller promises.
         unsafe { context.each_unit(ROWS, unit) };
     }
 
-    /// Adds up the warps' sums of a group of ranks, and sends them to all blocks: four ranks of one pair to one
-    /// block a thread.
+    /// Adds up the warps' sums of a group of ranks, and sends them to all blocks, as of unit `sent` of this launch: four ranks of
+    /// one pair to one block a thread. A block without others stores them.
     ///
     /// # Safety
     /// The sums must be written, and all threads of the role come here.
@@ -693,11 +767,11 @@ mod kernel {
         shares: &Shares,
         rows: u32,
         group: u32,
-        turn: u32,
-        parity: u32,
+        sent: u32,
     ) {
         const FOURS: u32 = GROUP / 4;
-        let shift = context.blocks.trailing_zeros();
+        let (turn, parity) = (sent & 1, sent >> 1 & 1);
+        let shift = log2(context.blocks);
         let mut item = worker();
         while item < (rows * FOURS) << shift {
             let (four, block, row) =
@@ -710,14 +784,18 @@ mod kernel {
                 let values = unsafe { place.load16() };
                 unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
             });
-            let part = (shares.k_share * ROWS + row) * shares.landing_groups() + group;
+            let part = (shares.k_shares(context.block) * ROWS + row) * shares.landing_groups() + group;
             let place = context.landing::<ROWS>(turn).offset(4 * (part * GROUP + 4 * four));
             // SAFETY: the barrier is initialised: what was sent in this turn before was read by all. There is room
             // for every part; nobody reads there before the phase has ended. (Only who sends may wait here: for others
             // nobody waits, and the barrier may be two phases on when they come.)
             unsafe {
                 read(turn).wait(parity ^ 1);
-                place.in_block(block).store4_async(sum, landed(turn).in_block(block));
+                if context.blocks == 1 {
+                    place.store16(sum.map(f32::to_bits));
+                } else {
+                    place.in_block(block).store4_async(sum, landed(turn).in_block(block));
+                }
             }
         }
     }
@@ -732,25 +810,27 @@ mod kernel {
         context: &Context<'_>,
         shares: &Shares,
         rows: u32,
-        turn: u32,
-        parity: u32,
+        received: u32,
     ) -> (Shared, u32) {
+        let (turn, parity) = (received & 1, received >> 1 & 1);
         let rank = shares.rank;
         let row_bytes = row_bytes(context.p.route.max_rank.next_multiple_of(RUN));
         let h = context.h.offset(turn * ROWS * row_bytes);
         let landing = context.landing::<ROWS>(turn);
         let part_row = 4 * GROUP * shares.landing_groups();
+        let k_shares = shares.k_shares(context.blocks);
         // SAFETY: the barrier is initialised.
         unsafe {
             if worker() == 0 {
-                landed(turn).arrive_expecting(shares.k_shares * shares.landing_groups() * GROUP * rows * 4);
+                let bytes = k_shares * shares.landing_groups() * GROUP * rows * 4;
+                landed(turn).arrive_expecting(if context.blocks == 1 { 0 } else { bytes });
             }
             landed(turn).wait(parity);
         }
         // Four ranks of a pair a thread; a power of two of threads takes a row, so that no thread divides.
         let width = rank.next_multiple_of(RUN) / 4;
         let room = width.next_power_of_two();
-        let (shift, mask) = (room.trailing_zeros(), room - 1);
+        let (shift, mask) = (log2(room), room - 1);
         let mut item = worker();
         while item < rows << shift {
             let (row, four) = (item >> shift, item & mask);
@@ -762,7 +842,7 @@ mod kernel {
             if 4 * four < rank {
                 let mut place = landing.offset(row * part_row + 16 * four);
                 let mut share = 0;
-                while share < shares.k_shares {
+                while share < k_shares {
                     // SAFETY: the part has landed.
                     let values = unsafe { place.load16() };
                     unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
@@ -844,12 +924,12 @@ mod kernel {
             }
             shares.change(context, tile.rank);
             columns.change(tile.rank);
-            let (turn, parity) = (received & 1, received >> 1 & 1);
-            received += 1;
             // SAFETY: as the caller promises.
-            let (h, h_row) = unsafe { receive::<E, ROWS>(context, &shares, tile.rows, turn, parity) };
-            let h = h.offset(16 * c);
+            let (h, h_row) = unsafe { receive::<E, ROWS>(context, &shares, tile.rows, received) };
+            received += 1;
             columns.each_step(|at, count| {
+                let me = thread::index_anew();
+                let (warp, g, c) = (me % ROLE_THREADS / 32, me % 32 / 4, me % 4);
                 // SAFETY: who fills the ring comes to the same stages.
                 let stage = unsafe { ring.enter() };
                 let mut group = GROUP * warp;
@@ -857,7 +937,7 @@ mod kernel {
                     let column_of = |i: usize| group + i as u32 * GROUP * WORKERS + 2 * g;
                     let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
                     let mut rank = 0;
-                    while rank < tile.rank {
+                    while rank < shares.rank {
                         let mut rows = [[[0; 4]; 2]; CHAINS];
                         unroll::<CHAINS>(|i| {
                             let column = column_of(i);
@@ -868,10 +948,10 @@ mod kernel {
                                 // SAFETY: the stage holds these columns up to the rank.
                                 let elements = unsafe { place.load16_if(exists) };
                                 // Above the rank the row may hold anything, NaN too.
-                                rows[i][row] = if tile.rank.is_multiple_of(8) {
+                                rows[i][row] = if shares.rank.is_multiple_of(8) {
                                     elements
                                 } else {
-                                    keep_first(elements, tile.rank.saturating_sub(rank + 8 * c))
+                                    keep_first(elements, shares.rank.saturating_sub(rank + 8 * c))
                                 };
                             });
                         });
@@ -880,7 +960,7 @@ mod kernel {
                                 // Pairs past the last are computed from it, and never stored.
                                 let row = (8 * f as u32 + g).min(tile.rows - 1);
                                 // SAFETY: h holds all runs of these ranks.
-                                let h = unsafe { h.offset(row * h_row + 2 * rank).load16() };
+                                let h = unsafe { h.offset(row * h_row + 2 * rank + 16 * c).load16() };
                                 unroll::<CHAINS>(|i| multiply::<E>(&mut sum[i][f], rows[i], h));
                             }
                         });
@@ -937,7 +1017,6 @@ mod kernel {
             start,
             stages: p.shrink_stages,
             stage_bytes: const { shrink_stage_bytes(ROWS) },
-            fillers: FILLERS,
             barriers: 0,
             stage: 0,
             parity: 0,
@@ -946,22 +1025,13 @@ mod kernel {
             start: start.offset(p.shrink_stages * const { shrink_stage_bytes(ROWS) }),
             stages: p.expand_stages,
             stage_bytes: const { expand_stage_bytes(ROWS) },
-            fillers: 1,
             barriers: 2 * MAX_STAGES,
             ..shrink_ring
         };
 
-        if thread::index() == 0 {
-            // SAFETY: the first bytes of shared memory are the barriers'; nobody uses them yet.
-            unsafe {
-                shrink_ring.init();
-                expand_ring.init();
-                unroll::<2>(|turn| {
-                    landed(turn as u32).init(1);
-                    read(turn as u32).init(blocks);
-                });
-            }
-            mbarrier::publish();
+        if thread::warp() == 0 {
+            // SAFETY: nobody uses them yet.
+            unsafe { init_barriers(blocks) };
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
