@@ -81,6 +81,11 @@ fn cases() -> Vec<Case> {
     cases.extend([1, 16, 80, 1024, 4096, 16384].map(case(&QWEN3_30B, Op::W2, 64, 2)));
     cases.extend([64, 2048].map(case(&GPT_OSS_20B, Op::W13, 32, 4)));
     cases.extend([64].map(case(&OLMOE_1B, Op::W13, 16, 8)));
+    // Large ranks, whose products are much of the work.
+    for rank in [128, 256] {
+        cases.extend([1024, 16384].map(case(&QWEN3_30B, Op::W13, rank, 2)));
+        cases.extend([1024, 16384].map(case(&QWEN3_30B, Op::W2, rank, 2)));
+    }
     // Small adapters, and the same beside a large one that needs a large allocation.
     for max_rank in [8, 128] {
         let small = |tokens| Case { max_rank, ..case(&QWEN3_30B, Op::W13, 8, 2)(tokens) };
