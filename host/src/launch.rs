@@ -305,7 +305,7 @@ impl Prepared<'_> {
         tail: &ExpandTail<'_, S, T>,
     ) -> Option<(Launch, Parameters)> {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let prefill = plan.prefill?;
+        let launch = plan.prefill?;
         let sizes = projection.sizes();
         let parameters = PrefillParams {
             x: Global::new(x),
@@ -324,15 +324,13 @@ impl Prepared<'_> {
             out_dim: sizes.out_dim as u32,
             max_rank: sizes.max_rank as u32,
             slices: sizes.slices as u32,
-            rank_shift: prefill.rank_room.trailing_zeros(),
             a_experts: projection.a_experts() as u32,
             b_experts: projection.b_experts() as u32,
             accumulate: tail.accumulate.into(),
             tile_parts: plan.tile_parts,
-            blocks: prefill.launch.blocks,
-            reserved: 0,
+            blocks: launch.blocks,
         };
-        Some((prefill.launch, Parameters::Prefill(parameters)))
+        Some((launch, Parameters::Prefill(parameters)))
     }
 
     /// P over this gives the row of x.

@@ -11,10 +11,10 @@ use crate::projection::{Projection, XRows};
 use moe_lora_kernels::align;
 use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
-pub use moe_lora_kernels::{DecodeRows, IndexWidth, TileKind};
+pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
 use moe_lora_kernels::{
-    ENTRIES, ElementType, Entry, Kernel, PrefillVariant, Variant, adopt, decode, expand, prefill, route,
-    segments, shrink,
+    ENTRIES, ElementType, Entry, PrefillVariant, Variant, adopt, decode, expand, prefill, route, segments,
+    shrink,
 };
 use std::fmt;
 
@@ -215,15 +215,6 @@ pub struct DecodePlan {
     pub stages: [u32; 2],
 }
 
-/// How `prefill` does its work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PrefillPlan {
-    /// The launch.
-    pub launch: Launch,
-    /// Columns of h that a slice takes.
-    pub rank_room: u32,
-}
-
 /// How `shrink` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShrinkPlan {
@@ -273,7 +264,7 @@ pub struct Plan {
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
     /// The launch that does so for many pairs.
-    pub prefill: Option<PrefillPlan>,
+    pub prefill: Option<Launch>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -483,12 +474,10 @@ impl Plan {
         let finds = decode.is_some_and(|decode| decode.finds);
         let prefill = prefill
             .map(|tile| {
-                let rank_room = prefill::rank_room(sizes.max_rank as u32);
                 let shape = prefill_shape(projection, tile).expect("chosen where it can be");
                 let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
                 let blocks = tiles.min(u64::from(limits.multiprocessors * shape.blocks()));
-                let launch = launch(kernel, blocks, 1, shape.shared_bytes())?;
-                Ok::<_, Error>(PrefillPlan { launch, rank_room })
+                launch(kernel, blocks, 1, shape.shared_bytes())
             })
             .transpose()?;
         let sorting = sorting(projection, pairs, limits, options);
@@ -696,15 +685,16 @@ fn decode_stages(projection: &Projection, rows: u32, bytes: u32) -> Option<[u32;
     }
 }
 
-/// The kernel of `prefill` for a projection; `None` where its ranks take too many columns.
+/// The kernel of `prefill` for a projection: the one that takes all slices in one pass, or the widest. `None` where not
+/// even that has room for the ranks of a slice.
 fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::Shape> {
     let sizes = projection.sizes();
-    if sizes.max_rank > prefill::MAX_RANK as usize {
+    if sizes.max_rank > prefill::MAX_WIDTH as usize {
         return None;
     }
     let columns = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32);
-    let width = prefill::Shape::WIDTHS.into_iter().find(|&width| columns <= width)?;
-    Some(prefill::Shape { rows: tile.rows(), width })
+    let width = prefill::Shape::WIDTHS.into_iter().find(|&width| columns <= width);
+    Some(prefill::Shape { rows: tile.rows(), width: width.unwrap_or(prefill::MAX_WIDTH) })
 }
 
 /// The tile of `prefill` in a whole call with sizes and addresses in multiples of 8 elements; `None` where the call
@@ -730,7 +720,7 @@ fn prefill_tile(
     let wanted = match (options.form, options.tile) {
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes.slices),
+        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes),
     };
     // A given route's tiles may be too small for the larger tile, and not for the smaller.
     wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))
@@ -768,8 +758,8 @@ impl fmt::Display for Plan {
             let [shrink, expand] = plan.stages;
             write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
         }
-        if let Some(plan) = self.prefill {
-            write!(f, "\n  {}", plan.launch)?;
+        if let Some(launch) = self.prefill {
+            write!(f, "\n  {launch}")?;
         }
         if let Some(plan) = self.shrink {
             write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;

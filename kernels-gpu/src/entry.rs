@@ -441,7 +441,8 @@ macro_rules! entries {
         crate::prefill::prefill::<
             $E,
             $I,
-            { $width / 2 },
+            { if $width < 128 { $width / 2 } else { 64 } },
+            { if $width < 128 { 0 } else { ($width - 128) / 2 } },
             { $width / 16 },
             { crate::prefill::Shape { rows: $rows, width: $width }.warpgroups() },
             { crate::prefill::Shape { rows: $rows, width: $width }.stages() - 2 },
@@ -528,7 +529,9 @@ prefill [
     "m64_w32" 64 32,
     "m64_w64" 64 64,
     "m64_w128" 64 128,
+    "m64_w256" 64 256,
     "m128_w32" 128 32,
     "m128_w64" 128 64,
     "m128_w128" 128 128,
+    "m128_w256" 128 256,
 ]}

@@ -150,7 +150,9 @@ mod kernel {
                 }
             } else {
                 // SAFETY: `elements` ranks are left in the row.
-                unsafe { panel.copy_chunk::<FAST, false>(row, chunk % 8, p.h.at(source), elements) };
+                unsafe {
+                    panel.copy_chunk::<FAST, { async_copy::AROUND }>(row, chunk % 8, p.h.at(source), elements)
+                };
             }
         }
     }
@@ -253,7 +255,14 @@ mod kernel {
                 let offset = matrix.plus(I::from_u32(column + row)).times(I::from_u32(p.max_rank));
                 let source = b.at(offset.plus(I::from_u32(rank)));
                 // SAFETY: `elements` ranks are left in the row, none when the column is past the run.
-                unsafe { b_panel(stage).copy_chunk::<FAST, true>(weight_row(row), chunk, source, elements) };
+                unsafe {
+                    b_panel(stage).copy_chunk::<FAST, { async_copy::AHEAD }>(
+                        weight_row(row),
+                        chunk,
+                        source,
+                        elements,
+                    )
+                };
             }
         };
 

@@ -438,8 +438,6 @@ pub struct PrefillParams {
     pub max_rank: u32,
     /// S.
     pub slices: u32,
-    /// Columns of h that a slice takes, as a power of two.
-    pub rank_shift: u32,
     /// Matrices of `a` in a slot: E or 1.
     pub a_experts: u32,
     /// Matrices of `b` in a slot: E or 1.
@@ -450,8 +448,6 @@ pub struct PrefillParams {
     pub tile_parts: u32,
     /// Blocks of the launch.
     pub blocks: u32,
-    /// Keeps the block a multiple of 8 bytes.
-    pub reserved: u32,
 }
 
 #[cfg(test)]

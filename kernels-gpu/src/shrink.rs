@@ -141,7 +141,12 @@ mod kernel {
                     let elements = if self.x[i].is_null() { 0 } else { left };
                     // SAFETY: `left` elements are left in the row; an empty copy reads nothing.
                     unsafe {
-                        x_panel.copy_chunk::<FAST, false>(row, self.chunk, self.x[i].at(depth), elements)
+                        x_panel.copy_chunk::<FAST, { async_copy::AROUND }>(
+                            row,
+                            self.chunk,
+                            self.x[i].at(depth),
+                            elements,
+                        )
                     };
                 }
             });
@@ -155,7 +160,12 @@ mod kernel {
                     let row = weight_row(column);
                     // SAFETY: as above; a stage has room for every group that has a column.
                     unsafe {
-                        a_panel.copy_chunk::<FAST, true>(row, self.chunk, self.a[i].at(depth), elements)
+                        a_panel.copy_chunk::<FAST, { async_copy::AHEAD }>(
+                            row,
+                            self.chunk,
+                            self.a[i].at(depth),
+                            elements,
+                        )
                     };
                 }
             });

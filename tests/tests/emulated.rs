@@ -4,7 +4,7 @@
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Form as PlanForm, Options};
 use moe_lora::verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
-use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled};
+use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
@@ -55,8 +55,8 @@ fn prefills() -> Vec<Options> {
     Options::every().into_iter().filter(prefill).collect()
 }
 
-/// Calls of `prefill` with every number of columns of h, and with tiles of more than one segment and of several
-/// steps.
+/// Calls of `prefill` with every number of columns of h, in one pass and in several, with small ranks in large
+/// allocations, and with tiles of more than one segment and of several steps.
 fn wide() -> Vec<Case> {
     let base = Case { tokens: 80, loras: Loras::Random, ranks: Ranks::Mixed, ..Case::default() };
     let wide = |max_rank, slices, in_dim, out_dim| Case { max_rank, slices, in_dim, out_dim, ..base.clone() };
@@ -66,6 +66,11 @@ fn wide() -> Vec<Case> {
         wide(64, 2, 64, 64),
         wide(32, 4, 200, 64),
         Case { routing: Experts::One, loras: Loras::One, ..wide(40, 2, 64, 72) },
+        wide(72, 2, 136, 136),
+        Case { ranks: Ranks::Max, ..wide(128, 2, 72, 200) },
+        Case { x_rows: XRows::Pair, routed_weight: true, ..wide(128, 1, 264, 72) },
+        Case { accumulate: false, ..wide(200, 3, 136, 72) },
+        Case { ranks: Ranks::OutOfRange, ..wide(256, 1, 72, 136) },
     ];
     let both = |case: &Case| DTYPES.map(|dtype| Case { dtype, ..case.clone() });
     cases.iter().flat_map(both).collect()
@@ -118,12 +123,13 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     };
     let cases: Vec<_> = (0..2 * SEEDS).map(case).collect();
     let tally = check_all(&cases, &Options::every()[1..]);
-    let width = |seed: u64| match seed % 3 {
+    let width = |seed: u64| match seed % 5 {
         0 => Case { max_rank: 16, slices: 4, ..case(seed) },
         1 => Case { max_rank: 24, slices: 2, ..case(seed) },
-        _ => Case { max_rank: 40, slices: 2, ..case(seed) },
+        2 => Case { max_rank: 40, slices: 2, ..case(seed) },
+        _ => Case { max_rank: 136, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
     };
-    let widths: Vec<_> = (0..SEEDS + 8).map(|seed| Case { form: Form::Forward, ..width(seed) }).collect();
+    let widths: Vec<_> = (0..2 * SEEDS).map(|seed| Case { form: Form::Forward, ..width(seed) }).collect();
     let tally = tally.plus(check_all(&widths, &prefills()));
     tally.log();
     // Each launch has an order of its own.

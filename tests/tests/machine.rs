@@ -203,7 +203,7 @@ fn a_wrong_swizzle_is_reported() {
 fn a_missing_wait_is_reported() {
     reported("where a copy is under way: started by asynchronous copy by thread", 1, |input, _| unsafe {
         let me = thread::index();
-        async_copy::copy16::<_, false>(word(4 * me), input.at(4 * me), 16);
+        async_copy::copy16::<_, { async_copy::AROUND }>(word(4 * me), input.at(4 * me), 16);
         async_copy::commit();
         async_copy::wait::<1>();
         barrier::sync();
@@ -216,7 +216,7 @@ fn a_copy_is_seen_by_others_only_after_a_barrier() {
     reported("race: read of byte", 1, |input, _| unsafe {
         // Only thread 0 copies, so that no order of threads finds the copies under way.
         if thread::index() == 0 {
-            async_copy::copy16::<_, false>(word(0), input, 16);
+            async_copy::copy16::<_, { async_copy::AROUND }>(word(0), input, 16);
             async_copy::commit();
             async_copy::wait::<0>();
             word(4).store(0);
@@ -292,7 +292,7 @@ fn a_copy_fills_up_with_zeros() {
     let out = launch(1, 3, |input, out| unsafe {
         if thread::index() < 3 {
             let me = thread::index();
-            async_copy::copy16::<_, true>(word(4 * me), input.at(4 * me + 4), 6 * me);
+            async_copy::copy16::<_, { async_copy::AHEAD }>(word(4 * me), input.at(4 * me + 4), 6 * me);
             async_copy::commit();
             async_copy::wait::<0>();
             for i in 0..4 {

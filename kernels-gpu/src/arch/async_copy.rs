@@ -12,18 +12,24 @@ use crate::memory::Global;
 #[cfg(target_arch = "nvptx64")]
 use core::arch::asm;
 
+/// What L2 may fetch around a copy from a stream whose next step wants it: the 256 bytes.
+pub const AHEAD: u32 = 256;
+/// The 128 bytes around a copy.
+pub const AROUND: u32 = 128;
+/// No more than it must: of a row only this much is wanted.
+pub const ALONE: u32 = 0;
+
 /// Starts a copy of 16 bytes, of which the first `bytes` come from `source` and the rest are zeros.
 /// `.cg`: the line is kept in L2 alone.
 ///
-/// `AHEAD`: L2 may fetch the 256 bytes around, since the next step of this stream wants them; otherwise the
-/// 128 around.
+/// `FETCH`: what L2 may fetch with it: [`AHEAD`], [`AROUND`] or [`ALONE`].
 ///
 /// # Safety
 /// `target` must be 16 aligned bytes inside the block's allocation that nobody reads before the group is
 /// waited for; `source` must be 16-byte aligned and valid for a read of `bytes` (0 ..= 16) bytes.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, bytes: u32) {
+pub unsafe fn copy16<T, const FETCH: u32>(target: Shared, source: Global<T>, bytes: u32) {
     // An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
     // zero-filling form for sm_90a into an instruction that the device calls illegal.
     #[cfg(target_arch = "nvptx64")]
@@ -31,16 +37,16 @@ pub unsafe fn copy16<T, const AHEAD: bool>(target: Shared, source: Global<T>, by
         ($prefetch:literal) => {
             // SAFETY: as the caller promises.
             unsafe {
-                asm!(concat!("cp.async.cg.shared.global.L2::", $prefetch, " [{}], [{}], 16, {};"),
+                asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16, {};"),
                     in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, options(nostack));
             }
         };
     }
     #[cfg(target_arch = "nvptx64")]
-    if AHEAD {
-        copy!("256B");
-    } else {
-        copy!("128B");
+    match FETCH {
+        AHEAD => copy!(".L2::256B"),
+        AROUND => copy!(".L2::128B"),
+        _ => copy!(""),
     }
     #[cfg(feature = "emulate")]
     emulate::start_copy(target.address(), source.address(), bytes);

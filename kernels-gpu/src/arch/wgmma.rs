@@ -84,7 +84,8 @@ pub trait Sums {
     /// N.
     const COLUMNS: u32;
 
-    /// All zeros, each written by itself: an array that a loop fills would move to local memory.
+    /// All zeros, written here: the compiler would write what it knows to be zero where it is first added to, after
+    /// [`fence`].
     fn zero() -> Self;
 
     /// Adds A·B. The whole warpgroup must come here.
@@ -101,7 +102,7 @@ pub trait Sums {
     unsafe fn multiply_registers<E: Element>(&mut self, a: [u32; 4], b: Matrix);
 
     /// Waits until at most `NEWEST` groups of products are under way; the sums of the others may be used. The
-    /// whole warpgroup must come here.
+    /// whole warpgroup must come here. Of products with fewer columns these are the first of the sums.
     fn wait<const NEWEST: u32>(&mut self);
 }
 
@@ -112,7 +113,15 @@ macro_rules! sums {
 
             #[inline(always)]
             fn zero() -> Self {
-                [{ const _: u32 = $first; 0.0 }$(, { const _: u32 = $rest; 0.0 })*]
+                #[cfg_attr(feature = "emulate", expect(unused_mut))]
+                let mut sums = [0.0; $sums];
+                #[cfg(target_arch = "nvptx64")]
+                // SAFETY: registers only.
+                unsafe {
+                    asm!(concat!("mov.b32 {", $first, "}, 0;" $(, " mov.b32 {", $rest, "}, 0;")*),
+                        out(reg32) sums[$first], $(out(reg32) sums[$rest],)* options(nomem, nostack));
+                }
+                sums
             }
 
             #[inline(always)]

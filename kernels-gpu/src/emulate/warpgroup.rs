@@ -356,7 +356,8 @@ pub(crate) fn wait_for_products(newest: u32, sums: &mut [f32]) {
         let group = machine.warpgroup(id);
         let Some(number) = accumulator(sums).filter(|&number| !group.is_under_way(number)) else { return };
         let Some(accumulator) = group.accumulators.get_mut(&number) else { return };
-        sums.copy_from_slice(&accumulator.sums[id.thread as usize % THREADS]);
+        let own = &accumulator.sums[id.thread as usize % THREADS];
+        sums[..own.len()].copy_from_slice(own);
         accumulator.taken += 1;
         if accumulator.taken == THREADS {
             group.accumulators.remove(&number);

@@ -48,13 +48,13 @@ impl Panel {
     /// Copies one chunk: `elements` (0 ..= 8) from `source`, then zeros.
     ///
     /// `FAST`: asynchronously, in one piece; `source` is 16-byte aligned. Otherwise: element by element,
-    /// through registers. `AHEAD`: the row goes on in the next step (see [`async_copy::copy16`]).
+    /// through registers. `FETCH`: see [`async_copy::copy16`].
     ///
     /// # Safety
     /// The chunk must be inside the panel, and read by nobody before the copy's group was waited for and
     /// a barrier passed; `source` must be valid for reads of `elements` elements, and aligned.
     #[inline(always)]
-    pub unsafe fn copy_chunk<const FAST: bool, const AHEAD: bool>(
+    pub unsafe fn copy_chunk<const FAST: bool, const FETCH: u32>(
         self,
         row: u32,
         chunk: u32,
@@ -65,7 +65,7 @@ impl Panel {
         // SAFETY: as the caller promises; elements past `elements` are not read.
         unsafe {
             if FAST {
-                async_copy::copy16::<_, AHEAD>(target, source, elements * 2);
+                async_copy::copy16::<_, FETCH>(target, source, elements * 2);
             } else {
                 let element = |i: u32| {
                     if i < elements { u16::load(source.at(i).address()) as u32 } else { 0 }

@@ -4,7 +4,7 @@
 /// time would move from registers to local memory; one that `body` indexes stays.
 #[inline(always)]
 pub fn unroll<const N: usize>(mut body: impl FnMut(usize)) {
-    const { assert!(N <= 8) };
+    const { assert!(N <= 16) };
     macro_rules! steps {
         ($($i:literal)*) => {$(
             if $i < N {
@@ -12,5 +12,5 @@ pub fn unroll<const N: usize>(mut body: impl FnMut(usize)) {
             }
         )*};
     }
-    steps!(0 1 2 3 4 5 6 7);
+    steps!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
 }

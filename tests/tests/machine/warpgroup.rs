@@ -136,6 +136,25 @@ fn sums_are_added_to_and_older_groups_end_first() {
 }
 
 #[test]
+fn a_narrow_product_leaves_the_sums_after_its_own() {
+    let out = launch_warpgroup(1, |out| unsafe {
+        fill::<Bf16>(place);
+        bulk::fence();
+        barrier::sync();
+        let (a, b) = matrices();
+        let mut sums = [7.0f32; 2 * SUMS];
+        sums[..SUMS].fill(0.0);
+        wgmma::fence();
+        sums.first_chunk_mut::<SUMS>().expect("twice as many").multiply::<Bf16>(a, b);
+        wgmma::commit();
+        sums.wait::<0>();
+        assert_eq!(sums[SUMS..], [7.0; SUMS]);
+        store(out, sums.first_chunk().expect("twice as many"));
+    });
+    assert_eq!(out.expect("no fault"), product(0..16, 1.0));
+}
+
+#[test]
 fn sums_of_one_product_are_the_rows_of_the_next() {
     // D's columns 0 .. 16 as A of 16 k, whose B is the second step of the panel: integers stay exact in f16.
     let out = launch_warpgroup(1, |out| unsafe {

@@ -82,12 +82,18 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 /// At eight pairs a segment w13 takes 77 µs for 80 in two launches; at 32 pairs 87 for 107 with tiles of 64, 99
 /// with tiles of 128, of which three quarters are empty; at 64 pairs 78 and 67. With one slice, much of whose traffic is
 /// `out`, two launches are level at 128 pairs (177 and 174), and at 512 they take 556 µs for 587: each does one kind of
-/// access at a time.
-pub(in crate::plan) fn prefill_tile(pairs: usize, buckets: u64, slices: usize) -> Option<PrefillTile> {
-    match pairs as u64 / buckets {
-        0..DECODE_SEGMENT => None,
-        DECODE_SEGMENT..48 => Some(PrefillTile::M64),
-        256.. if slices == 1 => None,
+/// access at a time. With larger ranks their h is traffic too: at R = 128 they take 648 there, and tiles of 64 and 128 take
+/// 611 and 656; at R = 256 1,200, 914 and 811.
+pub(in crate::plan) fn prefill_tile(
+    pairs: usize,
+    buckets: u64,
+    sizes: &ProjectionSizes,
+) -> Option<PrefillTile> {
+    match (pairs as u64 / buckets, sizes.slices, sizes.max_rank) {
+        (0..DECODE_SEGMENT, ..) => None,
+        (DECODE_SEGMENT..48, ..) => Some(PrefillTile::M64),
+        (256.., 1, 0..=64) => None,
+        (256.., 1, 65..=128) => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
     }
 }
