@@ -640,7 +640,10 @@ mod kernel {
                             let (column, first) = (item >> shift, PIECE * (item & ((1 << shift) - 1)));
                             if first < ranks {
                                 let target = stage.offset(2 * (column * ranks + first));
-                                async_copy::copy16_alone(target, source.at(column * max_rank + first));
+                                async_copy::copy16_whole::<_, { async_copy::ALONE }>(
+                                    target,
+                                    source.at(column * max_rank + first),
+                                );
                             }
                             item += LANES;
                         }

@@ -531,7 +531,7 @@ mod kernel {
                             let old = row_panel::<WARPGROUPS>(stage, panel as u32).chunk(row, me.chunk());
                             let source = p.out.at(self.rows[i].plus(I::from_u32(column)));
                             // SAFETY: columns come in eights, so the chunk is inside the row.
-                            unsafe { async_copy::copy16_whole(old, source) };
+                            unsafe { async_copy::copy16_whole::<_, { async_copy::AROUND }>(old, source) };
                         }
                     });
                 });

@@ -52,35 +52,28 @@ pub unsafe fn copy16<T, const FETCH: u32>(target: Shared, source: Global<T>, byt
     emulate::start_copy(target.address(), source.address(), bytes);
 }
 
-/// Starts a copy of 16 bytes, all of them from `source`.
+/// As [`copy16`], with all 16 bytes from `source`.
 ///
 /// # Safety
 /// As for [`copy16`], and `source` must be valid for a read of 16 bytes.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn copy16_whole<T>(target: Shared, source: Global<T>) {
+pub unsafe fn copy16_whole<T, const FETCH: u32>(target: Shared, source: Global<T>) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: as the caller promises.
-    unsafe {
-        asm!("cp.async.cg.shared.global.L2::128B [{}], [{}], 16;",
-            in(reg32) target.address(), in(reg64) source.address(), options(nostack));
+    macro_rules! copy {
+        ($prefetch:literal) => {
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16;"),
+                    in(reg32) target.address(), in(reg64) source.address(), options(nostack));
+            }
+        };
     }
-    #[cfg(feature = "emulate")]
-    emulate::start_copy(target.address(), source.address(), 16);
-}
-
-/// Starts a copy of 16 bytes, all of them from `source`, around which L2 fetches nothing more.
-///
-/// # Safety
-/// As for [`copy16_whole`].
-#[inline(always)]
-#[track_caller]
-pub unsafe fn copy16_alone<T>(target: Shared, source: Global<T>) {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: as the caller promises.
-    unsafe {
-        asm!("cp.async.cg.shared.global [{}], [{}], 16;",
-            in(reg32) target.address(), in(reg64) source.address(), options(nostack));
+    match FETCH {
+        AHEAD => copy!(".L2::256B"),
+        AROUND => copy!(".L2::128B"),
+        _ => copy!(""),
     }
     #[cfg(feature = "emulate")]
     emulate::start_copy(target.address(), source.address(), 16);

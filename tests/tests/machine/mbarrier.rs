@@ -576,7 +576,11 @@ fn copies_that_an_arrival_waits_for_land_with_its_phase() {
             make(&[34]);
             if thread::warp() == 0 {
                 let lane = thread::lane();
-                async_copy::copy16::<_, false>(word(32 + 4 * lane), input.at(4 * lane), bytes);
+                async_copy::copy16::<_, { async_copy::AROUND }>(
+                    word(32 + 4 * lane),
+                    input.at(4 * lane),
+                    bytes,
+                );
                 if after {
                     at(0).arrive_after_copies();
                 } else {
@@ -605,7 +609,7 @@ fn the_copy_engine_need_not_see_what_other_copies_have_brought() {
         unsafe {
             make(&[1, 1]);
             if thread::index() == 0 {
-                async_copy::copy16_alone(word(32), input);
+                async_copy::copy16_whole::<_, { async_copy::ALONE }>(word(32), input);
                 at(0).arrive_after_copies();
                 at(0).wait(0);
                 if fences {
