@@ -211,27 +211,22 @@ mod kernel {
         Mbarrier::at(Shared::base().offset(8 * number))
     }
 
-    /// Makes the barriers ready, one a thread.
+    /// Makes the barriers ready. One thread does: those of several would be served one by one, at a fence each.
     ///
     /// # Safety
-    /// The block's first warp must come here, before anybody uses them.
+    /// One thread must come here, before anybody uses them.
     #[inline(always)]
-    unsafe fn init_barriers(blocks: u32) {
-        const { assert!(4 * MAX_STAGES == 32) };
-        let lane = thread::lane();
+    unsafe fn init_barriers(shrink: &Ring, expand: &Ring, blocks: u32) {
         // SAFETY: the first bytes of shared memory are the barriers'.
         unsafe {
-            // Of each ring, full and empty.
-            let arrivals = if lane < 2 * MAX_STAGES { FILLERS } else { 1 + LANES };
-            mbarrier(lane).init(if lane & MAX_STAGES == 0 { arrivals } else { WORKERS });
-            if lane < 2 {
+            shrink.init(FILLERS);
+            expand.init(1 + LANES);
+            unroll::<2>(|turn| {
                 // One thread that expands; and the warps that shrink, unless they send what the barrier counts.
-                landed(lane).init(if blocks == 1 { 1 + WORKERS } else { 1 });
-                read(lane).init(blocks);
-            }
-            if lane == 0 {
-                begun().init(FILLERS);
-            }
+                landed(turn as u32).init(if blocks == 1 { 1 + WORKERS } else { 1 });
+                read(turn as u32).init(blocks);
+            });
+            begun().init(FILLERS);
         }
         mbarrier::publish();
     }
@@ -269,6 +264,23 @@ mod kernel {
     }
 
     impl Ring {
+        /// Makes the barriers ready, for `arrivals` arrivals at a full stage.
+        ///
+        /// # Safety
+        /// As for [`init_barriers`].
+        #[inline(always)]
+        unsafe fn init(&self, arrivals: u32) {
+            let mut stage = 0;
+            while stage < self.stages {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    self.full(stage).init(arrivals);
+                    self.empty(stage).init(WORKERS);
+                }
+                stage += 1;
+            }
+        }
+
         #[inline(always)]
         fn full(&self, stage: u32) -> Mbarrier {
             mbarrier(self.barriers + stage)
@@ -1032,9 +1044,9 @@ mod kernel {
             ..shrink_ring
         };
 
-        if thread::warp() == 0 {
+        if thread::index() == 0 {
             // SAFETY: nobody uses them yet.
-            unsafe { init_barriers(blocks) };
+            unsafe { init_barriers(&shrink_ring, &expand_ring, blocks) };
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
