@@ -596,7 +596,7 @@ impl DecodeShape {
         let wanted = match (options.form, options.tile) {
             (Some(form), _) => form == Form::Decode,
             (None, Some(_)) => false,
-            (None, None) => heuristics::wants_decode(pairs, buckets(projection)),
+            (None, None) => heuristics::wants_decode(pairs, buckets(projection), route.tile_rows()),
         };
         let possible = limits.has_clusters()
             && sizes.max_rank <= decode::MAX_RANK as usize
@@ -720,7 +720,7 @@ fn prefill_tile(
     let wanted = match (options.form, options.tile) {
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes),
+        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes, limits),
     };
     // A given route's tiles may be too small for the larger tile, and not for the smaller.
     wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))

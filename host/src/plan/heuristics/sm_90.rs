@@ -9,9 +9,15 @@ use moe_lora_kernels::decode;
 /// two launches. Segments of more than a tile's pairs read their weights twice.
 const DECODE_SEGMENT: u64 = 7;
 
-/// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost.
-pub(in crate::plan) fn wants_decode(pairs: usize, buckets: u64) -> bool {
-    (pairs as u64) < DECODE_SEGMENT * buckets
+/// Most pairs for which `decode` takes a given route's tiles in parts, most of them empty: to see that a part is costs a
+/// load. On vLLM's blocks w13 takes 24 µs at 64 pairs, 38 at 128 and 98 at 640; on tiles of its own 19, 30 and 65.
+const DECODE_IN_PARTS: usize = 64;
+
+/// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost. `tile_rows`:
+/// pairs a tile of a given route.
+pub(in crate::plan) fn wants_decode(pairs: usize, buckets: u64, tile_rows: Option<u32>) -> bool {
+    let in_parts = tile_rows.is_some_and(|rows| rows > DecodeRows::M8.count());
+    (pairs as u64) < DECODE_SEGMENT * buckets && (!in_parts || pairs <= DECODE_IN_PARTS)
 }
 
 /// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`](super::tile). At 8 pairs a segment w13
@@ -22,6 +28,14 @@ pub(in crate::plan) fn decode_rows(pairs: usize, buckets: u64) -> DecodeRows {
         0..=8 => DecodeRows::M8,
         _ => DecodeRows::M16,
     }
+}
+
+/// Tiles of `rows` pairs: the segments that uniform routing over all slots leaves without an empty one, or as many as all pairs
+/// fill.
+fn tiles(pairs: usize, buckets: u64, rows: u32) -> u64 {
+    let (pairs, buckets) = (pairs as f64, buckets as f64);
+    let segments = buckets * (1.0 - (-pairs / buckets).exp());
+    segments.max(pairs / f64::from(rows)).ceil() as u64
 }
 
 /// Bytes a microsecond that a device of the H100's kind streams from memory, and that one block of `decode` takes when
@@ -51,11 +65,7 @@ pub(in crate::plan) fn decode_cluster(
     if let Some(asked) = asked {
         return 1 << asked.clamp(1, decode::MAX_CLUSTER).ilog2();
     }
-    // As many segments as uniform routing over all slots leaves without an empty one.
-    let (pairs, buckets) = (pairs as f64, (sizes.slots * sizes.experts) as f64);
-    let segments = buckets * (1.0 - (-pairs / buckets).exp());
-    let tiles = segments.max(pairs / f64::from(rows)).ceil() as u64;
-    let units = tiles * sizes.slices as u64;
+    let units = tiles(pairs, (sizes.slots * sizes.experts) as u64, rows) * sizes.slices as u64;
     let [a, b] = [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64);
     let time = |cluster: u32| {
         let clusters = decode_clusters(units, cluster, blocks, limits);
@@ -84,16 +94,22 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 /// `out`, two launches are level at 128 pairs (177 and 174), and at 512 they take 556 µs for 587: each does one kind of
 /// access at a time. With larger ranks their h is traffic too: at R = 128 they take 648 there, and tiles of 64 and 128 take
 /// 611 and 656; at R = 256 1,200, 914 and 811.
+///
+/// A tile is one block's, so few tiles leave multiprocessors idle, while two launches share a tile's columns: the 16 of Mixtral-8x7B
+/// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors (gpt-oss-20b has 128 tiles) it is
+/// still the faster form.
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     buckets: u64,
     sizes: &ProjectionSizes,
+    limits: &DeviceLimits,
 ) -> Option<PrefillTile> {
-    match (pairs as u64 / buckets, sizes.slices, sizes.max_rank) {
+    let tile = match (pairs as u64 / buckets, sizes.slices, sizes.max_rank) {
         (0..DECODE_SEGMENT, ..) => None,
         (DECODE_SEGMENT..48, ..) => Some(PrefillTile::M64),
         (256.., 1, 0..=64) => None,
         (256.., 1, 65..=128) => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
-    }
+    };
+    tile.filter(|tile| 4 * tiles(pairs, buckets, tile.rows()) >= 3 * u64::from(limits.multiprocessors))
 }
