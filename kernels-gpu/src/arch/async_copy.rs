@@ -19,6 +19,26 @@ pub const AROUND: u32 = 128;
 /// No more than it must: of a row only this much is wanted.
 pub const ALONE: u32 = 0;
 
+/// The instruction of a copy of 16 bytes that lets L2 fetch `$fetch`; of a runtime number of bytes, where that is given.
+///
+/// An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
+/// zero-filling form for sm_90a into an instruction that the device calls illegal.
+#[cfg(target_arch = "nvptx64")]
+macro_rules! start {
+    ($fetch:ident, $target:ident, $source:ident $(, $bytes:ident)?) => {
+        match $fetch {
+            AHEAD => start!(".L2::256B", $target, $source $(, $bytes)?),
+            AROUND => start!(".L2::128B", $target, $source $(, $bytes)?),
+            _ => start!("", $target, $source $(, $bytes)?),
+        }
+    };
+    ($prefetch:literal, $target:ident, $source:ident $(, $bytes:ident)?) => {
+        asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16" $(, start!(@size $bytes))?, ";"),
+            in(reg32) $target.address(), in(reg64) $source.address() $(, in(reg32) $bytes)?, options(nostack))
+    };
+    (@size $bytes:ident) => { ", {}" };
+}
+
 /// Starts a copy of 16 bytes, of which the first `bytes` come from `source` and the rest are zeros.
 /// `.cg`: the line is kept in L2 alone.
 ///
@@ -30,23 +50,10 @@ pub const ALONE: u32 = 0;
 #[inline(always)]
 #[track_caller]
 pub unsafe fn copy16<T, const FETCH: u32>(target: Shared, source: Global<T>, bytes: u32) {
-    // An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
-    // zero-filling form for sm_90a into an instruction that the device calls illegal.
     #[cfg(target_arch = "nvptx64")]
-    macro_rules! copy {
-        ($prefetch:literal) => {
-            // SAFETY: as the caller promises.
-            unsafe {
-                asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16, {};"),
-                    in(reg32) target.address(), in(reg64) source.address(), in(reg32) bytes, options(nostack));
-            }
-        };
-    }
-    #[cfg(target_arch = "nvptx64")]
-    match FETCH {
-        AHEAD => copy!(".L2::256B"),
-        AROUND => copy!(".L2::128B"),
-        _ => copy!(""),
+    // SAFETY: as the caller promises.
+    unsafe {
+        start!(FETCH, target, source, bytes)
     }
     #[cfg(feature = "emulate")]
     emulate::start_copy(target.address(), source.address(), bytes);
@@ -60,20 +67,9 @@ pub unsafe fn copy16<T, const FETCH: u32>(target: Shared, source: Global<T>, byt
 #[track_caller]
 pub unsafe fn copy16_whole<T, const FETCH: u32>(target: Shared, source: Global<T>) {
     #[cfg(target_arch = "nvptx64")]
-    macro_rules! copy {
-        ($prefetch:literal) => {
-            // SAFETY: as the caller promises.
-            unsafe {
-                asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16;"),
-                    in(reg32) target.address(), in(reg64) source.address(), options(nostack));
-            }
-        };
-    }
-    #[cfg(target_arch = "nvptx64")]
-    match FETCH {
-        AHEAD => copy!(".L2::256B"),
-        AROUND => copy!(".L2::128B"),
-        _ => copy!(""),
+    // SAFETY: as the caller promises.
+    unsafe {
+        start!(FETCH, target, source)
     }
     #[cfg(feature = "emulate")]
     emulate::start_copy(target.address(), source.address(), 16);

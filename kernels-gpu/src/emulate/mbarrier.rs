@@ -60,14 +60,14 @@ pub(super) struct Mbarrier {
 struct Copy {
     target: Range<usize>,
     source: Source,
+    /// What its landing is: of the copy engine's or of a thread's.
+    landing: Kind,
     by: Touch,
 }
 
 enum Source {
-    /// A part of device memory.
-    Global((usize, Range<usize>)),
-    /// The same, by a thread's `cp.async`: of less than its target, after which come zeros; or of nothing.
-    Thread(Option<(usize, Range<usize>)>),
+    /// A part of device memory, and zeros up to the end of the target; or zeros alone.
+    Global(Option<(usize, Range<usize>)>),
     /// The values of an `st.async`.
     Values([u32; 4]),
 }
@@ -205,13 +205,11 @@ impl Machine {
         barrier.gathering.add_accesses(barrier.actor, barrier.phase);
         barrier.completed = barrier.gathering.knowledge();
         let (completed, waiting) = (barrier.completed.clone(), std::mem::take(&mut barrier.waiting));
-        for Copy { target, source, .. } in copies {
+        for Copy { target, source, landing, .. } in copies {
             let block = &mut self.blocks[place.0 as usize];
-            let by_thread = matches!(source, Source::Thread(_));
-            block.shadow.land(&target, if by_thread { Kind::LandedStore } else { Kind::Landed });
+            block.shadow.land(&target, landing);
             match source {
-                Source::Global(part) => block.shared[target].copy_from_slice(self.memory.part(part)),
-                Source::Thread(part) => {
+                Source::Global(part) => {
                     let from: &[u8] = part.map_or(&[], |part| self.memory.part(part));
                     let (start, rest) = block.shared[target].split_at_mut(from.len());
                     start.copy_from_slice(from);
@@ -293,8 +291,8 @@ impl Machine {
             let start = (target - SHARED_BASE) as usize;
             let range = start..start + UNIT as usize;
             self.block(id).shadow.hand_over(&range, actor, phase);
-            let copy = Copy { target: range, source: Source::Thread(part), by: reads.touch };
-            self.found(place).copies.push(copy);
+            let (source, landing) = (Source::Global(part), Kind::LandedStore);
+            self.found(place).copies.push(Copy { target: range, source, landing, by: reads.touch });
         }
         self.arrive_mbarrier(id, address, (1, 0), at)
     }
@@ -318,10 +316,10 @@ impl Machine {
             now
         };
         let reads = now(self, Kind::Fetch);
-        let source = Source::Global(self.global(id, source, bytes.into(), UNIT.into(), &reads)?);
+        let source = Source::Global(Some(self.global(id, source, bytes.into(), UNIT.into(), &reads)?));
         let writes = now(self, Kind::BulkStart);
         let target = self.shared_at(id.rank, target, bytes, UNIT, &writes)?;
-        self.found(place).start(bytes, Copy { target, source, by: writes.touch });
+        self.found(place).start(bytes, Copy { target, source, landing: Kind::Landed, by: writes.touch });
         self.complete(id, place)
     }
 
@@ -343,7 +341,8 @@ impl Machine {
         (now.touch.actor, now.touch.stamp) = (actor, phase);
         let bytes = size_of_val(&values) as u32;
         let target = self.shared(owner, target, bytes, &now)?;
-        self.found(place).start(bytes, Copy { target, source: Source::Values(values), by: now.touch });
+        let (source, landing) = (Source::Values(values), Kind::Landed);
+        self.found(place).start(bytes, Copy { target, source, landing, by: now.touch });
         self.complete(id, place)
     }
 
