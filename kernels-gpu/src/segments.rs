@@ -314,6 +314,8 @@ mod kernel {
                     }
                 }
             });
+            // Lanes leave the loops above one by one, and `bar.sync` wants whole warps.
+            warp::sync();
             barrier::sync();
 
             // How many of its segment come before each, and where the segment's pairs are to be.
