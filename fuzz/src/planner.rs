@@ -4,8 +4,8 @@
 use arbitrary::{Arbitrary, Result, Unstructured};
 use half::{bf16, f16};
 use moe_lora::plan::{
-    DecodeRows, DeviceLimits, Form, IndexWidth, Kernel, Launch, Options, Plan, PrefillTile, RouteSource,
-    Stage, TileKind,
+    DecodeRows, DeviceLimits, Form, IndexWidth, Kernel, Launch, Options, Plan, PrefillPlan, PrefillTile,
+    RouteSource, Stage, TileKind,
 };
 use moe_lora::{
     DType, Device, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes, Route, Rows,
@@ -127,7 +127,7 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     let launches = [
         plan.route,
         plan.decode.map(|decode| decode.launch),
-        plan.prefill,
+        plan.prefill.map(|prefill| prefill.launch),
         plan.shrink.map(|shrink| shrink.launch),
         plan.expand.map(|expand| expand.launch),
     ];
@@ -150,7 +150,7 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     if plan.index == IndexWidth::I32 {
         assert!(offsets.iter().all(|&elements| elements <= i32::MAX as u128), "{offsets:?}: {plan}");
     }
-    if let Some(Launch { entry, .. }) = plan.prefill {
+    if let Some(PrefillPlan { launch: Launch { entry, .. }, .. }) = plan.prefill {
         assert!(limits.wgmma && plan.shrink.is_none() && plan.expand.is_none(), "{plan}");
         let Kernel::Prefill(variant) = entry.kernel else { panic!("{plan}") };
         assert!(variant.shape.width as usize >= sizes.max_rank, "{plan}");

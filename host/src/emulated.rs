@@ -16,7 +16,7 @@ use crate::tensor::{self, View, ViewMut};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{RouteParams, Tile, count};
+use moe_lora_kernels::params::{RouteParams, Tile, count, products};
 use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
 use moe_lora_kernels::tile::TileShape;
 use std::cell::{Cell, RefCell};
@@ -95,7 +95,7 @@ impl Emulated {
                             tensors,
                             (p.route.pairs, listed),
                             p.route.tiles,
-                            p.route.counts,
+                            counts(p.route.counts),
                             p.route.pair_count,
                         ),
                         vec![],
@@ -106,8 +106,17 @@ impl Emulated {
                 self.launch(launch, p, &read, &fresh, std::slice::from_ref(out))
             }
             Parameters::Prefill(p) => {
+                let counts = buffer("a count", p.tile_count, 1);
+                let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
+                let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
+                if p.products == products::SHRINK {
+                    return self.launch(launch, p, &routed(tensors), &[], &[h]);
+                }
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
-                let read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
+                let mut read = routed(tensors);
+                if p.products == products::EXPAND {
+                    read.push(h);
+                }
                 self.launch(launch, p, &read, &[], std::slice::from_ref(out))
             }
             Parameters::Align(p) => {
@@ -124,20 +133,20 @@ impl Emulated {
                 let written = [
                     buffer("pairs", p.pairs, tiles * u64::from(p.block_size)),
                     buffer("tiles", p.tiles, tiles),
-                    buffer("counts", p.counts, count::LEN as u64),
+                    counts(p.counts),
                 ];
                 self.launch(launch, p, tensors, &written, &[])
             }
             Parameters::Shrink(p) => {
                 let h = h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]);
-                let read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
+                let read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
                 let (fresh, written) =
                     if p.write_all == 0 { (&[h][..], &[][..]) } else { (&[][..], &[h][..]) };
                 self.launch(launch, p, &read, fresh, written)
             }
             Parameters::Expand(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
-                let mut read = routed(tensors, (p.pairs, listed), p.tiles, p.counts, p.pair_count);
+                let mut read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
                 read.push(h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]));
                 self.launch(launch, p, &read, &[], std::slice::from_ref(out))
             }
@@ -184,23 +193,24 @@ fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::B
     if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
 }
 
+/// The tile counts that `route` leaves.
+fn counts(counts: Global<u32>) -> emulate::Buffer {
+    buffer("counts", counts, count::LEN as u64)
+}
+
 /// `tensors`, and what `route` left.
 fn routed(
     tensors: &[emulate::Buffer],
     (pairs, listed): (Global<u32>, usize),
     tiles: Global<Tile>,
-    counts: Global<u32>,
+    counts: emulate::Buffer,
     pair_count: u32,
 ) -> Vec<emulate::Buffer> {
     // A pair a bucket: as many tiles as the smallest tile can make of any route.
     let pair_count = u64::from(pair_count);
     let most = route::max_tiles(pair_count, pair_count, TileShape::M16.rows().into());
     let mut buffers = tensors.to_vec();
-    buffers.extend([
-        buffer("pairs", pairs, listed as u64),
-        buffer("tiles", tiles, most),
-        buffer("counts", counts, count::LEN as u64),
-    ]);
+    buffers.extend([buffer("pairs", pairs, listed as u64), buffer("tiles", tiles, most), counts]);
     buffers
 }
 
@@ -208,11 +218,7 @@ fn routed(
 fn made_route(p: &RouteParams) -> [emulate::Buffer; 3] {
     let buckets = (p.slots * p.experts + 1).into();
     let tiles = route::max_tiles(p.pair_count.into(), buckets, p.tile_rows.into());
-    [
-        buffer("pairs", p.pairs, p.pair_count.into()),
-        buffer("tiles", p.tiles, tiles),
-        buffer("counts", p.counts, count::LEN as u64),
-    ]
+    [buffer("pairs", p.pairs, p.pair_count.into()), buffer("tiles", p.tiles, tiles), counts(p.counts)]
 }
 
 fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {

@@ -9,7 +9,7 @@ use crate::blocks::{Align, BlockShape, SortedTensors};
 use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::plan::{self, DeviceLimits, Launch, Options, Plan, RouteSource, Stage};
+use crate::plan::{self, DeviceLimits, Launch, Options, Plan, PrefillPlan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
 use crate::tensor::{Space, View};
 use crate::tuning::Tuning;
@@ -17,7 +17,7 @@ use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
     AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
-    ShrinkParams, enabled,
+    ShrinkParams, count, enabled, products,
 };
 
 /// The parameter block of a launch.
@@ -145,7 +145,9 @@ impl Planner<'_> {
         if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
             return Ok([prepared.route(&call.route), Some(decode), None]);
         }
-        if let Some(prefill) = prepared.prefill(call.x.data.address(), call.a, &tail) {
+        if let Some(prefill) =
+            prepared.prefill(Some((call.x.data.address(), call.a)), H::Scratch, Some(&tail))
+        {
             return Ok([prepared.route(&call.route), Some(prefill), None]);
         }
         Ok([
@@ -166,8 +168,9 @@ impl Planner<'_> {
         let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Shrink, &call.route)? else {
             return Ok(NOTHING);
         };
-        let h = H::Caller(call.h.address());
-        Ok([prepared.route(&call.route), prepared.shrink(call.x.data.address(), call.a, h), None])
+        let (x, h) = (call.x.data.address(), H::Caller(call.h.address()));
+        let prefill = prepared.prefill(Some((x, call.a)), h, None);
+        Ok([prepared.route(&call.route), prefill.or_else(|| prepared.shrink(x, call.a, h)), None])
     }
 
     /// Checks and plans the second half of a call.
@@ -183,7 +186,9 @@ impl Planner<'_> {
         };
         let &Expand { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        Ok([prepared.route(&call.route), None, prepared.expand(&tail, H::Caller(call.h.address()))])
+        let h = H::Caller(call.h.address());
+        let prefill = prepared.prefill(None, h, Some(&tail));
+        Ok([prepared.route(&call.route), None, prefill.or_else(|| prepared.expand(&tail, h))])
     }
 }
 
@@ -298,24 +303,35 @@ impl Prepared<'_> {
         Some((decode.launch, Parameters::Decode(parameters)))
     }
 
+    /// What `prefill` is told: to shrink where it is given x and `a` (`head`), to expand where it is given what that takes (`tail`).
     fn prefill<S: Space, T: Element>(
         &self,
-        x: u64,
-        a: &[View<'_, S, T>],
-        tail: &ExpandTail<'_, S, T>,
+        head: Option<(u64, &[View<'_, S, T>])>,
+        h: H,
+        tail: Option<&ExpandTail<'_, S, T>>,
     ) -> Option<(Launch, Parameters)> {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let launch = plan.prefill?;
+        let PrefillPlan { launch, stages } = plan.prefill?;
         let sizes = projection.sizes();
+        let (products, h) = match (head, tail) {
+            (Some(_), Some(_)) => (products::BOTH, 0),
+            (_, None) => (products::SHRINK, h.address(parts)),
+            (None, _) => (products::EXPAND, h.address(parts)),
+        };
+        let accumulates = tail.is_some_and(|tail| tail.accumulate);
+        let needs_all = products == products::SHRINK || !accumulates;
+        let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
+        let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
-            x: Global::new(x),
-            a: addresses(a),
-            b: addresses(tail.b),
-            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
-            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
+            x: Global::new(head.map_or(0, |(x, _)| x)),
+            a: addresses(head.map_or(&[], |(_, a)| a)),
+            h: Global::new(h),
+            b: addresses(tail.map_or(&[], |tail| tail.b)),
+            out,
+            topk_weights: Global::new(topk_weights),
             pairs: parts.pairs,
             tiles: parts.tiles,
-            counts: parts.counts,
+            tile_count: parts.counts.at(if needs_all { count::ALL } else { count::ACTIVE }),
             x_stride: layout.x_stride as u64,
             out_stride: layout.out_stride as u64,
             x_row: self.x_row(),
@@ -326,9 +342,12 @@ impl Prepared<'_> {
             slices: sizes.slices as u32,
             a_experts: projection.a_experts() as u32,
             b_experts: projection.b_experts() as u32,
-            accumulate: tail.accumulate.into(),
+            accumulate: accumulates.into(),
             tile_parts: plan.tile_parts,
+            over_parts: Divider::new(plan.tile_parts),
             blocks: launch.blocks,
+            stages,
+            products,
         };
         Some((launch, Parameters::Prefill(parameters)))
     }

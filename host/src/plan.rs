@@ -241,6 +241,15 @@ pub struct ExpandPlan {
     pub columns_per_block: u32,
 }
 
+/// How `prefill` runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefillPlan {
+    /// The launch.
+    pub launch: Launch,
+    /// Stages of its ring.
+    pub stages: u32,
+}
+
 /// Everything that a call will launch. Prints as one line a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
@@ -264,7 +273,7 @@ pub struct Plan {
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
     /// The launch that does so for many pairs.
-    pub prefill: Option<Launch>,
+    pub prefill: Option<PrefillPlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -401,11 +410,9 @@ impl Plan {
             Stage::Forward if fast => DecodeShape::new(projection, pairs, route, limits, options),
             _ => None,
         };
-        // A route made alone is made for the whole call that will use it.
-        let prefill = match stage {
-            Stage::Forward | Stage::Route if fast && decode_shape.is_none() => {
-                prefill_tile(projection, pairs, route, limits, options)
-            }
+        // A route made alone is made for the calls that will use it.
+        let prefill = match decode_shape {
+            None if fast => prefill_tile(projection, pairs, route, limits, options),
             _ => None,
         };
         let rows = match (&decode_shape, prefill) {
@@ -413,7 +420,7 @@ impl Plan {
             (None, Some(tile)) => tile.rows(),
             (None, None) => shape.rows(),
         };
-        let prefill = prefill.filter(|_| stage == Stage::Forward);
+        let prefill = prefill.filter(|_| stage != Stage::Route);
         let one_launch = decode_shape.is_some() || prefill.is_some();
         let tile_rows = route.tile_rows().unwrap_or(rows);
         // Every tile of a given route is taken in as many parts as a full one needs.
@@ -477,7 +484,10 @@ impl Plan {
                 let shape = prefill_shape(projection, tile).expect("chosen where it can be");
                 let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
                 let blocks = tiles.min(u64::from(limits.multiprocessors * shape.blocks()));
-                launch(kernel, blocks, 1, shape.shared_bytes())
+                let stages =
+                    heuristics::prefill_stages(shape, projection.sizes(), pairs, buckets(projection));
+                launch(kernel, blocks, 1, shape.shared_bytes(stages))
+                    .map(|launch| PrefillPlan { launch, stages })
             })
             .transpose()?;
         let sorting = sorting(projection, pairs, limits, options);
@@ -710,7 +720,7 @@ fn prefill_tile(
     let fits = |tile: &PrefillTile| {
         let in_route = route.tile_rows().is_none_or(|rows| tile.rows() <= rows);
         let shape = prefill_shape(projection, *tile);
-        in_route && shape.is_some_and(|shape| shape.shared_bytes() <= limits.shared_bytes)
+        in_route && shape.is_some_and(|shape| shape.shared_bytes(shape.max_stages()) <= limits.shared_bytes)
     };
     // Elements of one matrix are counted in 32 bits, whatever the index width.
     let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
@@ -720,7 +730,7 @@ fn prefill_tile(
     let wanted = match (options.form, options.tile) {
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes, limits),
+        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), limits),
     };
     // A given route's tiles may be too small for the larger tile, and not for the smaller.
     wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))
@@ -758,7 +768,7 @@ impl fmt::Display for Plan {
             let [shrink, expand] = plan.stages;
             write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
         }
-        if let Some(launch) = self.prefill {
+        if let Some(PrefillPlan { launch, .. }) = self.prefill {
             write!(f, "\n  {launch}")?;
         }
         if let Some(plan) = self.shrink {

@@ -420,11 +420,7 @@ macro_rules! entries {
                 shape: prefill::Shape { rows: $rows, width: $width },
             }),
             threads: prefill::Shape { rows: $rows, width: $width }.threads(),
-            // Offsets of 64 bits take the registers of a second block.
-            min_blocks: match IndexWidth::$I {
-                IndexWidth::I32 => prefill::Shape { rows: $rows, width: $width }.blocks(),
-                IndexWidth::I64 => 1,
-            },
+            min_blocks: prefill::Shape { rows: $rows, width: $width }.blocks(),
             cluster: 1,
         }
     };
@@ -444,8 +440,9 @@ macro_rules! entries {
             { if $width < 128 { $width / 2 } else { 64 } },
             { if $width < 128 { 0 } else { ($width - 128) / 2 } },
             { $width / 16 },
-            { crate::prefill::Shape { rows: $rows, width: $width }.warpgroups() },
-            { crate::prefill::Shape { rows: $rows, width: $width }.stages() - 2 },
+            { $rows / 16 },
+            { crate::prefill::Shape { rows: $rows, width: $width }.copying_registers() },
+            { crate::prefill::Shape { rows: $rows, width: $width }.computing_registers() },
         >($parameters)
     };
     (@stamp_prefill $dtype:literal $E:ident $index:literal $I:ident $prefill:literal $rows:literal $width:literal) => {

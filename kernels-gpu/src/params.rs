@@ -401,6 +401,16 @@ pub struct DecodeParams {
     pub reserved: u32,
 }
 
+/// Which products `prefill` computes.
+pub mod products {
+    /// Shrink and expand; h stays in registers.
+    pub const BOTH: u32 = 0;
+    /// Shrink, which writes h whole: zeros for inactive pairs and above the rank.
+    pub const SHRINK: u32 = 1;
+    /// Expand, of the h of an earlier call.
+    pub const EXPAND: u32 = 2;
+}
+
 /// Parameters of `prefill`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -410,6 +420,8 @@ pub struct PrefillParams {
     pub x: Global<u16>,
     /// S of `[L, E or 1, R, K]`.
     pub a: [Global<u16>; MAX_SLICES],
+    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; else null.
+    pub h: Global<u16>,
     /// S of `[L, E or 1, N, R]`.
     pub b: [Global<u16>; MAX_SLICES],
     /// `[P, ≥ offset + S·N]`, moved on by `offset`.
@@ -420,8 +432,8 @@ pub struct PrefillParams {
     pub pairs: Global<u32>,
     /// Tiles.
     pub tiles: Global<Tile>,
-    /// How many tiles.
-    pub counts: Global<u32>,
+    /// How many of them to take: those of active pairs, or all where inactive pairs are to get zeros.
+    pub tile_count: Global<u32>,
     /// Elements from one row of `x` to the next.
     pub x_stride: u64,
     /// Elements from one row of `out` to the next.
@@ -446,8 +458,14 @@ pub struct PrefillParams {
     pub accumulate: u32,
     /// Parts that a tile of the route is taken in.
     pub tile_parts: u32,
+    /// The number of a part over these gives its tile's.
+    pub over_parts: Divider,
     /// Blocks of the launch.
     pub blocks: u32,
+    /// Stages of the ring.
+    pub stages: u32,
+    /// One of [`products`].
+    pub products: u32,
 }
 
 #[cfg(test)]

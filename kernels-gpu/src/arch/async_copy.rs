@@ -25,6 +25,18 @@ pub const ALONE: u32 = 0;
 /// zero-filling form for sm_90a into an instruction that the device calls illegal.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! start {
+    ($fetch:ident, $target:ident, $source:ident, ignored = $is_there:ident) => {
+        match $fetch {
+            AHEAD => start!(".L2::256B", $target, $source, ignored = $is_there),
+            AROUND => start!(".L2::128B", $target, $source, ignored = $is_there),
+            _ => start!("", $target, $source, ignored = $is_there),
+        }
+    };
+    ($prefetch:literal, $target:ident, $source:ident, ignored = $is_there:ident) => {
+        asm!(concat!("{{ .reg .pred ignored; setp.eq.u32 ignored, {}, 0; ",
+                "cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16, ignored; }}"),
+            in(reg32) $is_there as u32, in(reg32) $target.address(), in(reg64) $source.address(), options(nostack))
+    };
     ($fetch:ident, $target:ident, $source:ident $(, $bytes:ident)?) => {
         match $fetch {
             AHEAD => start!(".L2::256B", $target, $source $(, $bytes)?),
@@ -73,6 +85,23 @@ pub unsafe fn copy16_whole<T, const FETCH: u32>(target: Shared, source: Global<T
     }
     #[cfg(feature = "emulate")]
     emulate::start_copy(target.address(), source.address(), 16);
+}
+
+/// As [`copy16_whole`], or 16 zeros where `is_there` is false. This is the instruction alone, where [`copy16`] with a runtime
+/// number of bytes is five or six.
+///
+/// # Safety
+/// As for [`copy16`]; `source` is read only where `is_there`.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn copy16_or_zeros<T, const FETCH: u32>(target: Shared, source: Global<T>, is_there: bool) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as the caller promises.
+    unsafe {
+        start!(FETCH, target, source, ignored = is_there)
+    }
+    #[cfg(feature = "emulate")]
+    emulate::start_copy(target.address(), source.address(), if is_there { 16 } else { 0 });
 }
 
 /// Closes the copies started since the last call into one group, which may be empty.

@@ -52,7 +52,9 @@ pub(crate) use mbarrier::{
 pub use memory::{Buffer, Memory};
 pub(crate) use named::sync_some;
 pub use report::{Fault, Report};
-pub(crate) use warpgroup::{Rows, commit_products, fence_warpgroup, multiply_warpgroup, wait_for_products};
+pub(crate) use warpgroup::{
+    Rows, commit_products, fence_warpgroup, multiply_warpgroup, set_registers, wait_for_products,
+};
 
 use crate::Entry;
 use bytemuck::Pod;

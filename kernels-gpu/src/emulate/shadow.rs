@@ -140,11 +140,6 @@ impl Kind {
     }
 }
 
-impl Now {
-    /// Stands in the place of a thread's number where an access is that of several.
-    pub const NO_THREAD: u16 = u16::MAX;
-}
-
 impl Touch {
     /// True when something puts `self` before `now`.
     pub(super) fn precedes(&self, now: &Now) -> bool {

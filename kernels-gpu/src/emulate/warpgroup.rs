@@ -7,7 +7,7 @@
 use super::block::State;
 use super::machine::{Id, Machine, execute, running, suspend, with};
 use super::report::Fault;
-use super::shadow::{By, Kind, Now};
+use super::shadow::Kind;
 use crate::ElementType;
 use half::{bf16, f16};
 use std::collections::{BTreeMap, VecDeque};
@@ -42,6 +42,7 @@ enum Asked {
     Product { element: ElementType, sums: Vec<f32>, a: Rows, b: u64 },
     Commit,
     Wait(u32),
+    Registers,
 }
 
 impl Asked {
@@ -50,6 +51,7 @@ impl Asked {
             Asked::Product { .. } => "wgmma.mma_async",
             Asked::Commit => "wgmma.commit_group",
             Asked::Wait(_) => "wgmma.wait_group",
+            Asked::Registers => "setmaxnreg",
         }
     }
 }
@@ -154,6 +156,7 @@ impl Machine {
                 }
             }
             Asked::Product { .. } => self.begin_product(id, asked, at)?,
+            Asked::Registers => {}
         }
         Ok(())
     }
@@ -269,7 +272,7 @@ impl Machine {
         Ok(values)
     }
 
-    /// Reads a chunk of shared memory by the async proxy, for no thread in particular.
+    /// Reads a chunk of shared memory by the async proxy.
     fn read_async(
         &mut self,
         id: Id,
@@ -277,19 +280,15 @@ impl Machine {
         at: &'static Location<'static>,
         begins: bool,
     ) -> Result<[u8; CHUNK_BYTES as usize], Fault> {
-        let mut now = self.now(id, Kind::Read, at);
-        // Nobody's own: whoever wrote needs a barrier, and whoever writes next too.
-        now.touch.by = By::Block(now.block);
-        now.thread = Now::NO_THREAD;
-        let range = self.shared(id.rank, address, CHUNK_BYTES, &now)?;
-        if begins {
-            let first = id.thread / THREADS as u32 * THREADS as u32;
-            for warp in 0..4 {
-                let now = self.now(Id { thread: first + 32 * warp, ..id }, Kind::Read, at);
-                if let Some((byte, by)) = self.block(id).shadow.unfenced(&range, &now) {
-                    let place = format!("byte {byte} of shared memory");
-                    return Err(Fault::Unfenced { what: "wgmma of", place, by });
-                }
+        let first = id.thread / THREADS as u32 * THREADS as u32;
+        let mut range = 0..0;
+        // For each warp, since none may use what another has written, or let it be overwritten, before they have met.
+        for warp in 0..4 {
+            let now = self.now(Id { thread: first + 32 * warp, ..id }, Kind::Read, at);
+            range = self.shared(id.rank, address, CHUNK_BYTES, &now)?;
+            if begins && let Some((byte, by)) = self.block(id).shadow.unfenced(&range, &now) {
+                let place = format!("byte {byte} of shared memory");
+                return Err(Fault::Unfenced { what: "wgmma of", place, by });
             }
         }
         Ok(self.block(id).shared[range].try_into().expect("a range of a chunk"))
@@ -337,6 +336,12 @@ pub(crate) fn multiply_warpgroup(element: ElementType, sums: &mut [f32], a: Rows
     meet(Asked::Product { element, sums: sums.to_vec(), a, b });
     let accumulator = before.unwrap_or_else(|| with(|machine| machine.warpgroup(running().0).next));
     sums.fill(f32::from_bits(UNDER_WAY | accumulator));
+}
+
+/// `setmaxnreg`: the machine has registers for all.
+#[track_caller]
+pub(crate) fn set_registers() {
+    meet(Asked::Registers);
 }
 
 /// `wgmma.commit_group`.

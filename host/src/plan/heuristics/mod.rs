@@ -3,7 +3,9 @@
 
 mod sm_90;
 
-pub(super) use sm_90::{decode_cluster, decode_clusters, decode_rows, prefill_tile, wants_decode};
+pub(super) use sm_90::{
+    decode_cluster, decode_clusters, decode_rows, prefill_stages, prefill_tile, wants_decode,
+};
 
 use super::{DeviceLimits, TileKind};
 use moe_lora_kernels::tile::TileShape;

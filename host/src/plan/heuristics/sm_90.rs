@@ -3,7 +3,7 @@
 use crate::dtype::DType;
 use crate::plan::{DecodeRows, DeviceLimits, PrefillTile};
 use crate::projection::ProjectionSizes;
-use moe_lora_kernels::decode;
+use moe_lora_kernels::{decode, prefill};
 
 /// Pairs a segment from which on `decode` is the slower form: at 8, w13 takes 79 µs in it, 77 in `prefill` and 80 in
 /// two launches. Segments of more than a tile's pairs read their weights twice.
@@ -89,11 +89,8 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 
 /// The tile of `prefill`, where that is the faster form; `segment` is guessed as for [`tile`](super::tile).
 ///
-/// At eight pairs a segment w13 takes 77 µs for 80 in two launches; at 32 pairs 87 for 107 with tiles of 64, 99
-/// with tiles of 128, of which three quarters are empty; at 64 pairs 78 and 67. With one slice, much of whose traffic is
-/// `out`, two launches are level at 128 pairs (177 and 174), and at 512 they take 556 µs for 587: each does one kind of
-/// access at a time. With larger ranks their h is traffic too: at R = 128 they take 648 there, and tiles of 64 and 128 take
-/// 611 and 656; at R = 256 1,200, 914 and 811.
+/// At eight pairs a segment w13 takes 75 µs for 80 in two launches; at 32 pairs 89 for 107 with tiles of 64, 93
+/// with tiles of 128, of which three quarters are empty; at 64 pairs 72 and 66.
 ///
 /// A tile is one block's, so few tiles leave multiprocessors idle, while two launches share a tile's columns: the 16 of Mixtral-8x7B
 /// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors (gpt-oss-20b has 128 tiles) it is
@@ -101,15 +98,37 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     buckets: u64,
-    sizes: &ProjectionSizes,
     limits: &DeviceLimits,
 ) -> Option<PrefillTile> {
-    let tile = match (pairs as u64 / buckets, sizes.slices, sizes.max_rank) {
-        (0..DECODE_SEGMENT, ..) => None,
-        (DECODE_SEGMENT..48, ..) => Some(PrefillTile::M64),
-        (256.., 1, 0..=64) => None,
-        (256.., 1, 65..=128) => Some(PrefillTile::M64),
+    let tile = match pairs as u64 / buckets {
+        0..DECODE_SEGMENT => None,
+        DECODE_SEGMENT..48 => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
     };
     tile.filter(|tile| 4 * tiles(pairs, buckets, tile.rows()) >= 3 * u64::from(limits.multiprocessors))
+}
+
+/// Pairs a segment from which on most tiles of 128 are full.
+const FULL_TILES: u64 = 96;
+
+/// Stages of the ring of `prefill`: as many as there is room for, unless memory does better with fewer bytes under way.
+///
+/// Full tiles have enough under way in two stages, and with more the same bytes take longer, as do more of them: what is under way takes
+/// room in L2 from rows of x that would be found there. w13 takes 161 µs in two and 177 in three at 128 pairs a segment, 514 and
+/// 591 at 512 (of R = 128 646 and 709); w2 156 and 167, 542 and 559 (of R = 256 697 and 727). Calls whose h takes more than a pass are bound
+/// by arithmetic: w13 of R = 256 takes 1,060 and 948. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four, 115.0.
+pub(in crate::plan) fn prefill_stages(
+    shape: prefill::Shape,
+    sizes: &ProjectionSizes,
+    pairs: usize,
+    buckets: u64,
+) -> u32 {
+    let is_large = shape.rows == PrefillTile::M128.rows();
+    let is_full = pairs as u64 / buckets >= FULL_TILES;
+    let is_one_pass = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32) <= shape.width;
+    match shape.width {
+        _ if is_large && is_full && is_one_pass => 2,
+        64 if is_large => 3,
+        _ => shape.max_stages(),
+    }
 }

@@ -1,0 +1,57 @@
+//! The kernel: its roles, and what both walk through.
+
+mod consumer;
+mod producer;
+mod ring;
+mod schedule;
+
+use super::WARPGROUP;
+use crate::arch::mma::Element;
+use crate::arch::wgmma::{self, Sums};
+use crate::arch::{barrier, grid, thread};
+use crate::memory::Index;
+use crate::params::PrefillParams;
+use ring::Ring;
+use schedule::Turns;
+
+/// The kernel. `SUMS`: half the columns of h, up to 128; `MORE`: half of those from 128 on; `BLOCKS`: fragments of 16
+/// of all; `SWEEPS`: sixteens of pairs of a tile; `COPYING`, `COMPUTING`: registers of a thread of either role.
+///
+/// # Safety
+/// As for the entry points: every tensor of `p` must be as its field says.
+#[inline(always)]
+pub unsafe fn prefill<
+    E: Element,
+    I: Index,
+    const SUMS: usize,
+    const MORE: usize,
+    const BLOCKS: usize,
+    const SWEEPS: usize,
+    const COPYING: u32,
+    const COMPUTING: u32,
+>(
+    p: PrefillParams,
+) where
+    [f32; SUMS]: Sums,
+{
+    let shape = Ring::<BLOCKS, SWEEPS>::SHAPE;
+    if thread::index() == 0 {
+        // SAFETY: nobody uses the barriers yet.
+        unsafe { Ring::<BLOCKS, SWEEPS>::init(p.stages) };
+    }
+    barrier::sync();
+    grid::let_next_start();
+    grid::wait_for_previous();
+    // SAFETY: as the caller promises; the launch before this one has ended.
+    let turns = unsafe { Turns::of_this_block(&p, shape.rows) };
+    // SAFETY: as the caller promises; the barriers are ready, and each warpgroup has one role.
+    unsafe {
+        if thread::index() < WARPGROUP * shape.computing() {
+            wgmma::take_registers::<COMPUTING>();
+            consumer::compute::<E, I, SUMS, MORE, BLOCKS, SWEEPS>(&p, turns);
+        } else {
+            wgmma::give_registers::<COPYING>();
+            producer::copy::<I, BLOCKS, SWEEPS>(&p, turns);
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! `prefill`: a whole call of many pairs a segment in one launch, on warpgroups:
+//! `h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c]`, then
+//! `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`.
+//!
+//! As many blocks as the device runs at a time take the tiles of the route in turns, so that tiles of one
+//! segment, neighbours in the list, run side by side and share its weights in L2. A block takes a tile of 64 or
+//! 128 pairs with the ranks of all slices at once, so that x is read once. One of its warpgroups copies
+//! (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the sums of the first
+//! product to the rows of the second without leaving registers.
+//!
+//! A tile's own rank decides what it costs, not the rank that the weights are allocated for. It is taken in *passes*, each
+//! of as many slices as the kernel has columns of h for (mostly one pass): a pass reads x, and keeps its h until its
+//! slices are written. A column of h is a (slice, rank): a slice has a power of two of them, so that 16 of a slice's ranks
+//! are one fragment.
+//!
+//! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
+//! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next pass's, or the next tile's.
+//! The producer is ahead by as many steps as the ring has stages, across the ends of slices and tiles, so the memory never
+//! waits for a product.
+//!
+//! Shared memory, `stages` times, in panels of 128-byte rows:
+//!
+//! | panels | a step of shrink | a step of expand |
+//! |---|---|---|
+//! | one row a pair | x, 64 elements of K each | old values of `out`, 64 columns each |
+//! | one row a column of h, or 64 rows | `a`, 64 elements of K each | `b`, 64 ranks of 64 columns each |
+//!
+//! There are two of each in a step, of `b` for every 64 ranks; one where a stage has no room for two, of 256 columns of h
+//! or more than 128 ranks; and four of x and `a` where it has room for these.
+
+#[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+mod kernel;
+
+use crate::tile::TileShape;
+#[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+pub use kernel::prefill;
+
+/// Most panels of `out` of a product: 128 columns.
+const PRODUCT_PANELS: usize = 2;
+
+/// Most columns of h, and so most ranks of a slice.
+pub const MAX_WIDTH: u32 = 256;
+
+/// Least columns of a slice in h: one fragment's.
+const MIN_RANK_ROOM: u32 = 16;
+
+/// Bytes of shared memory of a block that shares a multiprocessor of 228 KiB with another, and of one that has it
+/// alone.
+const SHARED_OF_TWO: u32 = 112 << 10;
+const SHARED_OF_ONE: u32 = 224 << 10;
+
+/// Threads of a warpgroup.
+pub(crate) const WARPGROUP: u32 = 128;
+
+/// Registers of a multiprocessor, and the most of a thread, in eights.
+const REGISTERS: u32 = 64 << 10;
+const MOST_REGISTERS: u32 = 248;
+
+/// Most stages: more bytes than so many have under way do not come sooner.
+const MAX_STAGES: u32 = 6;
+
+/// Bytes of the stages' barriers, at the beginning of shared memory; stages begin at multiples of 1024.
+const BARRIERS_BYTES: u32 = 1024;
+
+/// The shape of a block's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Pairs of a tile: 64 a warpgroup.
+    pub rows: u32,
+    /// Columns of h.
+    pub width: u32,
+}
+
+impl Shape {
+    /// Columns of h that kernels are compiled for.
+    pub const WIDTHS: [u32; 4] = [32, 64, 128, MAX_WIDTH];
+
+    /// Warpgroups of a block that compute.
+    pub const fn computing(self) -> u32 {
+        self.rows / 64
+    }
+
+    /// Threads of a block: those that compute, then the warpgroup that copies.
+    pub const fn threads(self) -> u32 {
+        WARPGROUP * (self.computing() + 1)
+    }
+
+    /// Blocks that share a multiprocessor: as many as it has registers for.
+    pub const fn blocks(self) -> u32 {
+        if self.rows > 64 || self.width > 128 { 1 } else { 2 }
+    }
+
+    /// Registers of a thread that copies.
+    pub const fn copying_registers(self) -> u32 {
+        if self.blocks() == 1 { 104 } else { 72 }
+    }
+
+    /// Registers of a thread that computes.
+    pub const fn computing_registers(self) -> u32 {
+        // A launch gives all threads as many, in eights.
+        let launched = REGISTERS / self.blocks() / self.threads() / 8 * 8;
+        let left = launched * (self.computing() + 1) - self.copying_registers();
+        let each = left / self.computing() / 8 * 8;
+        if each < MOST_REGISTERS { each } else { MOST_REGISTERS }
+    }
+
+    /// Rows of 128 bytes of a stage: so many that rows in device memory are read and written 256 bytes at a time.
+    const fn stage_rows(self) -> u32 {
+        let weights = match self.width {
+            ..=64 => 64,
+            _ => 128,
+        };
+        PRODUCT_PANELS as u32 * (self.rows + weights)
+    }
+
+    /// Panels of `out` of a product. One, where so many columns of h take the registers of another's sums.
+    pub const fn product_panels(self) -> u32 {
+        if self.rows > 64 && self.width > 128 { 1 } else { PRODUCT_PANELS as u32 }
+    }
+
+    /// Bytes of a stage.
+    pub const fn stage_bytes(self) -> u32 {
+        self.stage_rows() * TileShape::ROW_BYTES
+    }
+
+    /// Most stages of the ring for which a block has shared memory.
+    pub const fn max_stages(self) -> u32 {
+        let bytes = if self.blocks() == 1 { SHARED_OF_ONE } else { SHARED_OF_TWO };
+        let stages = (bytes - BARRIERS_BYTES) / self.stage_bytes();
+        if stages < MAX_STAGES { stages } else { MAX_STAGES }
+    }
+
+    /// Bytes of shared memory of a block with a ring of `stages` stages: their barriers, then they.
+    pub const fn shared_bytes(self, stages: u32) -> u32 {
+        BARRIERS_BYTES + stages * self.stage_bytes()
+    }
+}
+
+/// Columns of h that a slice of this rank takes.
+pub const fn rank_room(rank: u32) -> u32 {
+    let room = rank.next_power_of_two();
+    if room < MIN_RANK_ROOM { MIN_RANK_ROOM } else { room }
+}
