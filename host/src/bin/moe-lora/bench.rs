@@ -46,8 +46,11 @@ pub struct Args {
     /// Time those of them whose names hold one of these, besides the plan's own
     #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
     ways: Vec<String>,
+    /// Time calls of the split form: shrink, then expand
+    #[arg(long)]
+    split: bool,
     /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
-    #[arg(long, conflicts_with_all = ["op", "tile", "every_way"])]
+    #[arg(long, conflicts_with_all = ["op", "tile", "every_way", "split"])]
     route: bool,
     /// Blocks of the route: the planner's choice without; several are timed in turn
     #[arg(long, value_delimiter = ',', requires = "route")]
@@ -95,10 +98,10 @@ fn cases() -> Vec<Case> {
 }
 
 impl Case {
-    fn workload(&self, dtype: DType) -> moe_lora::Result<Workload> {
+    fn workload(&self, dtype: DType, split: bool) -> moe_lora::Result<Workload> {
         let &Case { model, op, tokens, max_rank, rank, loras } = self;
         let projection = model.projection(op, max_rank, loras, dtype)?;
-        Ok(Workload { projection, tokens, rank, weighted: op == Op::W2 })
+        Ok(Workload { projection, tokens, rank, weighted: op == Op::W2, split })
     }
 }
 
@@ -127,7 +130,7 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
             && args.rank.is_none_or(|rank| rank == case.rank)
     };
     for (seed, case) in cases().into_iter().enumerate().filter(|(_, case)| wanted(case)) {
-        let workload = case.workload(args.dtype.into())?;
+        let workload = case.workload(args.dtype.into(), args.split)?;
         let timed = match args.dtype {
             DTypeArg::Bf16 => time::<bf16>(&queues, &workload, seed as u64, || {}),
             DTypeArg::F16 => time::<f16>(&queues, &workload, seed as u64, || {}),
@@ -172,7 +175,7 @@ fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
 
 /// Microseconds of a route on the device, and of the thread that asks for it.
 fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64, f64)> {
-    let projection = case.workload(DType::Bf16)?.projection;
+    let projection = case.workload(DType::Bf16, false)?.projection;
     let s = *projection.sizes();
     let mut workspace = queue.workspace(&[projection], case.tokens)?;
     let mut rng = StdRng::seed_from_u64(seed);

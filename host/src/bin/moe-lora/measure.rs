@@ -2,8 +2,8 @@
 
 use moe_lora::cuda::{DeviceBuffer, Queue};
 use moe_lora::{
-    Backend, Buffer, DType, Device, Element, Enabled, Forward, Projection, Route, RoutingTensors, Rows, View,
-    XRows,
+    Backend, Buffer, DType, Device, Element, Enabled, Expand, Forward, Projection, Route, RoutingTensors,
+    Rows, Shrink, View, XRows,
 };
 use rand::rngs::StdRng;
 use rand::seq::index::sample;
@@ -42,6 +42,8 @@ pub struct Workload {
     pub rank: usize,
     /// Whether pairs are weighted, as those of w2 are.
     pub weighted: bool,
+    /// Whether both halves are called apart, as where tensor parallelism comes between them.
+    pub split: bool,
 }
 
 /// A call's inputs, on the host.
@@ -171,7 +173,7 @@ pub fn time<T: Element>(
     mut done: impl FnMut(),
 ) -> anyhow::Result<Vec<Times>> {
     let queue = &queues[0];
-    let &Workload { projection, tokens, rank, weighted } = workload;
+    let &Workload { projection, tokens, rank, weighted, split } = workload;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(workload, &mut StdRng::seed_from_u64(seed));
     let pairs = tokens * s.top_k;
@@ -194,26 +196,27 @@ pub fn time<T: Element>(
     };
     let zeros = vec![T::from_f32(0.0); pairs * projection.out_width()];
     let mut out = queue.upload(&zeros)?;
+    let mut h =
+        queue.upload(&vec![T::from_f32(0.0); if split { projection.h_elements(tokens)? } else { 0 }])?;
     let mut workspace = queue.workspace(&[projection], tokens)?;
     let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
         let (a, b) = (views(&weights[set].0), views(&weights[set].1));
         let ranks = (rank < s.max_rank).then(|| ranks.view());
         let routing = RoutingTensors { ranks, ..routing(&topk_ids, &token_lora) };
-        queue.forward(
-            &mut workspace,
-            &projection,
-            Forward {
-                tokens,
-                route: if kept { Route::Kept } else { Route::From(routing) },
-                x: Rows::from(x.view()),
-                a: &a,
-                b: &b,
-                topk_weights: weighted.then(|| topk_weights.view()),
-                out: out.view_mut().into(),
-                offset: 0,
-                accumulate: true,
-            },
-        )
+        let route = if kept { Route::Kept } else { Route::From(routing) };
+        let topk_weights = weighted.then(|| topk_weights.view());
+        let (x, out) = (Rows::from(x.view()), out.view_mut().into());
+        let (offset, accumulate) = (0, true);
+        if split {
+            let shrink = Shrink { tokens, route, x, a: &a, h: h.view_mut() };
+            queue.shrink(&mut workspace, &projection, shrink)?;
+            let (route, h) = (Route::Kept, h.view());
+            let expand = Expand { tokens, route, h, b: &b, topk_weights, out, offset, accumulate };
+            queue.expand(&mut workspace, &projection, expand)
+        } else {
+            let forward = Forward { tokens, route, x, a: &a, b: &b, topk_weights, out, offset, accumulate };
+            queue.forward(&mut workspace, &projection, forward)
+        }
     };
 
     let mut times = Vec::new();

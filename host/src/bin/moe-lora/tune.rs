@@ -95,7 +95,8 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     for &op in &args.op {
         let projection = model.projection(op, args.rank, args.adapters, args.dtype.into())?;
         for &tokens in &args.tokens {
-            let workload = Workload { projection, tokens, rank: args.rank, weighted: op == Op::W2 };
+            let workload =
+                Workload { projection, tokens, rank: args.rank, weighted: op == Op::W2, split: false };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;
             let way = match tuned.way.name("") {
                 name if name.is_empty() => "as planned".to_owned(),
