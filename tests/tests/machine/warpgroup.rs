@@ -2,6 +2,7 @@
 
 use super::*;
 use moe_lora_kernels::arch::bulk;
+use moe_lora_kernels::arch::mbarrier::{self, Mbarrier};
 use moe_lora_kernels::arch::mma::F16;
 use moe_lora_kernels::arch::wgmma::{self, Matrix, Sums};
 
@@ -11,6 +12,8 @@ const COLUMNS: u32 = 32;
 const SUMS: usize = COLUMNS as usize / 2;
 /// Where B's panel begins: after 64 rows of A.
 const B: u32 = 64 * 128;
+/// Where a barrier lies: after B.
+const BARRIER: u32 = B + COLUMNS * 128;
 
 /// Runs `body` with one warpgroup, panels of 64 rows of A and `COLUMNS` rows of B, and a [64, `COLUMNS`] buffer to
 /// write. Returns what was written.
@@ -24,7 +27,7 @@ fn launch_warpgroup(seed: u64, body: impl Fn(Global<f32>) + 'static) -> Result<V
         blocks: 1,
         cluster: 1,
         threads: 128,
-        shared_bytes: B + COLUMNS * 128,
+        shared_bytes: BARRIER + mbarrier::BYTES,
         overlaps: true,
         cooperative: false,
         seed,
@@ -314,6 +317,45 @@ fn a_matrix_that_is_written_over_before_the_wait_is_a_race() {
         wgmma::commit();
         fill::<Bf16>(place);
         sums.wait::<0>();
+    });
+}
+
+/// A product, whose matrix thread 0 writes over once the first `warps` warps have arrived at a barrier.
+unsafe fn write_over_after(warps: u32) {
+    unsafe {
+        let read = Mbarrier::at(Shared::base().offset(BARRIER));
+        if thread::index() == 0 {
+            read.init(warps);
+        }
+        fill::<Bf16>(place);
+        bulk::fence();
+        barrier::sync();
+        let (a, b) = matrices();
+        let mut sums = [0.0f32; SUMS];
+        wgmma::fence();
+        sums.multiply::<Bf16>(a, b);
+        wgmma::commit();
+        sums.wait::<0>();
+        warp::sync();
+        if thread::lane() == 0 && thread::warp() < warps {
+            read.arrive();
+        }
+        if thread::index() == 0 {
+            read.wait(0);
+            Shared::base().offset(B).store(0);
+        }
+    }
+}
+
+#[test]
+fn a_matrix_may_be_written_over_once_every_warp_has_said_that_it_waited() {
+    launch_warpgroup(3, |_| unsafe { write_over_after(4) }).expect("no fault");
+}
+
+#[test]
+fn a_matrix_that_is_written_over_before_every_warp_has_said_so_is_a_race() {
+    warpgroup_reported("race: write of byte 8192 of shared memory after read", |_| unsafe {
+        write_over_after(3)
     });
 }
 
