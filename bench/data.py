@@ -27,7 +27,7 @@ class Routing:
         tokens, top_k = case.tokens, case.model.top_k
         self.tokens, self.top_k = tokens, top_k
         self.experts, self.adapters = case.model.experts, case.adapters
-        self.skewed = case.routing == "zipf"
+        self.kind = case.routing
         #: [tokens, top_k] i32.
         self.topk_ids = torch.empty(tokens, top_k, dtype=torch.int32, device="cuda")
         #: [tokens, top_k] f32, which sum to one for each token.
@@ -52,10 +52,12 @@ class Routing:
         """Random choices; with ``bare_tokens`` some tokens have no adapter."""
         random = torch.Generator("cuda").manual_seed(seed)
         scores = torch.rand(self.tokens, self.experts, generator=random, device="cuda")
-        if self.skewed:
+        if self.kind == "zipf":
             # The largest of u^(1/w) are a weighted draw without replacement.
             share = 1.0 / torch.arange(1, self.experts + 1, device="cuda")
             scores = scores.pow(1.0 / share[torch.randperm(self.experts, generator=random, device="cuda")])
+        if self.kind == "half":
+            scores[::2, 0] = 2.0
         self.topk_ids.copy_(scores.topk(self.top_k, sorted=False).indices)
         weights = torch.rand(self.tokens, self.top_k, generator=random, device="cuda") + 0.05
         self.topk_weights.copy_(weights / weights.sum(1, keepdim=True))
