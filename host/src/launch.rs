@@ -319,7 +319,6 @@ impl Prepared<'_> {
             (None, _) => (products::EXPAND, h.address(parts)),
         };
         let accumulates = tail.is_some_and(|tail| tail.accumulate);
-        let needs_all = products == products::SHRINK || !accumulates;
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
@@ -331,7 +330,7 @@ impl Prepared<'_> {
             topk_weights: Global::new(topk_weights),
             pairs: parts.pairs,
             tiles: parts.tiles,
-            tile_count: parts.counts.at(if needs_all { count::ALL } else { count::ACTIVE }),
+            tile_count: parts.counts.at(if accumulates { count::ACTIVE } else { count::ALL }),
             x_stride: layout.x_stride as u64,
             out_stride: layout.out_stride as u64,
             x_row: self.x_row(),

@@ -200,9 +200,7 @@ mod kernel {
     /// Number of the first row of the matrix of a or b, of `rows` rows, that a unit uses.
     #[inline(always)]
     fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
-        let expert = if experts == 1 { 0 } else { tile.expert };
-        let matrix = I::from_u32(tile.slot).times(I::from_u32(experts)).plus(I::from_u32(expert));
-        matrix.times(I::from_u32(rows))
+        tile.matrix::<I>(experts).times(I::from_u32(rows))
     }
 
     /// The barrier of this number.

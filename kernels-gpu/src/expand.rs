@@ -232,9 +232,7 @@ mod kernel {
         };
 
         // b, [L, E or 1, N, R], from this tile's matrix on.
-        let expert = if p.b_experts == 1 { 0 } else { tile.expert };
-        let matrix = I::from_u32(tile.slot).times(I::from_u32(p.b_experts)).plus(I::from_u32(expert));
-        let matrix = matrix.times(I::from_u32(p.out_dim));
+        let matrix = tile.matrix::<I>(p.b_experts).times(I::from_u32(p.out_dim));
         let b = select_slice(p.b, run.slice);
         let ring = Shared::base().offset(panels(p.max_rank) * rows * TileShape::ROW_BYTES);
         let b_panel = |stage: u32| Panel::at(ring.offset(stage * tile_columns * TileShape::ROW_BYTES));

@@ -2,7 +2,7 @@
 //!
 //! 16-bit floats are `u16` here: a block is the same for bf16 and f16, the entry point knows which.
 
-use crate::memory::Global;
+use crate::memory::{Global, Index};
 use crate::segments::Room;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
@@ -76,6 +76,13 @@ impl Tile {
     pub fn part(self, part: u32, rows: u32) -> Self {
         let skipped = part * rows;
         Tile { first: self.first + skipped, rows: self.rows.saturating_sub(skipped).min(rows), ..self }
+    }
+
+    /// Number of the tile's matrix in `[L, experts, …]` weights, of which a slot has E or one.
+    #[inline(always)]
+    pub fn matrix<I: Index>(&self, experts: u32) -> I {
+        let expert = if experts == 1 { 0 } else { self.expert };
+        I::from_u32(self.slot).times(I::from_u32(experts)).plus(I::from_u32(expert))
     }
 }
 

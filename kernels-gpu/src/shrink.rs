@@ -111,9 +111,7 @@ mod kernel {
                     feed.x[i] = p.x.at(offset.plus(I::from_u32(feed.chunk * CHUNK)));
                 }
             });
-            let expert = if p.a_experts == 1 { 0 } else { tile.expert };
-            let matrix = I::from_u32(tile.slot).times(I::from_u32(p.a_experts)).plus(I::from_u32(expert));
-            let matrix = matrix.times(I::from_u32(p.max_rank));
+            let matrix = tile.matrix::<I>(p.a_experts).times(I::from_u32(p.max_rank));
             unroll::<8>(|i| {
                 let number = i as u32 * SWEEP + feed.sweep_row;
                 if (i as u32 * SWEEP) < tile_columns && number < columns.count {

@@ -19,30 +19,24 @@ pub const AROUND: u32 = 128;
 /// No more than it must: of a row only this much is wanted.
 pub const ALONE: u32 = 0;
 
-/// The instruction of a copy of 16 bytes that lets L2 fetch `$fetch`; of a runtime number of bytes, where that is given.
+/// The instruction of a copy of 16 bytes that lets L2 fetch `$fetch`; of a runtime number of bytes, where that is given, or of none
+/// unless the source `is_there`.
 ///
 /// An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
 /// zero-filling form for sm_90a into an instruction that the device calls illegal.
 #[cfg(target_arch = "nvptx64")]
 macro_rules! start {
-    ($fetch:ident, $target:ident, $source:ident, ignored = $is_there:ident) => {
+    ($fetch:ident, $($operands:tt)*) => {
         match $fetch {
-            AHEAD => start!(".L2::256B", $target, $source, ignored = $is_there),
-            AROUND => start!(".L2::128B", $target, $source, ignored = $is_there),
-            _ => start!("", $target, $source, ignored = $is_there),
+            AHEAD => start!(".L2::256B", $($operands)*),
+            AROUND => start!(".L2::128B", $($operands)*),
+            _ => start!("", $($operands)*),
         }
     };
     ($prefetch:literal, $target:ident, $source:ident, ignored = $is_there:ident) => {
         asm!(concat!("{{ .reg .pred ignored; setp.eq.u32 ignored, {}, 0; ",
                 "cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16, ignored; }}"),
             in(reg32) $is_there as u32, in(reg32) $target.address(), in(reg64) $source.address(), options(nostack))
-    };
-    ($fetch:ident, $target:ident, $source:ident $(, $bytes:ident)?) => {
-        match $fetch {
-            AHEAD => start!(".L2::256B", $target, $source $(, $bytes)?),
-            AROUND => start!(".L2::128B", $target, $source $(, $bytes)?),
-            _ => start!("", $target, $source $(, $bytes)?),
-        }
     };
     ($prefetch:literal, $target:ident, $source:ident $(, $bytes:ident)?) => {
         asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16" $(, start!(@size $bytes))?, ";"),

@@ -75,6 +75,14 @@ fn matrices() -> (Matrix, Matrix) {
     (Matrix::swizzled(Shared::base()), Matrix::swizzled(Shared::base().offset(B)))
 }
 
+/// Both matrices, filled and shown to the tensor cores.
+unsafe fn shown_matrices<E: Element>() -> (Matrix, Matrix) {
+    unsafe { fill::<E>(place) };
+    bulk::fence();
+    barrier::sync();
+    matrices()
+}
+
 /// Stores a thread's sums where D's fragment has them.
 unsafe fn store(out: Global<f32>, sums: &[f32; SUMS]) {
     let (warp, lane) = (thread::warp(), thread::lane());
@@ -95,10 +103,7 @@ fn product(ks: std::ops::Range<u32>, times: f32) -> Vec<f32> {
 fn a_product_of_swizzled_matrices_is_the_product() {
     fn kernel<E: Element>(out: Global<f32>) {
         unsafe {
-            fill::<E>(place);
-            bulk::fence();
-            barrier::sync();
-            let (a, b) = matrices();
+            let (a, b) = shown_matrices::<E>();
             let mut sums = [0.0f32; SUMS];
             wgmma::fence();
             for step in 0..4 {
@@ -118,10 +123,7 @@ fn a_product_of_swizzled_matrices_is_the_product() {
 #[test]
 fn sums_are_added_to_and_older_groups_end_first() {
     let out = launch_warpgroup(1, |out| unsafe {
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let (mut first, mut second) = ([0.0f32; SUMS], [1000.0f32; SUMS]);
         wgmma::fence();
         first.multiply::<Bf16>(a, b);
@@ -141,10 +143,7 @@ fn sums_are_added_to_and_older_groups_end_first() {
 #[test]
 fn a_narrow_product_leaves_the_sums_after_its_own() {
     let out = launch_warpgroup(1, |out| unsafe {
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let mut sums = [7.0f32; 2 * SUMS];
         sums[..SUMS].fill(0.0);
         wgmma::fence();
@@ -161,10 +160,7 @@ fn a_narrow_product_leaves_the_sums_after_its_own() {
 fn sums_of_one_product_are_the_rows_of_the_next() {
     // D's columns 0 .. 16 as A of 16 k, whose B is the second step of the panel: integers stay exact in f16.
     let out = launch_warpgroup(1, |out| unsafe {
-        fill::<F16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<F16>();
         let mut h = [0.0f32; SUMS];
         wgmma::fence();
         h.multiply::<F16>(a, b);
@@ -240,10 +236,7 @@ fn a_panel_without_the_swizzle_is_another_matrix() {
 #[test]
 fn sums_that_were_not_waited_for_are_no_numbers() {
     launch_warpgroup(1, |_| unsafe {
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let mut sums = [0.0f32; SUMS];
         wgmma::fence();
         sums.multiply::<Bf16>(a, b);
@@ -291,10 +284,7 @@ fn a_missing_proxy_fence_is_reported() {
 #[test]
 fn a_missing_register_fence_is_reported() {
     warpgroup_reported("without a wgmma.fence since the last wait", |_| unsafe {
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let mut sums = [0.0f32; SUMS];
         wgmma::fence();
         sums.multiply::<Bf16>(a, b);
@@ -307,10 +297,7 @@ fn a_missing_register_fence_is_reported() {
 #[test]
 fn a_matrix_that_is_written_over_before_the_wait_is_a_race() {
     warpgroup_reported("of shared memory after", |_| unsafe {
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let mut sums = [0.0f32; SUMS];
         wgmma::fence();
         sums.multiply::<Bf16>(a, b);
@@ -327,10 +314,7 @@ unsafe fn write_over_after(warps: u32) {
         if thread::index() == 0 {
             read.init(warps);
         }
-        fill::<Bf16>(place);
-        bulk::fence();
-        barrier::sync();
-        let (a, b) = matrices();
+        let (a, b) = shown_matrices::<Bf16>();
         let mut sums = [0.0f32; SUMS];
         wgmma::fence();
         sums.multiply::<Bf16>(a, b);

@@ -98,10 +98,13 @@ fn cases() -> Vec<Case> {
 }
 
 impl Case {
+    fn projection(&self, dtype: DType) -> moe_lora::Result<Projection> {
+        self.model.projection(self.op, self.max_rank, self.loras, dtype)
+    }
+
     fn workload(&self, dtype: DType, split: bool) -> moe_lora::Result<Workload> {
-        let &Case { model, op, tokens, max_rank, rank, loras } = self;
-        let projection = model.projection(op, max_rank, loras, dtype)?;
-        Ok(Workload { projection, tokens, rank, weighted: op == Op::W2, split })
+        let &Case { op, tokens, rank, .. } = self;
+        Ok(Workload { projection: self.projection(dtype)?, tokens, rank, weighted: op == Op::W2, split })
     }
 }
 
@@ -175,7 +178,7 @@ fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
 
 /// Microseconds of a route on the device, and of the thread that asks for it.
 fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64, f64)> {
-    let projection = case.workload(DType::Bf16, false)?.projection;
+    let projection = case.projection(DType::Bf16)?;
     let s = *projection.sizes();
     let mut workspace = queue.workspace(&[projection], case.tokens)?;
     let mut rng = StdRng::seed_from_u64(seed);

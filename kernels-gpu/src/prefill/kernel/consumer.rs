@@ -2,7 +2,7 @@
 
 use super::ring::Ring;
 use super::schedule::{
-    MOST_PANELS, PANEL_COLUMNS, Pass, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
+    K, MOST_PANELS, PANEL_COLUMNS, Pass, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
 };
 use crate::arch::mma::Element;
 use crate::arch::shared::Shared;
@@ -13,9 +13,6 @@ use crate::params::{PrefillParams, Tile, products};
 use crate::prefill::PRODUCT_PANELS;
 use crate::tile::panel::{CHUNK, Panel};
 use crate::tile::{TileShape, unroll};
-
-/// Elements of a product's k.
-const K: u32 = 16;
 
 /// In place of the pair of a row that is not there.
 const NO_PAIR: u32 = u32::MAX;
@@ -93,20 +90,20 @@ unsafe fn multiply_ranks<E: Element, const BLOCKS: usize, const SWEEPS: usize>(
         let b = Ring::<BLOCKS, SWEEPS>::b_panel(stage, panels, (k / STEPS) as u32);
         Matrix::swizzled(b.chunk(first * PANEL_COLUMNS, 0)).step((k % STEPS) as u32)
     };
+    macro_rules! multiply {
+        ($delta:ident) => {
+            unroll::<BLOCKS>(|k| {
+                if k as u32 * K < rank {
+                    // SAFETY: as the caller promises.
+                    unsafe { $delta.multiply_registers::<E>(h[k], matrix(k)) };
+                }
+            })
+        };
+    }
     if Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels() > 1 && panels > 1 {
-        unroll::<BLOCKS>(|k| {
-            if k as u32 * K < rank {
-                // SAFETY: as the caller promises.
-                unsafe { delta.multiply_registers::<E>(h[k], matrix(k)) };
-            }
-        });
+        multiply!(delta);
     } else if let Some(delta) = delta.first_chunk_mut::<PANEL_SUMS>() {
-        unroll::<BLOCKS>(|k| {
-            if k as u32 * K < rank {
-                // SAFETY: as the caller promises.
-                unsafe { delta.multiply_registers::<E>(h[k], matrix(k)) };
-            }
-        });
+        multiply!(delta);
     }
 }
 
@@ -365,7 +362,7 @@ pub(super) unsafe fn compute<
 
             // Expand.
             let panels = expand_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, tile.rank);
-            let products = Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels();
+            let product_panels = Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels();
             let first = slice * p.out_dim + own_chunk * CHUNK;
             // SAFETY: the pairs are of one of p's tiles.
             let mut out = unsafe { OutRows::new::<I>(p, pairs, tile.rank > 0, first) };
@@ -389,7 +386,7 @@ pub(super) unsafe fn compute<
                         unroll::<PRODUCT_PANELS>(|i| {
                             let panel = first + i as u32;
                             let at = column + width(panel);
-                            if (i as u32) < products && panel < panels && at < p.out_dim {
+                            if (i as u32) < product_panels && panel < panels && at < p.out_dim {
                                 let mut own = [0.0; PANEL_SUMS];
                                 unroll::<16>(|j| {
                                     own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
@@ -400,7 +397,7 @@ pub(super) unsafe fn compute<
                                 unsafe { out.add::<E>(p, &own, old, at, own_row, own_chunk) };
                             }
                         });
-                        first += products;
+                        first += product_panels;
                     }
                     // SAFETY: its products are done, and its old values read.
                     unsafe { ring.leave() };

@@ -5,9 +5,7 @@
 //! left out, or filled with zeros where it is multiplied.
 
 use super::ring::Ring;
-use super::schedule::{
-    MOST_PANELS, Pass, Turns, depth, expand_panels, matrix, rank_shift, shrink_panels, width,
-};
+use super::schedule::{K, MOST_PANELS, Pass, Turns, depth, expand_panels, rank_shift, shrink_panels, width};
 use crate::arch::async_copy::{AHEAD, ALONE, AROUND, copy16, copy16_or_zeros, copy16_whole};
 use crate::arch::shared::Shared;
 use crate::arch::thread;
@@ -23,9 +21,6 @@ const SWEEP_BYTES: u32 = SWEEP * TileShape::ROW_BYTES;
 
 /// Ranks that a row of `b` has past a tile's: with so many, L2 is not to fetch them.
 const UNWANTED: u32 = 32;
-
-/// Elements of K of an mma.
-const K: u32 = 16;
 
 const ELEMENT_BYTES: u32 = 2;
 
@@ -165,7 +160,7 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let share = Share::of_this_thread(CHUNKS.ilog2());
     // SAFETY: as the caller promises.
     let mut x = unsafe { Pairs::<SWEEPS>::of(p, tile, share) }.x::<I>(p, share);
-    let first = matrix::<I>(tile, p.a_experts).times(I::from_u32(p.max_rank)).times(I::from_u32(p.in_dim));
+    let first = tile.matrix::<I>(p.a_experts).times(I::from_u32(p.max_rank)).times(I::from_u32(p.in_dim));
     let first = first.plus(I::from_u32(share.row * p.in_dim + share.element()));
     let shift = rank_shift(tile.rank);
     let stride = SWEEP * p.in_dim * ELEMENT_BYTES;
@@ -344,7 +339,7 @@ impl B {
         let log = (rank_shift(tile.rank) - CHUNK.ilog2()).min(CHUNKS.ilog2());
         let share = Share::of_this_thread(log);
         let first =
-            matrix::<I>(tile, p.b_experts).times(I::from_u32(p.out_dim)).times(I::from_u32(p.max_rank));
+            tile.matrix::<I>(p.b_experts).times(I::from_u32(p.out_dim)).times(I::from_u32(p.max_rank));
         let first = first.plus(I::from_u32(share.row * p.max_rank + share.element()));
         B { rows: select_slice(p.b, slice).at(first), share, sweep: WARPGROUP >> log }
     }

@@ -2,7 +2,6 @@
 //! through the same.
 
 use crate::arch::thread;
-use crate::memory::Index;
 use crate::params::{PrefillParams, Tile};
 use crate::prefill::{Shape, rank_room};
 use crate::tile::TileShape;
@@ -12,6 +11,9 @@ pub(super) const PANEL_COLUMNS: u32 = 64;
 
 /// Most panels, of each kind, of a step.
 pub(super) const MOST_PANELS: usize = 4;
+
+/// Elements of a product's k, and so ranks of a fragment of h.
+pub(super) const K: u32 = 16;
 
 /// Least columns of h of a product.
 const MIN_COLUMNS: u32 = 32;
@@ -118,11 +120,4 @@ pub(super) fn depth(panels: u32) -> u32 {
 #[inline(always)]
 pub(super) fn width(panels: u32) -> u32 {
     panels * PANEL_COLUMNS
-}
-
-/// Number of a tile's matrix among those of `experts` experts, or one, a slot.
-#[inline(always)]
-pub(super) fn matrix<I: Index>(tile: &Tile, experts: u32) -> I {
-    let expert = if experts == 1 { 0 } else { tile.expert };
-    I::from_u32(tile.slot).times(I::from_u32(experts)).plus(I::from_u32(expert))
 }
