@@ -311,7 +311,7 @@ impl Prepared<'_> {
         tail: Option<&ExpandTail<'_, S, T>>,
     ) -> Option<(Launch, Parameters)> {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let PrefillPlan { launch, stages } = plan.prefill?;
+        let PrefillPlan { launch, passes, stages } = plan.prefill?;
         let sizes = projection.sizes();
         let (products, h) = match (head, tail) {
             (Some(_), Some(_)) => (products::BOTH, 0),
@@ -344,9 +344,12 @@ impl Prepared<'_> {
             accumulate: accumulates.into(),
             tile_parts: plan.tile_parts,
             over_parts: Divider::new(plan.tile_parts),
+            passes,
+            over_passes: Divider::new(passes),
             blocks: launch.blocks,
             stages,
             products,
+            reserved: 0,
         };
         Some((launch, Parameters::Prefill(parameters)))
     }

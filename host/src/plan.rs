@@ -246,6 +246,8 @@ pub struct ExpandPlan {
 pub struct PrefillPlan {
     /// The launch.
     pub launch: Launch,
+    /// Passes that a tile of the largest rank is taken in.
+    pub passes: u32,
     /// Stages of its ring.
     pub stages: u32,
 }
@@ -483,11 +485,16 @@ impl Plan {
             .map(|tile| {
                 let shape = prefill_shape(projection, tile).expect("chosen where it can be");
                 let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
-                let blocks = tiles.min(u64::from(limits.multiprocessors * shape.blocks()));
+                let passes = shape.passes(sizes.slices as u32, sizes.max_rank as u32);
+                let most = u64::from(limits.multiprocessors * shape.blocks());
+                let blocks = (tiles * u64::from(passes)).min(most);
                 let stages =
                     heuristics::prefill_stages(shape, projection.sizes(), pairs, buckets(projection));
-                launch(kernel, blocks, 1, shape.shared_bytes(stages))
-                    .map(|launch| PrefillPlan { launch, stages })
+                launch(kernel, blocks, 1, shape.shared_bytes(stages)).map(|launch| PrefillPlan {
+                    launch,
+                    passes,
+                    stages,
+                })
             })
             .transpose()?;
         let sorting = sorting(projection, pairs, limits, options);

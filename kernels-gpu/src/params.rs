@@ -467,12 +467,18 @@ pub struct PrefillParams {
     pub tile_parts: u32,
     /// The number of a part over these gives its tile's.
     pub over_parts: Divider,
+    /// Passes that a tile of the largest rank is taken in.
+    pub passes: u32,
+    /// The number of a pass over these gives its part's.
+    pub over_passes: Divider,
     /// Blocks of the launch.
     pub blocks: u32,
     /// Stages of the ring.
     pub stages: u32,
     /// One of [`products`].
     pub products: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 #[cfg(test)]

@@ -75,6 +75,11 @@ impl Shape {
     /// Columns of h that kernels are compiled for.
     pub const WIDTHS: [u32; 4] = [32, 64, 128, MAX_WIDTH];
 
+    /// Passes over a tile of this rank, with that many slices.
+    pub const fn passes(self, slices: u32, rank: u32) -> u32 {
+        slices.div_ceil(self.width / rank_room(rank))
+    }
+
     /// Warpgroups of a block that compute.
     pub const fn computing(self) -> u32 {
         self.rows / 64

@@ -125,7 +125,7 @@ pub(in crate::plan) fn prefill_stages(
 ) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
     let is_full = pairs as u64 / buckets >= FULL_TILES;
-    let is_one_pass = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32) <= shape.width;
+    let is_one_pass = shape.passes(sizes.slices as u32, sizes.max_rank as u32) == 1;
     match shape.width {
         _ if is_large && is_full && is_one_pass => 2,
         64 if is_large => 3,

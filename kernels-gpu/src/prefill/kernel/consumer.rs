@@ -2,7 +2,7 @@
 
 use super::ring::Ring;
 use super::schedule::{
-    K, MOST_PANELS, PANEL_COLUMNS, Pass, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
+    K, MOST_PANELS, PANEL_COLUMNS, Pass, Turn, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
 };
 use crate::arch::mma::Element;
 use crate::arch::shared::Shared;
@@ -287,7 +287,7 @@ pub(super) unsafe fn compute<
     let own_chunk = thread::lane() % 4;
     loop {
         // SAFETY: as the caller promises.
-        let tile = unsafe { turns.take(p) };
+        let Turn { tile, pass } = unsafe { turns.take(p) };
         if tile.rows == 0 {
             break;
         }
@@ -295,118 +295,113 @@ pub(super) unsafe fn compute<
         let shift = rank_shift(tile.rank);
         // SAFETY: the tile is one of p's.
         let pairs = unsafe { own_pairs(p, &tile, own_row) };
-        let mut slice = 0;
-        while slice < p.slices {
-            let Pass { end, columns } = Pass::of(p, tile.rank, slice, Ring::<BLOCKS, SWEEPS>::SHAPE.width);
+        let Pass { first: mut slice, end, columns } = pass;
 
-            // Shrink.
-            let (mut sums, mut more) = (<[f32; SUMS]>::zero(), [0.0; MORE]);
+        // Shrink.
+        let (mut sums, mut more) = (<[f32; SUMS]>::zero(), [0.0; MORE]);
+        if let Some(more) = more.first_chunk_mut::<64>() {
+            *more = Sums::zero();
+        }
+        let shrinks = tile.rank > 0 && p.products != products::EXPAND;
+        let mut place = if shrinks { 0 } else { p.in_dim };
+        while place < p.in_dim {
+            // SAFETY: the ring is ready, and this is a consumer.
+            let stage = unsafe { ring.landed() };
+            wgmma::fence();
+            // SAFETY: the step has landed, was shown, and is left alone until the warpgroup leaves it.
+            unsafe {
+                multiply_step::<E, SUMS, MORE, BLOCKS, SWEEPS>(
+                    &mut sums,
+                    &mut more,
+                    stage,
+                    columns,
+                    warpgroup_row,
+                );
+            }
+            wgmma::commit();
+            sums.wait::<0>();
             if let Some(more) = more.first_chunk_mut::<64>() {
-                *more = Sums::zero();
+                more.wait::<0>();
             }
-            let shrinks = tile.rank > 0 && p.products != products::EXPAND;
-            let mut place = if shrinks { 0 } else { p.in_dim };
-            while place < p.in_dim {
-                // SAFETY: the ring is ready, and this is a consumer.
-                let stage = unsafe { ring.landed() };
-                wgmma::fence();
-                // SAFETY: the step has landed, was shown, and is left alone until the warpgroup leaves it.
-                unsafe {
-                    multiply_step::<E, SUMS, MORE, BLOCKS, SWEEPS>(
-                        &mut sums,
-                        &mut more,
-                        stage,
-                        columns,
-                        warpgroup_row,
-                    );
-                }
-                wgmma::commit();
-                sums.wait::<0>();
-                if let Some(more) = more.first_chunk_mut::<64>() {
-                    more.wait::<0>();
-                }
-                // SAFETY: its products are done.
-                unsafe { ring.leave() };
-                place += depth(shrink_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, columns));
-            }
-            let mut h = [[0u32; 4]; BLOCKS];
-            unroll::<BLOCKS>(|block| {
-                unroll::<4>(|i| {
-                    let at = 8 * block + 2 * i;
-                    h[block][i] = if at < SUMS {
-                        E::pack(sums[at], sums[at + 1])
-                    } else {
-                        E::pack(more[at - SUMS], more[at - SUMS + 1])
-                    };
-                });
+            // SAFETY: its products are done.
+            unsafe { ring.leave() };
+            place += depth(shrink_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, columns));
+        }
+        let mut h = [[0u32; 4]; BLOCKS];
+        unroll::<BLOCKS>(|block| {
+            unroll::<4>(|i| {
+                let at = 8 * block + 2 * i;
+                h[block][i] = if at < SUMS {
+                    E::pack(sums[at], sums[at + 1])
+                } else {
+                    E::pack(more[at - SUMS], more[at - SUMS + 1])
+                };
             });
+        });
 
-            if p.products == products::EXPAND && tile.rank > 0 {
+        if p.products == products::EXPAND && tile.rank > 0 {
+            // SAFETY: as for shrink.
+            let stage = unsafe { ring.landed() };
+            unroll::<BLOCKS>(|block| {
+                let panel = Ring::<BLOCKS, SWEEPS>::row_panel(stage, block as u32 / 4);
+                if K * (block as u32) < columns {
+                    // SAFETY: the step has landed; it has all columns of the pass.
+                    h[block] = unsafe { panel.rows_fragment(warp_row, block as u32 % 4) };
+                }
+            });
+            // SAFETY: it was read.
+            unsafe { ring.leave() };
+        }
+        if p.products == products::SHRINK {
+            // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
+            unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [slice, end], shift) };
+            slice = end;
+        }
+
+        // Expand.
+        let panels = expand_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, tile.rank);
+        let product_panels = Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels();
+        let first = slice * p.out_dim + own_chunk * CHUNK;
+        // SAFETY: the pairs are of one of p's tiles.
+        let mut out = unsafe { OutRows::new::<I>(p, pairs, tile.rank > 0, first) };
+        while slice < end {
+            let mut column = 0;
+            while column < p.out_dim {
                 // SAFETY: as for shrink.
                 let stage = unsafe { ring.landed() };
-                unroll::<BLOCKS>(|block| {
-                    let panel = Ring::<BLOCKS, SWEEPS>::row_panel(stage, block as u32 / 4);
-                    if K * (block as u32) < columns {
-                        // SAFETY: the step has landed; it has all columns of the pass.
-                        h[block] = unsafe { panel.rows_fragment(warp_row, block as u32 % 4) };
+                let mut first = 0;
+                while first < panels && column + width(first) < p.out_dim {
+                    let mut delta = <[f32; PRODUCT_PANELS * PANEL_SUMS]>::zero();
+                    wgmma::fence();
+                    // SAFETY: as for shrink; `b` is filled up to the end of the sixteen that hold the last rank.
+                    unsafe {
+                        multiply_ranks::<E, BLOCKS, SWEEPS>(&mut delta, &h, stage, panels, first, tile.rank);
                     }
-                });
-                // SAFETY: it was read.
-                unsafe { ring.leave() };
-            }
-            if p.products == products::SHRINK {
-                // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
-                unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [slice, end], shift) };
-                slice = end;
-            }
-
-            // Expand.
-            let panels = expand_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, tile.rank);
-            let product_panels = Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels();
-            let first = slice * p.out_dim + own_chunk * CHUNK;
-            // SAFETY: the pairs are of one of p's tiles.
-            let mut out = unsafe { OutRows::new::<I>(p, pairs, tile.rank > 0, first) };
-            while slice < end {
-                let mut column = 0;
-                while column < p.out_dim {
-                    // SAFETY: as for shrink.
-                    let stage = unsafe { ring.landed() };
-                    let mut first = 0;
-                    while first < panels && column + width(first) < p.out_dim {
-                        let mut delta = <[f32; PRODUCT_PANELS * PANEL_SUMS]>::zero();
-                        wgmma::fence();
-                        // SAFETY: as for shrink; `b` is filled up to the end of the sixteen that hold the last rank.
-                        unsafe {
-                            multiply_ranks::<E, BLOCKS, SWEEPS>(
-                                &mut delta, &h, stage, panels, first, tile.rank,
-                            );
+                    wgmma::commit();
+                    delta.wait::<0>();
+                    unroll::<PRODUCT_PANELS>(|i| {
+                        let panel = first + i as u32;
+                        let at = column + width(panel);
+                        if (i as u32) < product_panels && panel < panels && at < p.out_dim {
+                            let mut own = [0.0; PANEL_SUMS];
+                            unroll::<16>(|j| {
+                                own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
+                                own[2 * j + 1] = delta[PANEL_SUMS * i + 2 * j + 1];
+                            });
+                            let old = Ring::<BLOCKS, SWEEPS>::row_panel(stage, panel);
+                            // SAFETY: where they are added to, old values were copied for every row that is stored.
+                            unsafe { out.add::<E>(p, &own, old, at, own_row, own_chunk) };
                         }
-                        wgmma::commit();
-                        delta.wait::<0>();
-                        unroll::<PRODUCT_PANELS>(|i| {
-                            let panel = first + i as u32;
-                            let at = column + width(panel);
-                            if (i as u32) < product_panels && panel < panels && at < p.out_dim {
-                                let mut own = [0.0; PANEL_SUMS];
-                                unroll::<16>(|j| {
-                                    own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
-                                    own[2 * j + 1] = delta[PANEL_SUMS * i + 2 * j + 1];
-                                });
-                                let old = Ring::<BLOCKS, SWEEPS>::row_panel(stage, panel);
-                                // SAFETY: where they are added to, old values were copied for every row that is stored.
-                                unsafe { out.add::<E>(p, &own, old, at, own_row, own_chunk) };
-                            }
-                        });
-                        first += product_panels;
-                    }
-                    // SAFETY: its products are done, and its old values read.
-                    unsafe { ring.leave() };
-                    column += width(panels);
+                    });
+                    first += product_panels;
                 }
-                out.next_slice(p);
-                drop_slice(&mut h, shift);
-                slice += 1;
+                // SAFETY: its products are done, and its old values read.
+                unsafe { ring.leave() };
+                column += width(panels);
             }
+            out.next_slice(p);
+            drop_slice(&mut h, shift);
+            slice += 1;
         }
     }
 }

@@ -43,7 +43,7 @@ pub unsafe fn prefill<
     grid::let_next_start();
     grid::wait_for_previous();
     // SAFETY: as the caller promises; the launch before this one has ended.
-    let turns = unsafe { Turns::of_this_block(&p, shape.rows) };
+    let turns = unsafe { Turns::of_this_block(&p, shape) };
     // SAFETY: as the caller promises; the barriers are ready, and each warpgroup has one role.
     unsafe {
         if thread::index() < WARPGROUP * shape.computing() {

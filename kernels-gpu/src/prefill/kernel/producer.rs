@@ -5,7 +5,9 @@
 //! left out, or filled with zeros where it is multiplied.
 
 use super::ring::Ring;
-use super::schedule::{K, MOST_PANELS, Pass, Turns, depth, expand_panels, rank_shift, shrink_panels, width};
+use super::schedule::{
+    K, MOST_PANELS, Pass, Turn, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
+};
 use crate::arch::async_copy::{AHEAD, ALONE, AROUND, copy16, copy16_or_zeros, copy16_whole};
 use crate::arch::shared::Shared;
 use crate::arch::thread;
@@ -115,32 +117,23 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let mut ring = Ring::<BLOCKS, SWEEPS>::new(p.stages);
     // SAFETY: as the caller promises; tiles are p's.
     unsafe {
-        let mut tile = turns.take(p);
+        let Turn { mut tile, mut pass } = turns.take(p);
         while tile.rows > 0 {
-            let mut next = Tile::EMPTY;
-            let mut slice = 0;
-            while slice < p.slices {
-                let pass = Pass::of(p, tile.rank, slice, Ring::<BLOCKS, SWEEPS>::SHAPE.width);
-                if tile.rank > 0 && p.products != products::EXPAND {
-                    copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, slice, &pass);
-                } else if tile.rank > 0 {
-                    copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, slice, &pass);
-                }
-                let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, slice);
-                if pass.end == p.slices {
-                    // Asked for now, so that the next tile's first copies need not wait for it.
-                    next = turns.take(p);
-                }
-                if p.products == products::SHRINK {
-                    slice = pass.end;
-                }
-                while slice < pass.end {
-                    copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, out, slice);
-                    unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
-                    slice += 1;
-                }
+            if tile.rank > 0 && p.products != products::EXPAND {
+                copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
+            } else if tile.rank > 0 {
+                copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             }
-            tile = next;
+            let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, pass.first);
+            // Asked for now, so that the next turn's first copies need not wait for it.
+            let next = turns.take(p);
+            let mut slice = if p.products == products::SHRINK { pass.end } else { pass.first };
+            while slice < pass.end {
+                copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, out, slice);
+                unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
+                slice += 1;
+            }
+            Turn { tile, pass } = next;
         }
     }
 }
@@ -154,7 +147,6 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     ring: &mut Ring<BLOCKS, SWEEPS>,
     p: &PrefillParams,
     tile: &Tile,
-    slice: u32,
     pass: &Pass,
 ) {
     let share = Share::of_this_thread(CHUNKS.ilog2());
@@ -203,7 +195,7 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
             };
             let mut column = 0;
             while column < columns {
-                let slice = slice + (column >> shift);
+                let slice = pass.first + (column >> shift);
                 let ranks = if slice < pass.end { tile.rank } else { 0 };
                 let mut row = select_slice(p.a, slice).at(first).at(place);
                 let end = column + (1 << shift);
@@ -233,7 +225,6 @@ unsafe fn copy_h<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     ring: &mut Ring<BLOCKS, SWEEPS>,
     p: &PrefillParams,
     tile: &Tile,
-    slice: u32,
     pass: &Pass,
 ) {
     let share = Share::of_this_thread(CHUNKS.ilog2());
@@ -246,7 +237,7 @@ unsafe fn copy_h<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let mut panel = 0;
     while panel * TileShape::DEPTH < pass.columns {
         let column = panel * TileShape::DEPTH + share.element();
-        let slice = slice + (column >> shift);
+        let slice = pass.first + (column >> shift);
         let rank = column & ((1 << shift) - 1);
         let left = if slice < pass.end { tile.rank.saturating_sub(rank).min(CHUNK) } else { 0 };
         let offset = I::from_u32(slice.min(p.slices - 1)).times(slice_stride).plus(I::from_u32(rank));

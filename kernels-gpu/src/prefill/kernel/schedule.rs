@@ -18,45 +18,62 @@ pub(super) const K: u32 = 16;
 /// Least columns of h of a product.
 const MIN_COLUMNS: u32 = 32;
 
-/// The tiles that a block takes, one after another.
+/// What a block takes in one turn: a pass over the pairs of a tile.
+pub(super) struct Turn {
+    /// The tile; of no pairs when there are no more.
+    pub tile: Tile,
+    /// What is taken of its slices.
+    pub pass: Pass,
+}
+
+/// The turns of a block, one after another.
 #[derive(Clone, Copy)]
 pub(super) struct Turns {
     next: u32,
     end: u32,
-    /// Pairs that one turn takes.
-    rows: u32,
+    shape: Shape,
 }
 
 impl Turns {
     /// # Safety
     /// The tensors of `p` must be as their fields say, and the route be written.
     #[inline(always)]
-    pub unsafe fn of_this_block(p: &PrefillParams, rows: u32) -> Self {
+    pub unsafe fn of_this_block(p: &PrefillParams, shape: Shape) -> Self {
         // SAFETY: it is one element.
-        let end = unsafe { p.tile_count.load() } * p.tile_parts;
-        Turns { next: thread::block(), end, rows }
+        let end = unsafe { p.tile_count.load() } * p.tile_parts * p.passes;
+        Turns { next: thread::block(), end, shape }
     }
 
-    /// The next tile, or part of one, that has pairs; none of no pairs when there are no more.
+    /// The next pass over a tile, or part of one, that has pairs and slices left for it.
+    ///
+    /// The passes over a tile are neighbours, so that blocks which take them at the same time find the tile's rows of x in L2.
     ///
     /// # Safety
     /// As for [`Turns::of_this_block`].
     #[inline(always)]
-    pub unsafe fn take(&mut self, p: &PrefillParams) -> Tile {
-        let mut taken = Tile::EMPTY;
-        while self.next < self.end && taken.rows == 0 {
-            let tile = p.over_parts.quotient(self.next);
-            let part = self.next - tile * p.tile_parts;
+    pub unsafe fn take(&mut self, p: &PrefillParams) -> Turn {
+        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE };
+        while self.next < self.end && turn.tile.rows == 0 {
+            let taken = p.over_passes.quotient(self.next);
+            let tile = p.over_parts.quotient(taken);
             // SAFETY: the tile is one of those counted.
-            taken = unsafe { p.tiles.at(tile).load_tile() }.part(part, self.rows);
+            turn.tile = unsafe { p.tiles.at(tile).load_tile() };
+            turn.tile = turn.tile.part(taken - tile * p.tile_parts, self.shape.rows);
+            turn.pass = Pass::of(p, turn.tile.rank, self.next - taken * p.passes, self.shape.width);
+            if turn.pass.first >= p.slices {
+                turn.tile.rows = 0;
+            }
             self.next += p.blocks;
         }
-        taken
+        turn
     }
 }
 
 /// What a pass takes of a tile.
+#[derive(Clone, Copy)]
 pub(super) struct Pass {
+    /// Its first slice.
+    pub first: u32,
     /// The slice after its last.
     pub end: u32,
     /// Columns of h that its products have: all ranks of its slices, and to the next size of a product.
@@ -64,12 +81,16 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// The pass that begins with slice `first`, with columns of h for `width`.
+    const NONE: Self = Pass { first: 0, end: 0, columns: 0 };
+
+    /// Pass `number`, with columns of h for `width`; with no slices where the passes before it take all.
     #[inline(always)]
-    pub fn of(p: &PrefillParams, rank: u32, first: u32, width: u32) -> Self {
+    fn of(p: &PrefillParams, rank: u32, number: u32, width: u32) -> Self {
         let shift = rank_shift(rank);
-        let slices = (width >> shift).min(p.slices - first);
-        Pass { end: first + slices, columns: (slices << shift).next_power_of_two().max(MIN_COLUMNS) }
+        let first = number * (width >> shift);
+        let slices = (width >> shift).min(p.slices.saturating_sub(first));
+        let columns = (slices << shift).next_power_of_two().max(MIN_COLUMNS);
+        Pass { first, end: first + slices, columns }
     }
 }
 
