@@ -241,6 +241,27 @@ impl<T> Global<T> {
         #[cfg(feature = "emulate")]
         emulate::store_global::<16>(self.address(), bytemuck::cast(values));
     }
+
+    /// Stores 16 bytes if they are `wanted`: a predicated instruction, so that many stand in a row.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::store16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store16_if(self, values: [u32; 4], wanted: bool) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            let [a, b, c, d] = values;
+            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}",
+                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+                options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        if wanted {
+            emulate::store_global::<16>(self.address(), bytemuck::cast(values));
+        }
+    }
 }
 
 impl Global<Tile> {

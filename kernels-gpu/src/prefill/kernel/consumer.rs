@@ -14,6 +14,9 @@ use crate::prefill::PRODUCT_PANELS;
 use crate::tile::panel::{CHUNK, Panel};
 use crate::tile::{TileShape, unroll};
 
+/// Old values of a thread's columns of a panel: of either 32 columns, of its two rows.
+type Old = [[[u32; 4]; 2]; 2];
+
 /// In place of the pair of a row that is not there.
 const NO_PAIR: u32 = u32::MAX;
 
@@ -86,18 +89,35 @@ unsafe fn multiply_ranks<E: Element, const BLOCKS: usize, const SWEEPS: usize>(
     rank: u32,
 ) {
     const STEPS: usize = (TileShape::DEPTH / K) as usize;
-    let matrix = |k: usize| {
-        let b = Ring::<BLOCKS, SWEEPS>::b_panel(stage, panels, (k / STEPS) as u32);
-        Matrix::swizzled(b.chunk(first * PANEL_COLUMNS, 0)).step((k % STEPS) as u32)
-    };
     macro_rules! multiply {
         ($delta:ident) => {
-            unroll::<BLOCKS>(|k| {
-                if k as u32 * K < rank {
-                    // SAFETY: as the caller promises.
-                    unsafe { $delta.multiply_registers::<E>(h[k], matrix(k)) };
-                }
-            })
+            multiply!($delta, 0);
+            multiply!($delta, 1);
+            multiply!($delta, 2);
+            multiply!($delta, 3);
+        };
+        ($delta:ident, $group:literal) => {
+            let ranks = rank.saturating_sub($group * TileShape::DEPTH);
+            let b = Ring::<BLOCKS, SWEEPS>::b_panel(stage, panels, $group);
+            let b = Matrix::swizzled(b.chunk(first * PANEL_COLUMNS, 0));
+            // All at once, or as many as there are: a condition ahead of each takes as long as the product.
+            if ranks > (STEPS as u32 - 1) * K {
+                unroll::<STEPS>(|k| {
+                    if let Some(h) = h.get($group * STEPS + k) {
+                        // SAFETY: as the caller promises.
+                        unsafe { $delta.multiply_registers::<E>(*h, b.step(k as u32)) };
+                    }
+                });
+            } else {
+                unroll::<{ STEPS - 1 }>(|k| {
+                    if let Some(h) = h.get($group * STEPS + k)
+                        && k as u32 * K < ranks
+                    {
+                        // SAFETY: as the caller promises.
+                        unsafe { $delta.multiply_registers::<E>(*h, b.step(k as u32)) };
+                    }
+                });
+            }
         };
     }
     if Ring::<BLOCKS, SWEEPS>::SHAPE.product_panels() > 1 && panels > 1 {
@@ -152,39 +172,60 @@ impl OutRows {
         rows
     }
 
+    /// Whether row `half` is there, and 16 bytes of its columns from `column` on.
+    #[inline(always)]
+    fn has(&self, p: &PrefillParams, half: usize, column: u32) -> bool {
+        !self.start[half].is_null() && column < p.out_dim
+    }
+
+    /// These rows' old values of the columns of panel `old`, the first of which is `first`.
+    ///
+    /// # Safety
+    /// If `p.accumulate`, the panel must hold the old values.
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn old(&self, p: &PrefillParams, old: Panel, first: u32, own_row: u32, own_chunk: u32) -> Old {
+        let mut values = [[[0; 4]; 2]; 2];
+        unroll::<2>(|group| {
+            unroll::<2>(|half| {
+                let chunk = 4 * group as u32 + own_chunk;
+                let wanted = p.accumulate != 0 && self.has(p, half, first + chunk * CHUNK);
+                // SAFETY: as the caller promises.
+                values[group][half] =
+                    unsafe { old.chunk(own_row + 8 * half as u32, chunk).load16_if(wanted) };
+            });
+        });
+        values
+    }
+
     /// Adds a product's columns, the first of which is `first`, to these rows' old values, and stores them.
     ///
     /// # Safety
-    /// If `p.accumulate`, the panel `old` must hold the old values.
+    /// The rows must be of `p`.
     #[inline(always)]
     #[track_caller]
     unsafe fn add<E: Element>(
         &self,
         p: &PrefillParams,
         delta: &[f32; PANEL_SUMS],
-        old: Panel,
+        old: Old,
         first: u32,
-        own_row: u32,
         own_chunk: u32,
     ) {
         unroll::<2>(|group| {
             unroll::<2>(|half| {
                 let at = first + 32 * group as u32;
-                if !self.start[half].is_null() && at + own_chunk * CHUNK < p.out_dim {
-                    let old = old.chunk(own_row + 8 * half as u32, 4 * group as u32 + own_chunk);
-                    // SAFETY: as the caller promises.
-                    let old = if p.accumulate != 0 { unsafe { old.load16() } } else { [0; 4] };
-                    let mut packed = [0u32; 4];
-                    unroll::<4>(|i| {
-                        // Eight neighbouring columns are two each of four n8 tiles (see `panel`).
-                        let place = 4 * (4 * group + i) + 2 * half;
-                        let [low, high] = E::unpack(old[i]);
-                        let weight = self.weight[half];
-                        packed[i] = E::pack(delta[place] * weight + low, delta[place + 1] * weight + high);
-                    });
-                    // SAFETY: columns come in eights, so all of them are inside the row.
-                    unsafe { self.start[half].at(at).store16(packed) };
-                }
+                let mut packed = [0u32; 4];
+                unroll::<4>(|i| {
+                    // Eight neighbouring columns are two each of four n8 tiles (see `panel`).
+                    let place = 4 * (4 * group + i) + 2 * half;
+                    let [low, high] = E::unpack(old[group][half][i]);
+                    let weight = self.weight[half];
+                    packed[i] = E::pack(delta[place] * weight + low, delta[place + 1] * weight + high);
+                });
+                let wanted = self.has(p, half, at + own_chunk * CHUNK);
+                // SAFETY: columns come in eights, so all of them are inside the row.
+                unsafe { self.start[half].at(at).store16_if(packed, wanted) };
             });
         });
     }
@@ -378,19 +419,30 @@ pub(super) unsafe fn compute<
                         multiply_ranks::<E, BLOCKS, SWEEPS>(&mut delta, &h, stage, panels, first, tile.rank);
                     }
                     wgmma::commit();
-                    delta.wait::<0>();
-                    unroll::<PRODUCT_PANELS>(|i| {
+                    let place = |i: usize| {
                         let panel = first + i as u32;
                         let at = column + width(panel);
-                        if (i as u32) < product_panels && panel < panels && at < p.out_dim {
+                        ((i as u32) < product_panels && panel < panels && at < p.out_dim)
+                            .then_some((panel, at))
+                    };
+                    let mut old = [Old::default(); PRODUCT_PANELS];
+                    unroll::<PRODUCT_PANELS>(|i| {
+                        if let Some((panel, at)) = place(i) {
+                            let panel = Ring::<BLOCKS, SWEEPS>::row_panel(stage, panel);
+                            // SAFETY: where they are added to, old values were copied for every row that is stored.
+                            old[i] = unsafe { out.old(p, panel, at, own_row, own_chunk) };
+                        }
+                    });
+                    delta.wait::<0>();
+                    unroll::<PRODUCT_PANELS>(|i| {
+                        if let Some((_, at)) = place(i) {
                             let mut own = [0.0; PANEL_SUMS];
                             unroll::<16>(|j| {
                                 own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
                                 own[2 * j + 1] = delta[PANEL_SUMS * i + 2 * j + 1];
                             });
-                            let old = Ring::<BLOCKS, SWEEPS>::row_panel(stage, panel);
-                            // SAFETY: where they are added to, old values were copied for every row that is stored.
-                            unsafe { out.add::<E>(p, &own, old, at, own_row, own_chunk) };
+                            // SAFETY: the rows are p's.
+                            unsafe { out.add::<E>(p, &own, old[i], at, own_chunk) };
                         }
                     });
                     first += product_panels;
