@@ -1,6 +1,6 @@
 //! A warpgroup that computes: 64 pairs of every tile, both products.
 
-use super::ring::Ring;
+use super::ring::{Precedence, Ring};
 use super::schedule::{
     K, MOST_PANELS, PANEL_COLUMNS, Pass, Turn, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
 };
@@ -322,7 +322,10 @@ pub(super) unsafe fn compute<
     [f32; SUMS]: Sums,
 {
     let mut ring = Ring::<BLOCKS, SWEEPS>::new(p.stages);
-    let warpgroup_row = thread::index() / wgmma::THREADS * 64;
+    let warpgroup = thread::index() / wgmma::THREADS;
+    let mut precedence = Precedence::new(warpgroup);
+    let is_one_of_two = Ring::<BLOCKS, SWEEPS>::SHAPE.computing() == 2;
+    let warpgroup_row = warpgroup * 64;
     let warp_row = warpgroup_row + thread::warp() % 4 * 16;
     let own_row = warp_row + thread::lane() / 4;
     let own_chunk = thread::lane() % 4;
@@ -348,6 +351,10 @@ pub(super) unsafe fn compute<
         while place < p.in_dim {
             // SAFETY: the ring is ready, and this is a consumer.
             let stage = unsafe { ring.landed() };
+            if is_one_of_two {
+                // SAFETY: both take the same steps.
+                unsafe { precedence.wait() };
+            }
             wgmma::fence();
             // SAFETY: the step has landed, was shown, and is left alone until the warpgroup leaves it.
             unsafe {
@@ -360,6 +367,10 @@ pub(super) unsafe fn compute<
                 );
             }
             wgmma::commit();
+            if is_one_of_two {
+                // SAFETY: as above.
+                unsafe { precedence.pass() };
+            }
             sums.wait::<0>();
             if let Some(more) = more.first_chunk_mut::<64>() {
                 more.wait::<0>();
@@ -413,12 +424,20 @@ pub(super) unsafe fn compute<
                 let mut first = 0;
                 while first < panels && column + width(first) < p.out_dim {
                     let mut delta = <[f32; PRODUCT_PANELS * PANEL_SUMS]>::zero();
+                    if is_one_of_two {
+                        // SAFETY: as for shrink.
+                        unsafe { precedence.wait() };
+                    }
                     wgmma::fence();
                     // SAFETY: as for shrink; `b` is filled up to the end of the sixteen that hold the last rank.
                     unsafe {
                         multiply_ranks::<E, BLOCKS, SWEEPS>(&mut delta, &h, stage, panels, first, tile.rank);
                     }
                     wgmma::commit();
+                    if is_one_of_two {
+                        // SAFETY: as for shrink.
+                        unsafe { precedence.pass() };
+                    }
                     let place = |i: usize| {
                         let panel = first + i as u32;
                         let at = column + width(panel);

@@ -37,6 +37,10 @@ impl<const BLOCKS: usize, const SWEEPS: usize> Ring<BLOCKS, SWEEPS> {
             }
             stage += 1;
         }
+        for warpgroup in 0..2 {
+            // SAFETY: as the caller promises.
+            unsafe { Precedence::barrier(warpgroup).init(4) };
+        }
     }
 
     /// Before the first step.
@@ -138,5 +142,51 @@ impl<const BLOCKS: usize, const SWEEPS: usize> Ring<BLOCKS, SWEEPS> {
     pub fn b_panel(stage: Shared, panels: u32, group: u32) -> Panel {
         let rows = panels * (Self::SHAPE.rows + group * PANEL_COLUMNS);
         Panel::at(stage.offset(rows * TileShape::ROW_BYTES))
+    }
+}
+
+/// Which of two warpgroups starts its products of a step, the first or the second, in turns: so that the products of one run beside what the
+/// other does with its sums.
+pub(super) struct Precedence {
+    warpgroup: u32,
+    parity: u32,
+}
+
+impl Precedence {
+    /// Before the first step, in warpgroup 0 or 1.
+    #[inline(always)]
+    pub fn new(warpgroup: u32) -> Self {
+        // The first need not wait the first time: before the first phase has ended the one before it has.
+        Precedence { warpgroup, parity: warpgroup ^ 1 }
+    }
+
+    #[inline(always)]
+    fn barrier(warpgroup: u32) -> Mbarrier {
+        Mbarrier::at(Shared::base().offset((2 * MAX_STAGES + warpgroup) * mbarrier::BYTES))
+    }
+
+    /// Waits for this warpgroup's turn.
+    ///
+    /// # Safety
+    /// The barriers must be ready; both warpgroups must come here as often.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn wait(&mut self) {
+        // SAFETY: as the caller promises.
+        unsafe { Self::barrier(self.warpgroup).wait(self.parity) };
+        self.parity ^= 1;
+    }
+
+    /// The other's turn: the warp has started its products.
+    ///
+    /// # Safety
+    /// As for [`Precedence::wait`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn pass(&self) {
+        if thread::lane() == 0 {
+            // SAFETY: as the caller promises.
+            unsafe { Self::barrier(self.warpgroup ^ 1).arrive() };
+        }
     }
 }
