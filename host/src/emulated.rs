@@ -109,15 +109,16 @@ impl Emulated {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
                 let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
+                let turn = buffer("turn", p.turn, 1);
                 if p.products == products::SHRINK {
-                    return self.launch(launch, p, &routed(tensors), &[], &[h]);
+                    return self.launch(launch, p, &routed(tensors), &[], &[h, turn]);
                 }
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors);
                 if p.products == products::EXPAND {
                     read.push(h);
                 }
-                self.launch(launch, p, &read, &[], std::slice::from_ref(out))
+                self.launch(launch, p, &read, &[], &[out.clone(), turn])
             }
             Parameters::Align(p) => {
                 let row = |elements: u32| u64::from(p.slots) * u64::from(elements);

@@ -331,6 +331,7 @@ impl Prepared<'_> {
             pairs: parts.pairs,
             tiles: parts.tiles,
             tile_count: parts.counts.at(if accumulates { count::ACTIVE } else { count::ALL }),
+            turn: parts.turn,
             x_stride: layout.x_stride as u64,
             out_stride: layout.out_stride as u64,
             x_row: self.x_row(),

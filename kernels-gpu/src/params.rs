@@ -441,6 +441,8 @@ pub struct PrefillParams {
     pub tiles: Global<Tile>,
     /// How many of them to take: those of active pairs, or all where inactive pairs are to get zeros.
     pub tile_count: Global<u32>,
+    /// Where the blocks count their turns; 0 before and after the launch.
+    pub turn: Global<u32>,
     /// Elements from one row of `x` to the next.
     pub x_stride: u64,
     /// Elements from one row of `out` to the next.

@@ -67,6 +67,8 @@ pub(crate) struct Parts {
     /// Where the blocks of route tell one another their counts, and the words of each of its two tables.
     pub exchange: Global<u32>,
     pub exchange_room: u32,
+    /// Where the blocks of prefill count their turns.
+    pub turn: Global<u32>,
     /// `h`, or its parts in f32.
     pub scratch: u64,
 }
@@ -115,6 +117,12 @@ impl Room {
         (EXCHANGE_HEAD as usize + 2 * self.exchange) * size_of::<u32>()
     }
 
+    /// Bytes of the parts that must be zero at first, which come first.
+    fn zero_bytes(&self) -> usize {
+        let (parts, _) = self.parts(0);
+        parts.turn.address() as usize + size_of::<u32>()
+    }
+
     /// The parts from `base` on, and the bytes of all of them.
     fn parts(&self, base: u64) -> (Parts, usize) {
         let mut end = 0;
@@ -124,9 +132,10 @@ impl Room {
             base + start as u64
         };
         let parts = Parts {
-            // First: what must be zero at first.
+            // What must be zero at first.
             exchange: Global::new(part(self.exchange_bytes())),
             exchange_room: self.exchange as u32,
+            turn: Global::new(part(size_of::<u32>())),
             counts: Global::new(part(count::LEN * size_of::<u32>())),
             pairs: Global::new(part(self.listed * size_of::<u32>())),
             buckets: Global::new(part(self.pairs * size_of::<u32>())),
@@ -166,7 +175,7 @@ impl Scratch {
 
     /// Bytes at the beginning of the memory that must be zero before the first call.
     pub fn zero_bytes(&self) -> usize {
-        self.room.exchange_bytes()
+        self.room.zero_bytes()
     }
 
     /// Elements that the list of pairs has room for.

@@ -135,6 +135,28 @@ impl Global<u32> {
         }
     }
 
+    /// `atom.relaxed.gpu.inc` (PTX ISA 9.7.13.5): counts from 0 to `last` and then from 0 again, and returns the number before. It
+    /// says nothing about other words.
+    ///
+    /// # Safety
+    /// As for [`Global::store`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn count_up(self, last: u32) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let before: u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("atom.relaxed.gpu.global.inc.u32 {}, [{}], {};",
+                    out(reg32) before, in(reg64) self.address(), in(reg32) last, options(nostack));
+            }
+            before
+        }
+        #[cfg(feature = "emulate")]
+        emulate::update_global(self.address(), |before| if before >= last { 0 } else { before + 1 })
+    }
+
     /// `st.relaxed.gpu` (PTX ISA 9.7.9.11): a store that blocks of the grid may look for while they run.
     ///
     /// # Safety

@@ -379,6 +379,20 @@ pub(crate) fn update_shared(address: u32, operation: impl FnOnce(u32) -> u32) ->
     })
 }
 
+/// `atom.global`: as [`update_shared`].
+#[track_caller]
+pub(crate) fn update_global(address: u64, operation: impl FnOnce(u32) -> u32) -> u32 {
+    let at = Location::caller();
+    execute(at, |machine, id| {
+        let now = machine.now(id, Kind::Atomic, at);
+        let part = machine.global(id, address, WORD as u64, WORD as u64, &now)?;
+        let part = machine.memory.part(part);
+        let [before] = words(part);
+        part.copy_from_slice(&operation(before).to_le_bytes());
+        Ok(before)
+    })
+}
+
 /// `ld.global` of `N` bytes.
 #[track_caller]
 pub(crate) fn load_global<const N: usize>(address: u64) -> [u8; N] {

@@ -59,7 +59,7 @@ const MOST_REGISTERS: u32 = 248;
 /// Most stages: more bytes than so many have under way do not come sooner.
 const MAX_STAGES: u32 = 6;
 
-/// Bytes of the stages' barriers, at the beginning of shared memory; stages begin at multiples of 1024.
+/// Bytes of all barriers, at the beginning of shared memory; stages begin at multiples of 1024.
 const BARRIERS_BYTES: u32 = 1024;
 
 /// The shape of a block's work.
@@ -97,7 +97,7 @@ impl Shape {
 
     /// Registers of a thread that copies.
     pub const fn copying_registers(self) -> u32 {
-        if self.blocks() == 1 { 104 } else { 72 }
+        if self.blocks() == 1 { 104 } else { 80 }
     }
 
     /// Registers of a thread that computes.

@@ -331,7 +331,7 @@ pub(super) unsafe fn compute<
     let own_chunk = thread::lane() % 4;
     loop {
         // SAFETY: as the caller promises.
-        let Turn { tile, pass } = unsafe { turns.take(p) };
+        let Turn { tile, pass } = unsafe { turns.take::<false>(p) };
         if tile.rows == 0 {
             break;
         }
@@ -339,7 +339,8 @@ pub(super) unsafe fn compute<
         let shift = rank_shift(tile.rank);
         // SAFETY: the tile is one of p's.
         let pairs = unsafe { own_pairs(p, &tile, own_row) };
-        let Pass { first: mut slice, end, columns } = pass;
+        let Pass { first: mut slice, end } = pass;
+        let columns = pass.columns(tile.rank);
 
         // Shrink.
         let (mut sums, mut more) = (<[f32; SUMS]>::zero(), [0.0; MORE]);
@@ -444,14 +445,16 @@ pub(super) unsafe fn compute<
                         ((i as u32) < product_panels && panel < panels && at < p.out_dim)
                             .then_some((panel, at))
                     };
-                    let mut old = [Old::default(); PRODUCT_PANELS];
-                    unroll::<PRODUCT_PANELS>(|i| {
-                        if let Some((panel, at)) = place(i) {
+                    let old = |i: usize| match place(i) {
+                        Some((panel, at)) => {
                             let panel = Ring::<BLOCKS, SWEEPS>::row_panel(stage, panel);
                             // SAFETY: where they are added to, old values were copied for every row that is stored.
-                            old[i] = unsafe { out.old(p, panel, at, own_row, own_chunk) };
+                            unsafe { out.old(p, panel, at, own_row, own_chunk) }
                         }
-                    });
+                        None => Old::default(),
+                    };
+                    // The first panel's while the products run.
+                    let first_old = old(0);
                     delta.wait::<0>();
                     unroll::<PRODUCT_PANELS>(|i| {
                         if let Some((_, at)) = place(i) {
@@ -460,8 +463,9 @@ pub(super) unsafe fn compute<
                                 own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
                                 own[2 * j + 1] = delta[PANEL_SUMS * i + 2 * j + 1];
                             });
+                            let old = if i == 0 { first_old } else { old(i) };
                             // SAFETY: the rows are p's.
-                            unsafe { out.add::<E>(p, &own, old[i], at, own_chunk) };
+                            unsafe { out.add::<E>(p, &own, old, at, own_chunk) };
                         }
                     });
                     first += product_panels;

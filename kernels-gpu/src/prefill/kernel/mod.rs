@@ -37,14 +37,16 @@ pub unsafe fn prefill<
     let shape = Ring::<BLOCKS, SWEEPS>::SHAPE;
     if thread::index() == 0 {
         // SAFETY: nobody uses the barriers yet.
-        unsafe { Ring::<BLOCKS, SWEEPS>::init(p.stages) };
+        unsafe {
+            Ring::<BLOCKS, SWEEPS>::init(p.stages);
+            Turns::init(shape);
+        }
     }
     barrier::sync();
     grid::let_next_start();
     grid::wait_for_previous();
-    // SAFETY: as the caller promises; the launch before this one has ended.
-    let turns = unsafe { Turns::of_this_block(&p, shape) };
-    // SAFETY: as the caller promises; the barriers are ready, and each warpgroup has one role.
+    let turns = Turns::new(shape);
+    // SAFETY: as the caller promises; the launch before this one has ended, the barriers are ready, and each warpgroup has one role.
     unsafe {
         if thread::index() < WARPGROUP * shape.computing() {
             wgmma::take_registers::<COMPUTING>();

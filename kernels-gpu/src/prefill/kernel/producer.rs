@@ -43,7 +43,7 @@ impl Share {
     /// This thread's, where a row has `1 << log` chunks.
     #[inline(always)]
     fn of_this_thread(log: u32) -> Self {
-        let me = thread::index() % WARPGROUP;
+        let me = thread::index_anew() % WARPGROUP;
         Share { row: me >> log, chunk: me & ((1 << log) - 1) }
     }
 
@@ -117,23 +117,22 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let mut ring = Ring::<BLOCKS, SWEEPS>::new(p.stages);
     // SAFETY: as the caller promises; tiles are p's.
     unsafe {
-        let Turn { mut tile, mut pass } = turns.take(p);
+        let Turn { mut tile, mut pass } = turns.take::<true>(p);
         while tile.rows > 0 {
             if tile.rank > 0 && p.products != products::EXPAND {
                 copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             } else if tile.rank > 0 {
                 copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             }
+            turns.call(p);
             let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, pass.first);
-            // Asked for now, so that the next turn's first copies need not wait for it.
-            let next = turns.take(p);
             let mut slice = if p.products == products::SHRINK { pass.end } else { pass.first };
             while slice < pass.end {
                 copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, out, slice);
                 unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
                 slice += 1;
             }
-            Turn { tile, pass } = next;
+            Turn { tile, pass } = turns.take::<true>(p);
         }
     }
 }
@@ -212,8 +211,8 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
         }
     };
     // The first, so that most calls' loops are of constants.
-    let all = Ring::<BLOCKS, SWEEPS>::SHAPE.width;
-    if pass.columns == all { steps(all) } else { steps(pass.columns) }
+    let (all, columns) = (Ring::<BLOCKS, SWEEPS>::SHAPE.width, pass.columns(tile.rank));
+    if columns == all { steps(all) } else { steps(columns) }
 }
 
 /// Copies the rows of h of a pass, in place of what it would be computed from: one step, of 64 columns a panel.
@@ -235,7 +234,7 @@ unsafe fn copy_h<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let rows = unsafe { Pairs::<SWEEPS>::of(p, tile, share) }.h::<I>(p);
     let slice_stride = I::from_u32(p.pair_count).times(I::from_u32(p.max_rank));
     let mut panel = 0;
-    while panel * TileShape::DEPTH < pass.columns {
+    while panel * TileShape::DEPTH < pass.columns(tile.rank) {
         let column = panel * TileShape::DEPTH + share.element();
         let slice = pass.first + (column >> shift);
         let rank = column & ((1 << shift) - 1);

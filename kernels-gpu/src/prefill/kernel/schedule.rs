@@ -1,10 +1,21 @@
 //! What a block takes, in which order: tiles in turns, each in passes, each of these in steps. Producer and consumers walk
 //! through the same.
 
-use crate::arch::thread;
+use crate::arch::mbarrier::{self, Mbarrier};
+use crate::arch::shared::Shared;
+use crate::arch::{thread, warp};
 use crate::params::{PrefillParams, Tile};
-use crate::prefill::{Shape, rank_room};
+use crate::prefill::{BARRIERS_BYTES, Shape, WARPGROUP, rank_room};
 use crate::tile::TileShape;
+
+/// Words that a block is told its turns by: one while the other is read.
+const TOLD: u32 = 2;
+
+/// In place of a turn past the last.
+const NO_TURN: u32 = u32::MAX;
+
+/// Where their barriers begin, and then they: in what the ring's barriers leave.
+const TURNS_OFFSET: u32 = BARRIERS_BYTES / 2;
 
 /// Columns of `out` of a row of a panel.
 pub(super) const PANEL_COLUMNS: u32 = 64;
@@ -26,44 +37,168 @@ pub(super) struct Turn {
     pub pass: Pass,
 }
 
-/// The turns of a block, one after another.
-#[derive(Clone, Copy)]
+/// The turns of a block, one after another: the first by its number in the grid, then whichever comes next when the block has
+/// room for it, so that who has small tiles takes more of them. The producer's first thread *calls* for a turn, from a counter that all
+/// blocks share, and tells the block through one of [`TOLD`] words, each of which has two barriers, as a stage of the ring has.
+///
+/// For each turn that is taken there is one call: as many as the launch has turns, after which the counter is where it was.
 pub(super) struct Turns {
-    next: u32,
-    end: u32,
     shape: Shape,
+    /// Turns taken so far.
+    taken: u32,
 }
 
 impl Turns {
+    /// Makes the barriers ready, as those of the [`Ring`](super::ring::Ring).
+    ///
     /// # Safety
-    /// The tensors of `p` must be as their fields say, and the route be written.
+    /// They must not be in use.
     #[inline(always)]
-    pub unsafe fn of_this_block(p: &PrefillParams, shape: Shape) -> Self {
-        // SAFETY: it is one element.
-        let end = unsafe { p.tile_count.load() } * p.tile_parts * p.passes;
-        Turns { next: thread::block(), end, shape }
+    #[track_caller]
+    pub unsafe fn init(shape: Shape) {
+        for word in 0..TOLD {
+            // SAFETY: as the caller promises.
+            unsafe {
+                Self::told(word).init(1);
+                Self::heard(word).init(shape.threads() / 32);
+            }
+        }
     }
 
-    /// The next pass over a tile, or part of one, that has pairs and slices left for it.
+    /// Before the first turn.
+    #[inline(always)]
+    pub fn new(shape: Shape) -> Self {
+        Turns { shape, taken: 0 }
+    }
+
+    #[inline(always)]
+    fn told(word: u32) -> Mbarrier {
+        Mbarrier::at(Shared::base().offset(TURNS_OFFSET + word * mbarrier::BYTES))
+    }
+
+    #[inline(always)]
+    fn heard(word: u32) -> Mbarrier {
+        Mbarrier::at(Shared::base().offset(TURNS_OFFSET + (TOLD + word) * mbarrier::BYTES))
+    }
+
+    #[inline(always)]
+    fn number(word: u32) -> Shared {
+        Shared::base().offset(TURNS_OFFSET + 2 * TOLD * mbarrier::BYTES + word * 4)
+    }
+
+    /// By which word the block is told the turn after those that were taken, and in which phase.
+    #[inline(always)]
+    fn word(&self) -> (u32, u32) {
+        let told = self.taken - 1;
+        (told % TOLD, told / TOLD % 2)
+    }
+
+    /// Turns of the launch.
+    ///
+    /// # Safety
+    /// The route must be written.
+    #[inline(always)]
+    unsafe fn count(p: &PrefillParams) -> u32 {
+        // SAFETY: it is one element.
+        unsafe { p.tile_count.load() * p.tile_parts * p.passes }
+    }
+
+    /// The next turn that has something to do. `CALLS`: in the producer, which must [call](Turns::call) before it comes here again.
+    ///
+    /// # Safety
+    /// The tensors of `p` must be as their fields say, the route be written, and the barriers be ready; the whole warp must come
+    /// here.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn take<const CALLS: bool>(&mut self, p: &PrefillParams) -> Turn {
+        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE };
+        loop {
+            // SAFETY: as the caller promises.
+            let number = unsafe { if self.taken == 0 { Self::first(p) } else { self.hear() } };
+            self.taken += 1;
+            if number == NO_TURN {
+                break;
+            }
+            // SAFETY: as the caller promises; the number is below the launch's.
+            turn = unsafe { self.turn(p, number) };
+            if turn.tile.rows > 0 {
+                break;
+            }
+            if CALLS {
+                // SAFETY: as the caller promises.
+                unsafe { self.call(p) };
+            }
+        }
+        turn
+    }
+
+    /// The number of the block's first turn.
+    ///
+    /// # Safety
+    /// As for [`Turns::count`].
+    #[inline(always)]
+    unsafe fn first(p: &PrefillParams) -> u32 {
+        // SAFETY: as the caller promises.
+        if thread::block() < unsafe { Self::count(p) } { thread::block() } else { NO_TURN }
+    }
+
+    /// The number that the block was told.
+    ///
+    /// # Safety
+    /// As for [`Turns::take`].
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn hear(&self) -> u32 {
+        let (word, parity) = self.word();
+        // SAFETY: as the caller promises; who told it wrote it before.
+        unsafe {
+            Self::told(word).wait(parity);
+            let number = Self::number(word).load();
+            warp::sync();
+            if thread::index_anew() % 32 == 0 {
+                Self::heard(word).arrive();
+            }
+            number
+        }
+    }
+
+    /// Calls for the turn after the one that was taken, and tells it. It takes the producer as long as a read of memory: best where the ring
+    /// is full.
+    ///
+    /// # Safety
+    /// As for [`Turns::take`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn call(&self, p: &PrefillParams) {
+        if thread::index_anew() % WARPGROUP == 0 {
+            let (word, parity) = self.word();
+            // SAFETY: as the caller promises; who was told by the word before has heard it when it is written.
+            unsafe {
+                let count = Self::count(p);
+                let number = p.blocks + p.turn.count_up(count - 1);
+                Self::heard(word).wait(parity ^ 1);
+                Self::number(word).store(if number < count { number } else { NO_TURN });
+                Self::told(word).arrive();
+            }
+        }
+    }
+
+    /// What turn `number` is; of no pairs where a tile or its slices end before it.
     ///
     /// The passes over a tile are neighbours, so that blocks which take them at the same time find the tile's rows of x in L2.
     ///
     /// # Safety
-    /// As for [`Turns::of_this_block`].
+    /// As for [`Turns::take`]; the number must be below the launch's.
     #[inline(always)]
-    pub unsafe fn take(&mut self, p: &PrefillParams) -> Turn {
-        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE };
-        while self.next < self.end && turn.tile.rows == 0 {
-            let taken = p.over_passes.quotient(self.next);
-            let tile = p.over_parts.quotient(taken);
-            // SAFETY: the tile is one of those counted.
-            turn.tile = unsafe { p.tiles.at(tile).load_tile() };
-            turn.tile = turn.tile.part(taken - tile * p.tile_parts, self.shape.rows);
-            turn.pass = Pass::of(p, turn.tile.rank, self.next - taken * p.passes, self.shape.width);
-            if turn.pass.first >= p.slices {
-                turn.tile.rows = 0;
-            }
-            self.next += p.blocks;
+    unsafe fn turn(&self, p: &PrefillParams, number: u32) -> Turn {
+        let part = p.over_passes.quotient(number);
+        let tile = p.over_parts.quotient(part);
+        // SAFETY: the tile is one of those counted.
+        let mut turn = Turn { tile: unsafe { p.tiles.at(tile).load_tile() }, pass: Pass::NONE };
+        turn.tile = turn.tile.part(part - tile * p.tile_parts, self.shape.rows);
+        turn.pass = Pass::of(p, turn.tile.rank, number - part * p.passes, self.shape.width);
+        if turn.pass.first >= p.slices {
+            turn.tile.rows = 0;
         }
         turn
     }
@@ -76,12 +211,10 @@ pub(super) struct Pass {
     pub first: u32,
     /// The slice after its last.
     pub end: u32,
-    /// Columns of h that its products have: all ranks of its slices, and to the next size of a product.
-    pub columns: u32,
 }
 
 impl Pass {
-    const NONE: Self = Pass { first: 0, end: 0, columns: 0 };
+    const NONE: Self = Pass { first: 0, end: 0 };
 
     /// Pass `number`, with columns of h for `width`; with no slices where the passes before it take all.
     #[inline(always)]
@@ -89,8 +222,13 @@ impl Pass {
         let shift = rank_shift(rank);
         let first = number * (width >> shift);
         let slices = (width >> shift).min(p.slices.saturating_sub(first));
-        let columns = (slices << shift).next_power_of_two().max(MIN_COLUMNS);
-        Pass { first, end: first + slices, columns }
+        Pass { first, end: first + slices }
+    }
+
+    /// Columns of h that its products have for a tile of this rank: all ranks of its slices, and to the next size of a product.
+    #[inline(always)]
+    pub fn columns(&self, rank: u32) -> u32 {
+        ((self.end - self.first) << rank_shift(rank)).next_power_of_two().max(MIN_COLUMNS)
     }
 }
 
