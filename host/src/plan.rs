@@ -702,14 +702,14 @@ fn decode_stages(projection: &Projection, rows: u32, bytes: u32) -> Option<[u32;
     }
 }
 
-/// The kernel of `prefill` for a projection: the one that takes all slices in one pass, or the widest. `None` where not
-/// even that has room for the ranks of a slice.
+/// The kernel of `prefill` for a projection: the narrowest whose passes take as many slices as they are to, or the widest. `None` where
+/// not even that has room for the ranks of a slice.
 fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::Shape> {
     let sizes = projection.sizes();
     if sizes.max_rank > prefill::MAX_WIDTH as usize {
         return None;
     }
-    let columns = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32);
+    let columns = heuristics::prefill_columns(tile, sizes);
     let width = prefill::Shape::WIDTHS.into_iter().find(|&width| columns <= width);
     Some(prefill::Shape { rows: tile.rows(), width: width.unwrap_or(prefill::MAX_WIDTH) })
 }
