@@ -128,9 +128,10 @@ const FULL_TILES: u64 = 96;
 /// Stages of the ring of `prefill`: as many as there is room for, unless memory does better with fewer bytes under way.
 ///
 /// Full tiles have enough under way in two stages, and with more the same bytes take longer, as do more of them: what is under way takes
-/// room in L2 from rows of x that would be found there. w13 takes 161 µs in two and 177 in three at 128 pairs a segment, 514 and
-/// 591 at 512 (of R = 128 646 and 709); w2 156 and 167, 542 and 559 (of R = 256 697 and 727). Calls whose h takes more than a pass are bound
-/// by arithmetic: w13 of R = 256 takes 1,060 and 948. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four, 115.0.
+/// room in L2 from rows of x that would be found there. w13 takes 161 µs in two and 177 in three at 128 pairs a segment, 494 and
+/// 526 at 512; w2 156 and 167, 521 and 534 (of R = 128 578 and 604). With steps of more work it is the other way round: w2 of R = 256 takes 710 and 674, and
+/// w13, where h takes two passes, 675 and 621 of R = 128, 1,078 and 945 of R = 256. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four,
+/// 115.0.
 pub(in crate::plan) fn prefill_stages(
     shape: prefill::Shape,
     sizes: &ProjectionSizes,
@@ -141,7 +142,7 @@ pub(in crate::plan) fn prefill_stages(
     let is_full = pairs as u64 / buckets >= FULL_TILES;
     let is_one_pass = shape.passes(sizes.slices as u32, sizes.max_rank as u32) == 1;
     match shape.width {
-        _ if is_large && is_full && is_one_pass => 2,
+        ..=MOST_COLUMNS if is_large && is_full && is_one_pass => 2,
         64 if is_large => 3,
         _ => shape.max_stages(),
     }
