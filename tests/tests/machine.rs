@@ -449,6 +449,35 @@ fn to_look_for_the_word_of_a_block_that_does_not_run_is_reported() {
 }
 
 #[test]
+fn blocks_that_count_up_get_each_number_once_and_leave_what_was_there() {
+    for seed in 0..8 {
+        let out = launch_clusters(5, 1, seed, |out| unsafe {
+            if thread::index() == 0 {
+                let number = out.count_up(4);
+                out.at(1 + thread::block()).store(number);
+            }
+        });
+        let out = out.expect("no fault");
+        let mut numbers = out[1..6].to_vec();
+        numbers.sort_unstable();
+        assert_eq!((out[0], &numbers[..]), (0, &[0, 1, 2, 3, 4][..]));
+    }
+}
+
+#[test]
+fn counting_up_and_a_plain_access_race() {
+    reports("race: ", |seed| {
+        launch_clusters(2, 1, seed, |out| unsafe {
+            if thread::block() == 0 {
+                out.at(thread::index()).count_up(9);
+            } else {
+                out.at(thread::index()).store(1);
+            }
+        })
+    });
+}
+
+#[test]
 fn a_relaxed_and_a_plain_access_race() {
     reports("race: ", |seed| {
         launch_clusters(2, 0, seed, |out| unsafe {
