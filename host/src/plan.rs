@@ -413,10 +413,11 @@ impl Plan {
             _ => None,
         };
         // A route made alone is made for the calls that will use it.
-        let prefill = match decode_shape {
-            None if fast => prefill_tile(projection, pairs, route, limits, options),
-            _ => None,
+        let prefill = match fast {
+            true => prefill_tile(projection, pairs, route, limits, options, decode_shape.is_some()),
+            false => None,
         };
+        let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
             (None, Some(tile)) => tile.rows(),
@@ -714,14 +715,15 @@ fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::
     Some(prefill::Shape { rows: tile.rows(), width: width.unwrap_or(prefill::MAX_WIDTH) })
 }
 
-/// The tile of `prefill` in a whole call with sizes and addresses in multiples of 8 elements; `None` where the call
-/// is not `prefill`'s.
+/// The tile of `prefill` in a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s, but
+/// that of `decode`, if it `decodes`, or of two launches.
 fn prefill_tile(
     projection: &Projection,
     pairs: usize,
     route: RouteSource,
     limits: &DeviceLimits,
     options: &Options,
+    decodes: bool,
 ) -> Option<PrefillTile> {
     let sizes = projection.sizes();
     let fits = |tile: &PrefillTile| {
@@ -737,7 +739,7 @@ fn prefill_tile(
     let wanted = match (options.form, options.tile) {
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), limits),
+        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes, decodes, limits),
     };
     // A given route's tiles may be too small for the larger tile, and not for the smaller.
     wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))

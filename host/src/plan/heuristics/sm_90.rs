@@ -5,9 +5,25 @@ use crate::plan::{DecodeRows, DeviceLimits, PrefillTile};
 use crate::projection::ProjectionSizes;
 use moe_lora_kernels::{decode, prefill};
 
-/// Pairs a segment from which on `decode` is the slower form: at 8, w13 takes 79 µs in it, 77 in `prefill` and 80 in
-/// two launches. Segments of more than a tile's pairs read their weights twice.
+/// Pairs a segment from which on `decode` is the slower form, however small the weights are: at 8, segments of more than a tile's pairs
+/// read them twice.
 const DECODE_SEGMENT: u64 = 7;
+
+/// Bytes of a segment's weights, of all slices and ranks, from which on `prefill` is the faster form at fewer pairs a segment, and at how many.
+/// With routing, µs in `decode` and in `prefill`: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 73.1 and 70.6 at four, 80.9 and 72.2 at five;
+/// of R = 32 43.9 and 43.0 at four, and w2 of R = 64 38.5 and 39.3 at two and a half, 43.1 and 42.3 at four, 49.0 and 44.0 at five; w13 of R = 16
+/// 27.2 and 28.8 at four.
+const PREFILL_SEGMENTS: [(usize, u64); 2] = [(512 << 10, 2), (256 << 10, 4)];
+
+/// Pairs a segment from which on `prefill` is the faster form. Its tiles being one block's, it takes more where there are few segments: the 128 of gpt-oss-20b with
+/// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four.
+fn prefill_segment(buckets: u64, sizes: &ProjectionSizes, limits: &DeviceLimits) -> u64 {
+    let bytes = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE;
+    let are_few = 2 * buckets < 3 * u64::from(limits.multiprocessors);
+    let mut fitting =
+        PREFILL_SEGMENTS.into_iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| segment);
+    fitting.nth(are_few.into()).unwrap_or(DECODE_SEGMENT)
+}
 
 /// Most pairs for which `decode` takes a given route's tiles in parts, most of them empty: to see that a part is costs a
 /// load. On vLLM's blocks w13 takes 24 µs at 64 pairs, 38 at 128 and 98 at 640; on tiles of its own 19, 30 and 65.
@@ -87,10 +103,11 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
     units.min(u64::from(most)).max(1)
 }
 
-/// The tile of `prefill`, where that is the faster form; `segment` is guessed as for [`tile`](super::tile).
+/// The tile of `prefill`, where that is the faster form; segments are guessed as for [`tile`](super::tile). `decodes`: whether `decode` would
+/// be the other, and not two launches.
 ///
-/// At eight pairs a segment w13 takes 75 µs for 80 in two launches; at 32 pairs 89 for 107 with tiles of 64, 93
-/// with tiles of 128, of which three quarters are empty; at 64 pairs 72 and 66.
+/// At 32 pairs a segment w13 takes 89 µs for 107 in two launches with tiles of 64, 93 with tiles of 128, of which three quarters are empty; at 64
+/// pairs 72 and 66.
 ///
 /// A tile is one block's, so few tiles leave multiprocessors idle, while two launches share a tile's columns: the 16 of Mixtral-8x7B
 /// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors (gpt-oss-20b has 128 tiles) it is
@@ -98,11 +115,14 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     buckets: u64,
+    sizes: &ProjectionSizes,
+    decodes: bool,
     limits: &DeviceLimits,
 ) -> Option<PrefillTile> {
+    let least = if decodes { prefill_segment(buckets, sizes, limits) } else { 1 };
     let tile = match pairs as u64 / buckets {
-        0..DECODE_SEGMENT => None,
-        DECODE_SEGMENT..48 => Some(PrefillTile::M64),
+        segment if segment < least => None,
+        ..48 => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
     };
     tile.filter(|tile| 4 * tiles(pairs, buckets, tile.rows()) >= 3 * u64::from(limits.multiprocessors))
