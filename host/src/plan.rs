@@ -414,7 +414,10 @@ impl Plan {
         };
         // A route made alone is made for the calls that will use it.
         let prefill = match fast {
-            true => prefill_tile(projection, pairs, route, limits, options, decode_shape.is_some()),
+            true => {
+                let decodes = decode_shape.is_some() || stage != Stage::Forward;
+                prefill_tile(projection, pairs, route, limits, options, decodes)
+            }
             false => None,
         };
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
@@ -614,7 +617,7 @@ impl DecodeShape {
         let wanted = match (options.form, options.tile) {
             (Some(form), _) => form == Form::Decode,
             (None, Some(_)) => false,
-            (None, None) => heuristics::wants_decode(pairs, buckets(projection), route.tile_rows()),
+            (None, None) => heuristics::wants_decode(pairs, buckets(projection), sizes, route.tile_rows()),
         };
         let possible = limits.has_clusters()
             && sizes.max_rank <= decode::MAX_RANK as usize
@@ -715,8 +718,8 @@ fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::
     Some(prefill::Shape { rows: tile.rows(), width: width.unwrap_or(prefill::MAX_WIDTH) })
 }
 
-/// The tile of `prefill` in a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s, but
-/// that of `decode`, if it `decodes`, or of two launches.
+/// The tile of `prefill` in a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
+/// `decodes`: whether it would be `decode`'s, or is a part of a call that would.
 fn prefill_tile(
     projection: &Projection,
     pairs: usize,

@@ -9,6 +9,10 @@ use moe_lora_kernels::{decode, prefill};
 /// read them twice.
 const DECODE_SEGMENT: u64 = 7;
 
+/// Ranks up to which `decode` is the faster form. Of R = 192 w13 takes 99.6 µs in it at 16 tokens, 92.0 in two launches and 84.7 in `prefill`, w2 108, 48.7 and
+/// 44.1; of R = 128 55.8, 61.9 and 57.7, w2 34.1, 38.2 and 35.3.
+const DECODE_RANK: usize = 128;
+
 /// Bytes of a segment's weights, of all slices and ranks, from which on `prefill` is the faster form at fewer pairs a segment, and at how many.
 /// With routing, µs in `decode` and in `prefill`: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 73.1 and 70.6 at four, 80.9 and 72.2 at five;
 /// of R = 32 43.9 and 43.0 at four, and w2 of R = 64 38.5 and 39.3 at two and a half, 43.1 and 42.3 at four, 49.0 and 44.0 at five; w13 of R = 16
@@ -29,11 +33,17 @@ fn prefill_segment(buckets: u64, sizes: &ProjectionSizes, limits: &DeviceLimits)
 /// load. On vLLM's blocks w13 takes 24 µs at 64 pairs, 38 at 128 and 98 at 640; on tiles of its own 19, 30 and 65.
 const DECODE_IN_PARTS: usize = 64;
 
-/// Whether `decode` is the faster form: where segments are so short that a call costs what its weights' bytes cost. `tile_rows`:
-/// pairs a tile of a given route.
-pub(in crate::plan) fn wants_decode(pairs: usize, buckets: u64, tile_rows: Option<u32>) -> bool {
+/// Whether `decode` is a faster form than two launches: where segments are so short that a call costs what its weights' bytes cost.
+/// `tile_rows`: pairs a tile of a given route.
+pub(in crate::plan) fn wants_decode(
+    pairs: usize,
+    buckets: u64,
+    sizes: &ProjectionSizes,
+    tile_rows: Option<u32>,
+) -> bool {
     let in_parts = tile_rows.is_some_and(|rows| rows > DecodeRows::M8.count());
-    (pairs as u64) < DECODE_SEGMENT * buckets && (!in_parts || pairs <= DECODE_IN_PARTS)
+    let is_short = (pairs as u64) < DECODE_SEGMENT * buckets && (!in_parts || pairs <= DECODE_IN_PARTS);
+    is_short && sizes.max_rank <= DECODE_RANK
 }
 
 /// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`](super::tile). At 8 pairs a segment w13
@@ -103,15 +113,15 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
     units.min(u64::from(most)).max(1)
 }
 
-/// The tile of `prefill`, where that is the faster form; segments are guessed as for [`tile`](super::tile). `decodes`: whether `decode` would
-/// be the other, and not two launches.
+/// The tile of `prefill`, where that is the faster form; segments are guessed as for [`tile`](super::tile). `decodes`: whether `decode` is
+/// the form that it must be faster than, and not two launches on tiles as large.
 ///
 /// At 32 pairs a segment w13 takes 89 µs for 107 in two launches with tiles of 64, 93 with tiles of 128, of which three quarters are empty; at 64
 /// pairs 72 and 66.
 ///
-/// A tile is one block's, so few tiles leave multiprocessors idle, while two launches share a tile's columns: the 16 of Mixtral-8x7B
-/// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors (gpt-oss-20b has 128 tiles) it is
-/// still the faster form.
+/// A pass over a tile is one block's, so few of them leave multiprocessors idle, while two launches share a tile's columns: the 16 tiles of Mixtral-8x7B
+/// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors it is still the faster form: of R = 192 8 tokens take w13, two passes over 64 tiles,
+/// 48.7 µs for 53.6, and w2, one over each, 39.2 for 31.3.
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     buckets: u64,
@@ -119,13 +129,22 @@ pub(in crate::plan) fn prefill_tile(
     decodes: bool,
     limits: &DeviceLimits,
 ) -> Option<PrefillTile> {
-    let least = if decodes { prefill_segment(buckets, sizes, limits) } else { 1 };
+    let least = match decodes {
+        _ if sizes.max_rank > DECODE_RANK => 0,
+        true => prefill_segment(buckets, sizes, limits),
+        false => 1,
+    };
     let tile = match pairs as u64 / buckets {
         segment if segment < least => None,
         ..48 => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
     };
-    tile.filter(|tile| 4 * tiles(pairs, buckets, tile.rows()) >= 3 * u64::from(limits.multiprocessors))
+    let turns = |tile: PrefillTile| {
+        let columns = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32);
+        let passes = columns.div_ceil(prefill_columns(tile, sizes));
+        tiles(pairs, buckets, tile.rows()) * u64::from(passes)
+    };
+    tile.filter(|tile| 4 * turns(*tile) >= 3 * u64::from(limits.multiprocessors))
 }
 
 /// Columns of h that a pass of `prefill` is to take: those of all slices, so that x is asked for once, or of one.
