@@ -2,20 +2,19 @@
 //! `h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c]`, then
 //! `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`.
 //!
-//! As many blocks as the device runs at a time take the tiles of the route in turns, so that tiles of one
-//! segment, neighbours in the list, run side by side and share its weights in L2. A block takes a tile of 64 or
-//! 128 pairs with the ranks of all slices at once, so that x is read once. One of its warpgroups copies
-//! (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the sums of the first
-//! product to the rows of the second without leaving registers.
+//! A tile of the route, of 64 or 128 pairs, is taken in *passes*, each of as many slices as the kernel has columns of h for, and the rank that
+//! weights are allocated for asks for: a pass reads x, and keeps its h until its slices are written. The tile's own rank decides what it
+//! costs, not the allocation's. A column of h is a (slice, rank): a slice has a power of two of them, so that 16 of a slice's
+//! ranks are one fragment.
 //!
-//! A tile's own rank decides what it costs, not the rank that the weights are allocated for. It is taken in *passes*, each
-//! of as many slices as the kernel has columns of h for (mostly one pass): a pass reads x, and keeps its h until its
-//! slices are written. A column of h is a (slice, rank): a slice has a power of two of them, so that 16 of a slice's ranks
-//! are one fragment.
+//! As many blocks as the device runs at a time take one pass after another, their *turns* (`turns`), in the order of the route's list, so that tiles
+//! of one segment run side by side and share its weights in L2: each block the next one when it has room for it. One of its
+//! warpgroups copies (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the
+//! sums of the first product to the rows of the second without leaving registers.
 //!
 //! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
-//! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next pass's, or the next tile's.
-//! The producer is ahead by as many steps as the ring has stages, across the ends of slices and tiles, so the memory never
+//! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next turn's.
+//! The producer is ahead by as many steps as the ring has stages, across the ends of slices and turns, so the memory never
 //! waits for a product.
 //!
 //! Shared memory, `stages` times, in panels of 128-byte rows:

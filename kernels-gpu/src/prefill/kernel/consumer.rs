@@ -1,9 +1,8 @@
 //! A warpgroup that computes: 64 pairs of every tile, both products.
 
 use super::ring::{Precedence, Ring};
-use super::schedule::{
-    K, MOST_PANELS, PANEL_COLUMNS, Pass, Turn, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
-};
+use super::steps::{K, MOST_PANELS, PANEL_COLUMNS, depth, expand_panels, rank_shift, shrink_panels, width};
+use super::turns::{Pass, Turn, Turns};
 use crate::arch::mma::Element;
 use crate::arch::shared::Shared;
 use crate::arch::thread;

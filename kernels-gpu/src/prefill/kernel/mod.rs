@@ -3,7 +3,8 @@
 mod consumer;
 mod producer;
 mod ring;
-mod schedule;
+mod steps;
+mod turns;
 
 use super::WARPGROUP;
 use crate::arch::mma::Element;
@@ -12,7 +13,7 @@ use crate::arch::{barrier, grid, thread};
 use crate::memory::Index;
 use crate::params::PrefillParams;
 use ring::Ring;
-use schedule::Turns;
+use turns::Turns;
 
 /// The kernel. `SUMS`: half the columns of h, up to 128; `MORE`: half of those from 128 on; `BLOCKS`: fragments of 16
 /// of all; `SWEEPS`: sixteens of pairs of a tile; `COPYING`, `COMPUTING`: registers of a thread of either role.

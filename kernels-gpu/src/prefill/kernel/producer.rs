@@ -5,9 +5,8 @@
 //! left out, or filled with zeros where it is multiplied.
 
 use super::ring::Ring;
-use super::schedule::{
-    K, MOST_PANELS, Pass, Turn, Turns, depth, expand_panels, rank_shift, shrink_panels, width,
-};
+use super::steps::{K, MOST_PANELS, depth, expand_panels, rank_shift, shrink_panels, width};
+use super::turns::{Pass, Turn, Turns};
 use crate::arch::async_copy::{AHEAD, ALONE, AROUND, copy16, copy16_or_zeros, copy16_whole};
 use crate::arch::shared::Shared;
 use crate::arch::thread;

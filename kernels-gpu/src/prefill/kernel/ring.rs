@@ -2,7 +2,7 @@
 //! *full*, which each thread of the producer arrives at once its copies have landed, and *empty*, which each warp of the
 //! consumers arrives at once it has read the stage.
 
-use super::schedule::PANEL_COLUMNS;
+use super::steps::PANEL_COLUMNS;
 use crate::arch::mbarrier::{self, Mbarrier};
 use crate::arch::shared::Shared;
 use crate::arch::{bulk, thread, warp};
