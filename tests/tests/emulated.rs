@@ -127,7 +127,8 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         0 => Case { max_rank: 16, slices: 4, ..case(seed) },
         1 => Case { max_rank: 24, slices: 2, ..case(seed) },
         2 => Case { max_rank: 40, slices: 2, ..case(seed) },
-        _ => Case { max_rank: 136, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
+        3 => Case { max_rank: 72, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
+        _ => Case { max_rank: 136, slices: 1, ranks: Ranks::Mixed, ..case(seed) },
     };
     let widths: Vec<_> = (0..2 * SEEDS).map(|seed| Case { form: Form::Forward, ..width(seed) }).collect();
     let tally = tally.plus(check_all(&widths, &prefills()));
