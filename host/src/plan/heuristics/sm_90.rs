@@ -14,7 +14,7 @@ const DECODE_SEGMENT: u64 = 7;
 const DECODE_RANK: usize = 128;
 
 /// Bytes of a segment's weights, of all slices and ranks, from which on `prefill` is the faster form at fewer pairs a segment, and at how many.
-/// With routing, µs in `decode` and in `prefill`: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 73.1 and 70.6 at four, 80.9 and 72.2 at five;
+/// With routing, µs in `decode` and in `prefill`: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 74.1 and 71.7 at four, 80.9 and 72.2 at five;
 /// of R = 32 43.9 and 43.0 at four, and w2 of R = 64 38.5 and 39.3 at two and a half, 43.1 and 42.3 at four, 49.0 and 44.0 at five; w13 of R = 16
 /// 27.2 and 28.8 at four.
 const PREFILL_SEGMENTS: [(usize, u64); 2] = [(512 << 10, 2), (256 << 10, 4)];
