@@ -742,7 +742,13 @@ fn prefill_tile(
     let wanted = match (options.form, options.tile) {
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => heuristics::prefill_tile(pairs, buckets(projection), sizes, decodes, limits),
+        (None, None) => {
+            let passes = |tile| {
+                let shape = prefill_shape(projection, tile);
+                shape.map_or(1, |shape| shape.passes(sizes.slices as u32, sizes.max_rank as u32))
+            };
+            heuristics::prefill_tile(pairs, sizes, decodes, passes, limits)
+        }
     };
     // A given route's tiles may be too small for the larger tile, and not for the smaller.
     wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))

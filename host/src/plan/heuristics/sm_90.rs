@@ -21,9 +21,9 @@ const PREFILL_SEGMENTS: [(usize, u64); 2] = [(512 << 10, 2), (256 << 10, 4)];
 
 /// Pairs a segment from which on `prefill` is the faster form. Its tiles being one block's, it takes more where there are few segments: the 128 of gpt-oss-20b with
 /// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four.
-fn prefill_segment(buckets: u64, sizes: &ProjectionSizes, limits: &DeviceLimits) -> u64 {
+fn prefill_segment(segments: u64, sizes: &ProjectionSizes, limits: &DeviceLimits) -> u64 {
     let bytes = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE;
-    let are_few = 2 * buckets < 3 * u64::from(limits.multiprocessors);
+    let are_few = 2 * segments < 3 * u64::from(limits.multiprocessors);
     let mut fitting =
         PREFILL_SEGMENTS.into_iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| segment);
     fitting.nth(are_few.into()).unwrap_or(DECODE_SEGMENT)
@@ -119,33 +119,39 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 /// At 32 pairs a segment w13 takes 89 µs for 107 in two launches with tiles of 64, 93 with tiles of 128, of which three quarters are empty; at 64
 /// pairs 72 and 66.
 ///
-/// A pass over a tile is one block's, so few of them leave multiprocessors idle, while two launches share a tile's columns: the 16 tiles of Mixtral-8x7B
-/// take 375 µs in w13 at 64 tokens, and 42 there. At three quarters of the multiprocessors it is still the faster form: of R = 192 8 tokens take w13, two passes over 64 tiles,
-/// 48.7 µs for 53.6, and w2, one over each, 39.2 for 31.3.
+/// A pass over a tile is one block's, so few of them leave multiprocessors idle, while two launches share a tile's columns. At three quarters of the
+/// multiprocessors it is the faster form whatever the tiles hold: of R = 192 8 tokens take w13, two passes over each of 57 tiles, 48.7 µs for 53.6, and w2, one over
+/// each, 39.2 for 31.3. Where they are at least half full, from two fifths on: the 16 segments of Mixtral-8x7B take w13 135.5 µs for 175.8 at 1,024 tokens
+/// (64 passes over tiles of 64), 453.7 for 517 at 4,096 (of 128), w2 98.8 for 135.7 at 2,048, but 83.3 for 66.5 on tiles of 32 at 1,024 (32 passes).
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
-    buckets: u64,
     sizes: &ProjectionSizes,
     decodes: bool,
+    passes: impl Fn(PrefillTile) -> u32,
     limits: &DeviceLimits,
 ) -> Option<PrefillTile> {
+    let segments = (sizes.slots * sizes.experts) as u64;
+    let segment = pairs as u64 / segments;
     let least = match decodes {
         _ if sizes.max_rank > DECODE_RANK => 0,
-        true => prefill_segment(buckets, sizes, limits),
+        true => prefill_segment(segments, sizes, limits),
         false => 1,
     };
-    let tile = match pairs as u64 / buckets {
-        segment if segment < least => None,
-        ..48 => Some(PrefillTile::M64),
-        _ => Some(PrefillTile::M128),
+    let is_enough = |tile: &PrefillTile| {
+        let turns = tiles(pairs, segments, tile.rows()) * u64::from(passes(*tile));
+        let multiprocessors = u64::from(limits.multiprocessors);
+        4 * turns >= 3 * multiprocessors || segment >= HALF_TILE && 5 * turns >= 2 * multiprocessors
     };
-    let turns = |tile: PrefillTile| {
-        let columns = sizes.slices as u32 * prefill::rank_room(sizes.max_rank as u32);
-        let passes = columns.div_ceil(prefill_columns(tile, sizes));
-        tiles(pairs, buckets, tile.rows()) * u64::from(passes)
+    let wanted = match segment {
+        _ if segment < least => &[][..],
+        ..48 => &[PrefillTile::M64][..],
+        _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
-    tile.filter(|tile| 4 * turns(*tile) >= 3 * u64::from(limits.multiprocessors))
+    wanted.iter().copied().find(is_enough)
 }
+
+/// Pairs of half a tile of 64.
+const HALF_TILE: u64 = 32;
 
 /// Columns of h that a pass of `prefill` is to take: those of all slices, so that x is asked for once, or of one.
 ///
