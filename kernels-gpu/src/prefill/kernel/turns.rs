@@ -145,7 +145,7 @@ impl Turns {
             Self::told(word).wait(parity);
             let number = Self::number(word).load();
             warp::sync();
-            if thread::index_anew() % 32 == 0 {
+            if thread::index_anew().is_multiple_of(32) {
                 Self::heard(word).arrive();
             }
             number
@@ -160,7 +160,7 @@ impl Turns {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn call(&self, p: &PrefillParams) {
-        if thread::index_anew() % WARPGROUP == 0 {
+        if thread::index_anew().is_multiple_of(WARPGROUP) {
             let (word, parity) = self.word();
             // SAFETY: as the caller promises; who was told by the word before has heard it when it is written.
             unsafe {
