@@ -413,13 +413,8 @@ impl Plan {
             _ => None,
         };
         // A route made alone is made for the calls that will use it.
-        let prefill = match fast {
-            true => {
-                let decodes = decode_shape.is_some() || stage != Stage::Forward;
-                prefill_tile(projection, pairs, route, limits, options, decodes)
-            }
-            false => None,
-        };
+        let decodes = decode_shape.is_some() || stage != Stage::Forward;
+        let prefill = prefill_tile(projection, pairs, route, limits, options, decodes).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
@@ -489,11 +484,10 @@ impl Plan {
             .map(|tile| {
                 let shape = prefill_shape(projection, tile).expect("chosen where it can be");
                 let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
-                let passes = shape.passes(sizes.slices as u32, sizes.max_rank as u32);
+                let passes = prefill_passes(projection, shape);
                 let most = u64::from(limits.multiprocessors * shape.blocks());
                 let blocks = (tiles * u64::from(passes)).min(most);
-                let stages =
-                    heuristics::prefill_stages(shape, projection.sizes(), pairs, buckets(projection));
+                let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection));
                 launch(kernel, blocks, 1, shape.shared_bytes(stages)).map(|launch| PrefillPlan {
                     launch,
                     passes,
@@ -718,6 +712,12 @@ fn prefill_shape(projection: &Projection, tile: PrefillTile) -> Option<prefill::
     Some(prefill::Shape { rows: tile.rows(), width: width.unwrap_or(prefill::MAX_WIDTH) })
 }
 
+/// Passes over a tile of the largest rank.
+fn prefill_passes(projection: &Projection, shape: prefill::Shape) -> u32 {
+    let sizes = projection.sizes();
+    shape.passes(sizes.slices as u32, sizes.max_rank as u32)
+}
+
 /// The tile of `prefill` in a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
 /// `decodes`: whether it would be `decode`'s, or is a part of a call that would.
 fn prefill_tile(
@@ -743,10 +743,8 @@ fn prefill_tile(
         (Some(Form::Prefill(tile)), _) => Some(tile),
         (Some(_), _) | (None, Some(_)) => None,
         (None, None) => {
-            let passes = |tile| {
-                let shape = prefill_shape(projection, tile);
-                shape.map_or(1, |shape| shape.passes(sizes.slices as u32, sizes.max_rank as u32))
-            };
+            let passes =
+                |tile| prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape));
             heuristics::prefill_tile(pairs, sizes, decodes, passes, limits)
         }
     };

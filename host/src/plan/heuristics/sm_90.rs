@@ -177,17 +177,11 @@ const FULL_TILES: u64 = 96;
 /// 526 at 512; w2 156 and 167, 521 and 534 (of R = 128 578 and 604). With steps of more work it is the other way round: w2 of R = 256 takes 710 and 674, and
 /// w13, where h takes two passes, 675 and 621 of R = 128, 1,078 and 945 of R = 256. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four,
 /// 115.0.
-pub(in crate::plan) fn prefill_stages(
-    shape: prefill::Shape,
-    sizes: &ProjectionSizes,
-    pairs: usize,
-    buckets: u64,
-) -> u32 {
+pub(in crate::plan) fn prefill_stages(shape: prefill::Shape, passes: u32, pairs: usize, buckets: u64) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
     let is_full = pairs as u64 / buckets >= FULL_TILES;
-    let is_one_pass = shape.passes(sizes.slices as u32, sizes.max_rank as u32) == 1;
     match shape.width {
-        ..=MOST_COLUMNS if is_large && is_full && is_one_pass => 2,
+        ..=MOST_COLUMNS if is_large && is_full && passes == 1 => 2,
         64 if is_large => 3,
         _ => shape.max_stages(),
     }
