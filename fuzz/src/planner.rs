@@ -109,6 +109,8 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
             Some(Form::TwoLaunches),
             Some(Form::Prefill(PrefillTile::M64)),
             Some(Form::Prefill(PrefillTile::M128)),
+            Some(Form::SharedPrefill(PrefillTile::M64)),
+            Some(Form::SharedPrefill(PrefillTile::M128)),
         ])?,
         rows: *u.choose(&[None, Some(DecodeRows::M8), Some(DecodeRows::M16)])?,
         cluster: u.arbitrary()?,
@@ -128,6 +130,7 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         plan.route,
         plan.decode.map(|decode| decode.launch),
         plan.prefill.map(|prefill| prefill.launch),
+        plan.prefill_expand.map(|prefill| prefill.launch),
         plan.shrink.map(|shrink| shrink.launch),
         plan.expand.map(|expand| expand.launch),
     ];
@@ -154,6 +157,16 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         assert!(limits.wgmma && plan.shrink.is_none() && plan.expand.is_none(), "{plan}");
         let Kernel::Prefill(variant) = entry.kernel else { panic!("{plan}") };
         assert!(variant.shape.width as usize >= sizes.max_rank, "{plan}");
+    }
+    if let (Some(shrink), Some(expand)) = (plan.prefill, plan.prefill_expand) {
+        for (shares, length) in [(shrink.shares, sizes.in_dim), (expand.shares, sizes.out_dim)] {
+            let (count, each) = (shares.count as usize, shares.each as usize);
+            assert!(
+                (1..=64).contains(&count) && each.is_multiple_of(256) && count * each >= length,
+                "{plan}"
+            );
+            assert!((count - 1) * each < length, "{plan}");
+        }
     }
     let columns = plan.tile.shape().columns();
     if let Some(shrink) = plan.shrink {

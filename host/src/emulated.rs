@@ -108,10 +108,17 @@ impl Emulated {
             Parameters::Prefill(p) => {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
-                let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
+                let elements = u64::from(p.slices) * u64::from(p.pair_count) * u64::from(p.max_rank);
+                let h = if p.parts > 0 {
+                    buffer("parts of h", p.partial, u64::from(p.parts) * elements)
+                } else {
+                    buffer("h", p.h, elements)
+                };
                 let turn = buffer("turn", p.turn, 1);
                 if p.products == products::SHRINK {
-                    return self.launch(launch, p, &routed(tensors), &[], &[h, turn]);
+                    let (fresh, written) =
+                        if p.parts > 0 { (vec![h], vec![turn]) } else { (vec![], vec![h, turn]) };
+                    return self.launch(launch, p, &routed(tensors), &fresh, &written);
                 }
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors);

@@ -145,9 +145,14 @@ impl Planner<'_> {
         if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
             return Ok([prepared.route(&call.route), Some(decode), None]);
         }
-        if let Some(prefill) =
-            prepared.prefill(Some((call.x.data.address(), call.a)), H::Scratch, Some(&tail))
-        {
+        let head = Some((call.x.data.address(), call.a));
+        if let (Some(shrink), Some(expand)) = (prepared.plan.prefill, prepared.plan.prefill_expand) {
+            let shrink = prepared.prefill(&shrink, head, H::Scratch, None);
+            let expand = prepared.prefill(&expand, None, H::Scratch, Some(&tail));
+            return Ok([prepared.route(&call.route), Some(shrink), Some(expand)]);
+        }
+        if let Some(prefill) = prepared.plan.prefill {
+            let prefill = prepared.prefill(&prefill, head, H::Scratch, Some(&tail));
             return Ok([prepared.route(&call.route), Some(prefill), None]);
         }
         Ok([
@@ -169,7 +174,7 @@ impl Planner<'_> {
             return Ok(NOTHING);
         };
         let (x, h) = (call.x.data.address(), H::Caller(call.h.address()));
-        let prefill = prepared.prefill(Some((x, call.a)), h, None);
+        let prefill = prepared.plan.prefill.map(|plan| prepared.prefill(&plan, Some((x, call.a)), h, None));
         Ok([prepared.route(&call.route), prefill.or_else(|| prepared.shrink(x, call.a, h)), None])
     }
 
@@ -187,7 +192,7 @@ impl Planner<'_> {
         let &Expand { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
         let h = H::Caller(call.h.address());
-        let prefill = prepared.prefill(None, h, Some(&tail));
+        let prefill = prepared.plan.prefill.map(|plan| prepared.prefill(&plan, None, h, Some(&tail)));
         Ok([prepared.route(&call.route), None, prefill.or_else(|| prepared.expand(&tail, h))])
     }
 }
@@ -304,27 +309,37 @@ impl Prepared<'_> {
     }
 
     /// What `prefill` is told: to shrink where it is given x and `a` (`head`), to expand where it is given what that takes (`tail`).
+    /// The workspace's h is in the parts of the shares of K.
     fn prefill<S: Space, T: Element>(
         &self,
+        prefill: &PrefillPlan,
         head: Option<(u64, &[View<'_, S, T>])>,
         h: H,
         tail: Option<&ExpandTail<'_, S, T>>,
-    ) -> Option<(Launch, Parameters)> {
+    ) -> (Launch, Parameters) {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let PrefillPlan { launch, passes, stages } = plan.prefill?;
+        let &PrefillPlan { launch, passes, stages, shares } = prefill;
         let sizes = projection.sizes();
-        let (products, h) = match (head, tail) {
-            (Some(_), Some(_)) => (products::BOTH, 0),
-            (_, None) => (products::SHRINK, h.address(parts)),
-            (None, _) => (products::EXPAND, h.address(parts)),
+        let products = match (head, tail) {
+            (Some(_), Some(_)) => products::BOTH,
+            (_, None) => products::SHRINK,
+            (None, _) => products::EXPAND,
         };
-        let accumulates = tail.is_some_and(|tail| tail.accumulate);
+        let (h, partial) = match (products, h) {
+            (products::BOTH, _) => (0, 0),
+            (_, H::Caller(h)) => (h, 0),
+            (_, H::Scratch) => (0, parts.scratch),
+        };
+        let share_parts = if partial == 0 { 0 } else { plan.prefill.map_or(0, |shrink| shrink.shares.count) };
+        // Of inactive pairs nobody reads parts.
+        let accumulates = tail.map_or(partial != 0, |tail| tail.accumulate);
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
             x: Global::new(head.map_or(0, |(x, _)| x)),
             a: addresses(head.map_or(&[], |(_, a)| a)),
             h: Global::new(h),
+            partial: Global::new(partial),
             b: addresses(tail.map_or(&[], |tail| tail.b)),
             out,
             topk_weights: Global::new(topk_weights),
@@ -347,12 +362,15 @@ impl Prepared<'_> {
             over_parts: Divider::new(plan.tile_parts),
             passes,
             over_passes: Divider::new(passes),
+            shares: shares.count,
+            over_shares: Divider::new(shares.count),
+            share: shares.each,
+            parts: share_parts,
             blocks: launch.blocks,
             stages,
             products,
-            reserved: 0,
         };
-        Some((launch, Parameters::Prefill(parameters)))
+        (launch, Parameters::Prefill(parameters))
     }
 
     /// P over this gives the row of x.

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
+use moe_lora_kernels::params::Divider;
 use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
 pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
@@ -76,8 +77,10 @@ pub struct Options {
 pub enum Form {
     /// `decode`, one launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
     Decode,
-    /// One launch of warpgroups that shrink and expand: many pairs a segment, on sm_90a.
+    /// `prefill`, one launch of warpgroups that shrink and expand: many pairs a segment, on sm_90a.
     Prefill(PrefillTile),
+    /// Two launches of `prefill`, in which blocks share a tile: few segments of many pairs.
+    SharedPrefill(PrefillTile),
     /// `shrink`, then `expand`.
     TwoLaunches,
 }
@@ -113,8 +116,10 @@ impl Options {
             every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
             let decode = Options { form: Some(Form::Decode), ..with_index };
             every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
-            let prefills = PrefillTile::ALL.map(|tile| Some(Form::Prefill(tile)));
-            every.extend(prefills.map(|form| Options { form, ..with_index }));
+            let prefills = PrefillTile::ALL.map(|tile| [Form::Prefill(tile), Form::SharedPrefill(tile)]);
+            every.extend(
+                prefills.into_iter().flatten().map(|form| Options { form: Some(form), ..with_index }),
+            );
         }
         let decode = Options { form: Some(Form::Decode), ..Options::default() };
         every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
@@ -250,6 +255,31 @@ pub struct PrefillPlan {
     pub passes: u32,
     /// Stages of its ring.
     pub stages: u32,
+    /// How blocks share a pass.
+    pub shares: Shares,
+}
+
+/// How blocks share elements of K, or columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shares {
+    /// How many there are.
+    pub count: u32,
+    /// Elements of each, the last of which may have fewer.
+    pub each: u32,
+}
+
+impl Shares {
+    /// One of all `length` elements.
+    fn one(length: usize) -> Self {
+        Shares { count: 1, each: length as u32 }
+    }
+
+    /// Up to `most` of `length` elements, that steps do not cross.
+    fn of(length: usize, most: u32) -> Self {
+        let length = length as u32;
+        let each = length.div_ceil(most.max(1)).next_multiple_of(prefill::SHARE_UNIT);
+        Shares { count: length.div_ceil(each), each }
+    }
 }
 
 /// Everything that a call will launch. Prints as one line a launch.
@@ -274,8 +304,10 @@ pub struct Plan {
     pub sorting: Sorting,
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
-    /// The launch that does so for many pairs.
+    /// The launch that does so for many pairs; or shrinks, where another expands.
     pub prefill: Option<PrefillPlan>,
+    /// That launch, where blocks share passes.
+    pub prefill_expand: Option<PrefillPlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -414,11 +446,13 @@ impl Plan {
         };
         // A route made alone is made for the calls that will use it.
         let decodes = decode_shape.is_some() || stage != Stage::Forward;
-        let prefill = prefill_tile(projection, pairs, route, limits, options, decodes).filter(|_| fast);
+        let is_half = matches!(stage, Stage::Shrink | Stage::Expand);
+        let prefill =
+            PrefillChoice::new(projection, pairs, route, limits, options, decodes, is_half).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
-            (None, Some(tile)) => tile.rows(),
+            (None, Some(choice)) => choice.tile.rows(),
             (None, None) => shape.rows(),
         };
         let prefill = prefill.filter(|_| stage != Stage::Route);
@@ -430,7 +464,8 @@ impl Plan {
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
         // tiles of a route of this call's own: these are what can fill the device.
-        let busy = tiles.min(self::tiles(projection, pairs, shape.rows()));
+        let busy_tiles = |rows| tiles.min(self::tiles(projection, pairs, rows));
+        let busy = busy_tiles(shape.rows());
 
         // How the launches divide their work.
         let columns = sizes.slices * sizes.max_rank;
@@ -480,20 +515,28 @@ impl Plan {
         let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
         let decode = decode.transpose()?;
         let finds = decode.is_some_and(|decode| decode.finds);
+        let prefill_plan = |tile: PrefillTile, shares: Shares| {
+            let shape = prefill_shape(projection, tile).expect("chosen where it can be");
+            let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
+            let passes = prefill_passes(projection, shape);
+            let most = u64::from(limits.multiprocessors * shape.blocks());
+            let blocks = (tiles * u64::from(passes) * u64::from(shares.count)).min(most);
+            let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection));
+            let launch = launch(kernel, blocks, 1, shape.shared_bytes(stages))?;
+            Ok(PrefillPlan { launch, passes, stages, shares })
+        };
+        let shared = prefill.filter(|choice| choice.is_shared).map(|PrefillChoice { tile, .. }| {
+            let shape = prefill_shape(projection, tile).expect("chosen where it can be");
+            let turns = busy_tiles(tile.rows()) * u64::from(prefill_passes(projection, shape));
+            let wanted = heuristics::prefill_shares(turns, shape, limits).min(Divider::MAX);
+            let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
+            [Shares::of(sizes.in_dim, wanted.min(most)), Shares::of(sizes.out_dim, wanted)]
+        });
+        let whole = Shares::one(sizes.in_dim.max(sizes.out_dim));
+        let prefill_expand =
+            prefill.zip(shared).map(|(choice, [_, shares])| prefill_plan(choice.tile, shares)).transpose()?;
         let prefill = prefill
-            .map(|tile| {
-                let shape = prefill_shape(projection, tile).expect("chosen where it can be");
-                let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
-                let passes = prefill_passes(projection, shape);
-                let most = u64::from(limits.multiprocessors * shape.blocks());
-                let blocks = (tiles * u64::from(passes)).min(most);
-                let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection));
-                launch(kernel, blocks, 1, shape.shared_bytes(stages)).map(|launch| PrefillPlan {
-                    launch,
-                    passes,
-                    stages,
-                })
-            })
+            .map(|choice| prefill_plan(choice.tile, shared.map_or(whole, |[shares, _]| shares)))
             .transpose()?;
         let sorting = sorting(projection, pairs, limits, options);
         let column_room = column_room(projection, shape);
@@ -506,6 +549,7 @@ impl Plan {
             largest_offset,
             decode,
             prefill,
+            prefill_expand,
             route: match route {
                 RouteSource::Made if finds => None,
                 RouteSource::Made => {
@@ -718,38 +762,58 @@ fn prefill_passes(projection: &Projection, shape: prefill::Shape) -> u32 {
     shape.passes(sizes.slices as u32, sizes.max_rank as u32)
 }
 
-/// The tile of `prefill` in a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
-/// `decodes`: whether it would be `decode`'s, or is a part of a call that would.
-fn prefill_tile(
-    projection: &Projection,
-    pairs: usize,
-    route: RouteSource,
-    limits: &DeviceLimits,
-    options: &Options,
-    decodes: bool,
-) -> Option<PrefillTile> {
-    let sizes = projection.sizes();
-    let fits = |tile: &PrefillTile| {
-        let in_route = route.tile_rows().is_none_or(|rows| tile.rows() <= rows);
-        let shape = prefill_shape(projection, *tile);
-        in_route && shape.is_some_and(|shape| shape.shared_bytes(shape.max_stages()) <= limits.shared_bytes)
-    };
-    // Elements of one matrix are counted in 32 bits, whatever the index width.
-    let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
-    let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank];
-    let possible =
-        limits.wgmma && matrix <= i32::MAX as usize && multiples.iter().all(|size| size % VECTOR == 0);
-    let wanted = match (options.form, options.tile) {
-        (Some(Form::Prefill(tile)), _) => Some(tile),
-        (Some(_), _) | (None, Some(_)) => None,
-        (None, None) => {
-            let passes =
-                |tile| prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape));
-            heuristics::prefill_tile(pairs, sizes, decodes, passes, limits)
+/// How `prefill` will be used for a call.
+#[derive(Clone, Copy)]
+struct PrefillChoice {
+    tile: PrefillTile,
+    /// Whether blocks share passes, in two launches.
+    is_shared: bool,
+}
+
+impl PrefillChoice {
+    /// For a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
+    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would. `is_half`: whether it is shrink or expand alone, whose h is whole.
+    fn new(
+        projection: &Projection,
+        pairs: usize,
+        route: RouteSource,
+        limits: &DeviceLimits,
+        options: &Options,
+        decodes: bool,
+        is_half: bool,
+    ) -> Option<Self> {
+        let sizes = projection.sizes();
+        // Elements of one matrix are counted in 32 bits, whatever the index width.
+        let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
+        let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank];
+        let possible =
+            limits.wgmma && matrix <= i32::MAX as usize && multiples.iter().all(|size| size % VECTOR == 0);
+        // The workspace has room for the parts of so many elements of h.
+        let has_room = (pairs * sizes.slices * sizes.max_rank) as u64 <= MAX_PARTIAL;
+        let is_narrow = prefill::rank_room(sizes.max_rank as u32) <= prefill::MAX_SHARED_WIDTH;
+        let shares = !is_half && has_room && is_narrow;
+        let (tile, is_shared) = match (options.form, options.tile) {
+            (Some(Form::Prefill(tile)), _) => Some((tile, false)),
+            (Some(Form::SharedPrefill(tile)), _) => Some((tile, true)).filter(|_| shares),
+            (Some(_), _) | (None, Some(_)) => None,
+            (None, None) => {
+                let passes = |tile| {
+                    prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape))
+                };
+                heuristics::prefill_tile(pairs, sizes, decodes, shares, passes, limits)
+            }
         }
-    };
-    // A given route's tiles may be too small for the larger tile, and not for the smaller.
-    wanted.filter(|_| possible).and_then(|wanted| [wanted, PrefillTile::M64].into_iter().find(fits))
+        .filter(|_| possible)?;
+        let fits = |tile: &PrefillTile| {
+            let in_route = route.tile_rows().is_none_or(|rows| tile.rows() <= rows);
+            let shape = prefill_shape(projection, *tile);
+            in_route
+                && shape.is_some_and(|shape| shape.shared_bytes(shape.max_stages()) <= limits.shared_bytes)
+        };
+        // A given route's tiles may be too small for the larger tile, and not for the smaller.
+        let tile = [tile, PrefillTile::M64].into_iter().find(fits)?;
+        Some(PrefillChoice { tile, is_shared })
+    }
 }
 
 /// Columns that a stage of `shrink` must have room for.
@@ -784,8 +848,11 @@ impl fmt::Display for Plan {
             let [shrink, expand] = plan.stages;
             write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
         }
-        if let Some(PrefillPlan { launch, .. }) = self.prefill {
+        for PrefillPlan { launch, shares, .. } in [self.prefill, self.prefill_expand].into_iter().flatten() {
             write!(f, "\n  {launch}")?;
+            if self.prefill_expand.is_some() {
+                write!(f, ", passes in {} shares of {}", shares.count, shares.each)?;
+            }
         }
         if let Some(plan) = self.shrink {
             write!(f, "\n  {}, K in {} parts of {} steps", plan.launch, plan.splits, plan.steps_per_split)?;

@@ -26,9 +26,9 @@ pub fn ways() -> Vec<Options> {
             ..Options::default()
         }));
     }
-    ways.extend(
-        PrefillTile::ALL.map(|tile| Options { form: Some(Form::Prefill(tile)), ..Options::default() }),
-    );
+    let prefills = PrefillTile::ALL.map(|tile| [Form::Prefill(tile), Form::SharedPrefill(tile)]);
+    let prefills = prefills.into_iter().flatten();
+    ways.extend(prefills.map(|form| Options { form: Some(form), ..Options::default() }));
     let tiles = [TileKind::M16, TileKind::M32, TileKind::M64];
     ways.extend(tiles.map(|tile| Options { tile: Some(tile), ..Options::default() }));
     ways.push(Options { form: Some(Form::TwoLaunches), ..Options::default() });

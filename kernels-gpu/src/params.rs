@@ -427,8 +427,10 @@ pub struct PrefillParams {
     pub x: Global<u16>,
     /// S of `[L, E or 1, R, K]`.
     pub a: [Global<u16>; MAX_SLICES],
-    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; else null.
+    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null where neither, or `parts` are.
     pub h: Global<u16>,
+    /// `[parts, S, P, R]`: in place of `h`, the sums of each share of K; else null.
+    pub partial: Global<f32>,
     /// S of `[L, E or 1, N, R]`.
     pub b: [Global<u16>; MAX_SLICES],
     /// `[P, ≥ offset + S·N]`, moved on by `offset`.
@@ -473,14 +475,20 @@ pub struct PrefillParams {
     pub passes: u32,
     /// The number of a pass over these gives its part's.
     pub over_passes: Divider,
+    /// Shares of a pass, each a turn: of K in [`products::SHRINK`], of a slice's columns in [`products::EXPAND`]; else 1.
+    pub shares: u32,
+    /// The number of a share over these gives its pass's.
+    pub over_shares: Divider,
+    /// Elements of K, or columns, of a share: a multiple of [`crate::prefill::SHARE_UNIT`], or all of them.
+    pub share: u32,
+    /// Shares of K whose sums `partial` has; 0 without.
+    pub parts: u32,
     /// Blocks of the launch.
     pub blocks: u32,
     /// Stages of the ring.
     pub stages: u32,
     /// One of [`products`].
     pub products: u32,
-    /// 0.
-    pub reserved: u32,
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ fn large_routes() -> Vec<Case> {
 
 /// The ways that force `prefill`.
 fn prefills() -> Vec<Options> {
-    let prefill = |way: &Options| matches!(way.form, Some(PlanForm::Prefill(_)));
+    let prefill = |way: &Options| matches!(way.form, Some(PlanForm::Prefill(_) | PlanForm::SharedPrefill(_)));
     Options::every().into_iter().filter(prefill).collect()
 }
 
@@ -71,6 +71,9 @@ fn wide() -> Vec<Case> {
         Case { x_rows: XRows::Pair, routed_weight: true, ..wide(128, 1, 264, 72) },
         Case { accumulate: false, ..wide(200, 3, 136, 72) },
         Case { ranks: Ranks::OutOfRange, ..wide(256, 1, 72, 136) },
+        // Several shares of K and of columns.
+        wide(24, 2, 520, 264),
+        Case { routing: Experts::One, accumulate: false, ..wide(72, 1, 264, 520) },
     ];
     let both = |case: &Case| DTYPES.map(|dtype| Case { dtype, ..case.clone() });
     cases.iter().flat_map(both).collect()

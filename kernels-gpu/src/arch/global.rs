@@ -232,16 +232,45 @@ impl<T> Global<T> {
         if wanted { bytemuck::cast(emulate::load_global::<16>(self.address())) } else { [0; 4] }
     }
 
-    /// Asks L2 for the line here (PTX ISA 9.7.9.16, `prefetch.global.L2`).
+    /// Loads 8 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
     ///
     /// # Safety
-    /// The address must be inside a tensor.
+    /// If wanted, the address must be valid for a read of 8 bytes, and 8-byte aligned.
     #[inline(always)]
-    pub unsafe fn prefetch(self) {
+    #[track_caller]
+    pub unsafe fn load8_if(self, wanted: bool) -> [u32; 2] {
         #[cfg(target_arch = "nvptx64")]
-        // SAFETY: a hint.
+        {
+            let [mut a, mut b] = [0u32; 2];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.global.v2.u32 {{{}, {}}}, [{}]; }}",
+                    in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, in(reg64) self.address(),
+                    options(nostack, readonly));
+            }
+            [a, b]
+        }
+        #[cfg(feature = "emulate")]
+        if wanted { bytemuck::cast(emulate::load_global::<8>(self.address())) } else { [0; 2] }
+    }
+
+    /// Stores 8 bytes if they are `wanted`, as [`load8_if`](Self::load8_if).
+    ///
+    /// # Safety
+    /// If wanted, the address must be valid for a write of 8 bytes, and 8-byte aligned.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store8_if(self, values: [u32; 2], wanted: bool) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
         unsafe {
-            asm!("prefetch.global.L2 [{}];", in(reg64) self.address(), options(nostack, readonly));
+            let [a, b] = values;
+            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.global.v2.u32 [{}], {{{}, {}}}; }}",
+                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        if wanted {
+            emulate::store_global::<8>(self.address(), bytemuck::cast(values));
         }
     }
 

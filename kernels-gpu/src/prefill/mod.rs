@@ -12,6 +12,10 @@
 //! warpgroups copies (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the
 //! sums of the first product to the rows of the second without leaving registers.
 //!
+//! Where tiles are so few that many multiprocessors would have none, a call is two launches: one of the first product, in which blocks
+//! share K and leave their sums in f32, and one of the second, in which they share a slice's columns, and add up the sums of all shares in the
+//! order of K. A share of a pass is then a turn.
+//!
 //! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
 //! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next turn's.
 //! The producer is ahead by as many steps as the ring has stages, across the ends of slices and turns, so the memory never
@@ -39,6 +43,12 @@ const PRODUCT_PANELS: usize = 2;
 
 /// Most columns of h, and so most ranks of a slice.
 pub const MAX_WIDTH: u32 = 256;
+
+/// Elements of K, and columns, that shares of a pass are multiples of: a step takes no more, and so none is of two shares.
+pub const SHARE_UNIT: u32 = 256;
+
+/// Most columns of h of passes that blocks share.
+pub const MAX_SHARED_WIDTH: u32 = 128;
 
 /// Least columns of a slice in h: one fragment's.
 const MIN_RANK_ROOM: u32 = 16;
@@ -96,7 +106,7 @@ impl Shape {
 
     /// Registers of a thread that copies.
     pub const fn copying_registers(self) -> u32 {
-        if self.blocks() == 1 { 104 } else { 80 }
+        if self.blocks() == 1 { 104 } else { 88 }
     }
 
     /// Registers of a thread that computes.

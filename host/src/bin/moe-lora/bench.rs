@@ -1,6 +1,6 @@
 use crate::DTypeArg;
 use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, routing, time};
-use crate::models::{GPT_OSS_20B, Model, OLMOE_1B, Op, QWEN3_30B};
+use crate::models::{GPT_OSS_20B, MIXTRAL_8X7B, Model, OLMOE_1B, Op, QWEN3_30B};
 use anyhow::Context;
 use half::{bf16, f16};
 use moe_lora::cuda::{Gpu, Options, Queue, TileKind, Workspace};
@@ -84,6 +84,9 @@ fn cases() -> Vec<Case> {
     cases.extend([1, 16, 80, 1024, 4096, 16384].map(case(&QWEN3_30B, Op::W2, 64, 2)));
     cases.extend([64, 2048].map(case(&GPT_OSS_20B, Op::W13, 32, 4)));
     cases.extend([64].map(case(&OLMOE_1B, Op::W13, 16, 8)));
+    // Few segments, whose tiles blocks share.
+    cases.extend([256, 1024, 4096].map(case(&MIXTRAL_8X7B, Op::W13, 64, 2)));
+    cases.extend([512, 2048, 4096].map(case(&MIXTRAL_8X7B, Op::W2, 64, 2)));
     // Large ranks, whose products are much of the work.
     for rank in [128, 256] {
         cases.extend([1024, 16384].map(case(&QWEN3_30B, Op::W13, rank, 2)));

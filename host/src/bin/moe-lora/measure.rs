@@ -15,10 +15,10 @@ use std::time::Instant;
 const BANDWIDTH: f64 = 3.0e12;
 /// 16-bit operations a second that a large matrix product reaches on an H100.
 const OPERATIONS: f64 = 790e12;
-/// Weights of all sets together: several times an H100's 50 MB of L2.
-const ROTATION_BYTES: usize = 400_000_000;
-/// Most sets of weights.
-const MAX_SETS: usize = 12;
+/// Bytes of weights that the calls on all sets touch: several times an H100's 50 MB of L2.
+const ROTATION_BYTES: usize = 200_000_000;
+/// Most bytes of all sets.
+const MAX_BYTES: usize = 8_000_000_000;
 /// Calls in a graph, at least.
 const MIN_CALLS: usize = 8;
 /// Replays: first some that are not timed.
@@ -152,15 +152,21 @@ pub fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<(
     Ok(median(times.split_off(WARM_UP)))
 }
 
+/// Elements of weights that a call touches.
+fn touched<T: Element>(&Workload { projection, rank, .. }: &Workload, inputs: &Inputs<T>) -> usize {
+    let s = projection.sizes();
+    let mut segments: Vec<_> = (0..inputs.topk_ids.len()).map(|pair| inputs.segment(pair, s.top_k)).collect();
+    segments.sort_unstable();
+    segments.dedup();
+    segments.len() * rank * (s.in_dim + s.out_dim) * s.slices
+}
+
 /// Time that no implementation can go below.
-fn floor<T: Element>(&Workload { projection, rank, .. }: &Workload, inputs: &Inputs<T>) -> f64 {
+fn floor<T: Element>(workload: &Workload, inputs: &Inputs<T>) -> f64 {
+    let &Workload { projection, rank, .. } = workload;
     let s = projection.sizes();
     let pairs = inputs.topk_ids.len();
-    let mut touched: Vec<_> = (0..pairs).map(|pair| inputs.segment(pair, s.top_k)).collect();
-    touched.sort_unstable();
-    touched.dedup();
-    let matrices = touched.len() * rank * (s.in_dim + s.out_dim) * s.slices;
-    let elements = matrices + inputs.x.len() + 2 * pairs * s.out_dim * s.slices;
+    let elements = touched(workload, inputs) + inputs.x.len() + 2 * pairs * s.out_dim * s.slices;
     let operations = 2 * pairs * rank * (s.in_dim + s.out_dim) * s.slices;
     ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
 }
@@ -184,7 +190,8 @@ pub fn time<T: Element>(
     let ranks = queue.upload(&vec![rank as i32; s.slots])?;
     let x = queue.upload(&inputs.x)?;
     let set_bytes = (inputs.a.iter().chain(&inputs.b).map(Vec::len).sum::<usize>()) * DType::SIZE;
-    let sets = (ROTATION_BYTES / set_bytes + 1).clamp(1, MAX_SETS);
+    let touched_bytes = touched(workload, &inputs) * DType::SIZE;
+    let sets = (ROTATION_BYTES / touched_bytes + 1).min(MAX_BYTES / set_bytes).max(1);
     let upload =
         |slices: &[Vec<T>]| slices.iter().map(|slice| queue.upload(slice)).collect::<Result<Vec<_>, _>>();
     let weights = (0..sets)

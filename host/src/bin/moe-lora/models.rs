@@ -29,9 +29,11 @@ pub const GPT_OSS_20B: Model =
     Model { name: "gpt-oss-20b", hidden: 2880, intermediate: 2880, experts: 32, top_k: 4 };
 pub const OLMOE_1B: Model =
     Model { name: "olmoe-1b-7b", hidden: 2048, intermediate: 1024, experts: 64, top_k: 8 };
+pub const MIXTRAL_8X7B: Model =
+    Model { name: "mixtral-8x7b", hidden: 4096, intermediate: 14336, experts: 8, top_k: 2 };
 
 /// All of them.
-pub const MODELS: [Model; 3] = [QWEN3_30B, GPT_OSS_20B, OLMOE_1B];
+pub const MODELS: [Model; 4] = [QWEN3_30B, GPT_OSS_20B, OLMOE_1B, MIXTRAL_8X7B];
 
 impl Model {
     /// A projection of its layer, with `slots` adapters of rank `rank`.

@@ -4,7 +4,8 @@
 mod sm_90;
 
 pub(super) use sm_90::{
-    decode_cluster, decode_clusters, decode_rows, prefill_columns, prefill_stages, prefill_tile, wants_decode,
+    decode_cluster, decode_clusters, decode_rows, prefill_columns, prefill_shares, prefill_stages,
+    prefill_tile, wants_decode,
 };
 
 use super::{DeviceLimits, TileKind};

@@ -113,23 +113,27 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
     units.min(u64::from(most)).max(1)
 }
 
-/// The tile of `prefill`, where that is the faster form; segments are guessed as for [`tile`](super::tile). `decodes`: whether `decode` is
-/// the form that it must be faster than, and not two launches on tiles as large.
+/// The tile of `prefill`, where that is the faster form, and whether blocks share passes; segments are guessed as for [`tile`](super::tile). `decodes`:
+/// whether `decode` is the form that it must be faster than, and not two launches on tiles as large. `shares`: whether blocks can share.
 ///
 /// At 32 pairs a segment w13 takes 89 µs for 107 in two launches with tiles of 64, 93 with tiles of 128, of which three quarters are empty; at 64
 /// pairs 72 and 66.
 ///
-/// A pass over a tile is one block's, so few of them leave multiprocessors idle, while two launches share a tile's columns. At three quarters of the
-/// multiprocessors it is the faster form whatever the tiles hold: of R = 192 8 tokens take w13, two passes over each of 57 tiles, 48.7 µs for 53.6, and w2, one over
-/// each, 39.2 for 31.3. Where they are at least half full, from two fifths on: the 16 segments of Mixtral-8x7B take w13 135.5 µs for 175.8 at 1,024 tokens
-/// (64 passes over tiles of 64), 453.7 for 517 at 4,096 (of 128), w2 98.8 for 135.7 at 2,048, but 83.3 for 66.5 on tiles of 32 at 1,024 (32 passes).
+/// A pass over a tile is one block's, so few of them leave multiprocessors idle. At three quarters of the multiprocessors it is the faster form whatever the
+/// tiles hold: of R = 192 8 tokens take w13, two passes over each of 57 tiles, 48.7 µs for 53.6, and w2, one over each, 39.2 for 31.3. Of fewer passes blocks take
+/// shares, in two launches: the 16 segments of Mixtral-8x7B take w13 49.0 µs at 128 tokens (54.8 in `shrink` and `expand` as planned before, 59.6 on tiles of 64), 61.8
+/// at 256 (75.1), 88.9 at 512 (97.4), 243.6 at 2,048 (274.8 in whole passes over tiles of 64), w2 44.2 at 512 (49.8), 65.5 at 1,024 (89.0), 97.1 at 2,048 (100.0 in
+/// whole passes); but w13 141.3 at 1,024 (137.4 in whole passes). Of more tokens sharing costs more than it fills: at 4,096 w13 takes 456 µs in 64 whole passes over tiles
+/// of 128, 532 over tiles of 64, and 558 shared; w2, where tiles of 64 read x no more often, 174, 163 and 204. Where blocks cannot share, whole passes over
+/// tiles that are at least half full are the faster form from two fifths of the multiprocessors on.
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     sizes: &ProjectionSizes,
     decodes: bool,
+    shares: bool,
     passes: impl Fn(PrefillTile) -> u32,
     limits: &DeviceLimits,
-) -> Option<PrefillTile> {
+) -> Option<(PrefillTile, bool)> {
     let segments = (sizes.slots * sizes.experts) as u64;
     let segment = pairs as u64 / segments;
     let least = match decodes {
@@ -137,18 +141,32 @@ pub(in crate::plan) fn prefill_tile(
         true => prefill_segment(segments, sizes, limits),
         false => 1,
     };
+    // Whether tiles of 64 are not wanted: they read x once a slice.
+    let is_larger_alone =
+        shares && segment >= FULL_TILES && passes(PrefillTile::M64) > passes(PrefillTile::M128);
     let is_enough = |tile: &PrefillTile| {
         let turns = tiles(pairs, segments, tile.rows()) * u64::from(passes(*tile));
         let multiprocessors = u64::from(limits.multiprocessors);
-        4 * turns >= 3 * multiprocessors || segment >= HALF_TILE && 5 * turns >= 2 * multiprocessors
+        let is_full = if shares { is_larger_alone } else { segment >= HALF_TILE };
+        4 * turns >= 3 * multiprocessors || is_full && 5 * turns >= 2 * multiprocessors
     };
     let wanted = match segment {
         _ if segment < least => &[][..],
         ..48 => &[PrefillTile::M64][..],
+        _ if is_larger_alone => &[PrefillTile::M128][..],
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
-    wanted.iter().copied().find(is_enough)
+    let shared = match segment {
+        ..SHARED_SEGMENT => None,
+        SHARED_SEGMENT..48 => Some(PrefillTile::M64),
+        _ => Some(PrefillTile::M128),
+    };
+    let whole = wanted.iter().find(|tile| is_enough(tile)).map(|tile| (*tile, false));
+    whole.or(shared.filter(|_| shares).map(|tile| (tile, true)))
 }
+
+/// Pairs a segment from which on passes are shared.
+const SHARED_SEGMENT: u64 = 16;
 
 /// Pairs of half a tile of 64.
 const HALF_TILE: u64 = 32;
@@ -185,4 +203,12 @@ pub(in crate::plan) fn prefill_stages(shape: prefill::Shape, passes: u32, pairs:
         64 if is_large => 3,
         _ => shape.max_stages(),
     }
+}
+
+/// Shares of a pass, of `turns` passes in all: so many that each block gets one.
+///
+/// Every share of the columns adds up the sums of all shares of K. With twice as many shares Mixtral-8x7B takes w13 70.1 µs for 61.3 at 256 tokens, w2 51.3 for 44.9
+/// at 512.
+pub(in crate::plan) fn prefill_shares(turns: u64, shape: prefill::Shape, limits: &DeviceLimits) -> u32 {
+    u64::from(limits.multiprocessors * shape.blocks()).div_ceil(turns) as u32
 }

@@ -116,27 +116,28 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     let mut ring = Ring::<BLOCKS, SWEEPS>::new(p.stages);
     // SAFETY: as the caller promises; tiles are p's.
     unsafe {
-        let Turn { mut tile, mut pass } = turns.take::<true>(p);
-        while tile.rows > 0 {
+        let mut turn = turns.take::<true>(p);
+        while turn.tile.rows > 0 {
+            let Turn { tile, pass, .. } = turn;
             if tile.rank > 0 && p.products != products::EXPAND {
-                copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
-            } else if tile.rank > 0 {
+                copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn);
+            } else if tile.rank > 0 && p.parts == 0 {
                 copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             }
             turns.call(p);
             let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, pass.first);
             let mut slice = if p.products == products::SHRINK { pass.end } else { pass.first };
             while slice < pass.end {
-                copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, out, slice);
+                copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn, out, slice);
                 unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
                 slice += 1;
             }
-            Turn { tile, pass } = turns.take::<true>(p);
+            turn = turns.take::<true>(p);
         }
     }
 }
 
-/// Copies the rows of x and `a` of a pass, all of K.
+/// Copies the rows of x and `a` of a turn, all of K or its share.
 ///
 /// # Safety
 /// As for [`copy`].
@@ -144,12 +145,14 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
 unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     ring: &mut Ring<BLOCKS, SWEEPS>,
     p: &PrefillParams,
-    tile: &Tile,
-    pass: &Pass,
+    turn: &Turn,
 ) {
+    let Turn { tile, pass, .. } = turn;
     let share = Share::of_this_thread(CHUNKS.ilog2());
+    let (begin, end_of_k) = turn.part_of(p, p.in_dim);
     // SAFETY: as the caller promises.
     let mut x = unsafe { Pairs::<SWEEPS>::of(p, tile, share) }.x::<I>(p, share);
+    unroll::<SWEEPS>(|i| x[i] = x[i].at(begin));
     let first = tile.matrix::<I>(p.a_experts).times(I::from_u32(p.max_rank)).times(I::from_u32(p.in_dim));
     let first = first.plus(I::from_u32(share.row * p.in_dim + share.element()));
     let shift = rank_shift(tile.rank);
@@ -157,8 +160,8 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
 
     let mut steps = |columns: u32| {
         let panels = shrink_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, columns);
-        let mut place = 0;
-        while place < p.in_dim {
+        let mut place = begin;
+        while place < end_of_k {
             // SAFETY: as the caller promises.
             let stage = unsafe { ring.claim() };
             let is_inside = |panel: u32| share.element() + place + depth(panel) < p.in_dim;
@@ -267,16 +270,18 @@ fn panel_of(place: Shared, panel: u32, rows: u32) -> Shared {
 unsafe fn copy_expand<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
     ring: &mut Ring<BLOCKS, SWEEPS>,
     p: &PrefillParams,
-    tile: &Tile,
+    turn: &Turn,
     mut out: [Global<u16>; SWEEPS],
     slice: u32,
 ) {
+    let tile = &turn.tile;
     let share = Share::of_this_thread(CHUNKS.ilog2());
+    let (mut column, end) = turn.part_of(p, p.out_dim);
+    unroll::<SWEEPS>(|i| out[i] = out[i].at(column));
     let panels = expand_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, tile.rank);
     let b = B::new::<I>(p, tile, slice);
     let is_whole = tile.rank.is_multiple_of(CHUNK) && tile.rank + UNWANTED > p.max_rank;
-    let mut column = 0;
-    while column < p.out_dim {
+    while column < end {
         // SAFETY: as the caller promises.
         let stage = unsafe { ring.claim() };
         if p.accumulate != 0 {

@@ -19,12 +19,23 @@ const TURNS_OFFSET: u32 = BARRIERS_BYTES / 2;
 /// Least columns of h of a product.
 const MIN_COLUMNS: u32 = 32;
 
-/// What a block takes in one turn: a pass over the pairs of a tile.
+/// What a block takes in one turn: a pass over the pairs of a tile, or a share of one.
 pub(super) struct Turn {
     /// The tile; of no pairs when there are no more.
     pub tile: Tile,
     /// What is taken of its slices.
     pub pass: Pass,
+    /// Which share of K, or of the columns.
+    pub share: u32,
+}
+
+impl Turn {
+    /// The share's part of `length` elements of K or columns: the first, and the end.
+    #[inline(always)]
+    pub fn part_of(&self, p: &PrefillParams, length: u32) -> (u32, u32) {
+        let first = self.share * p.share;
+        (first, length.min(first + p.share))
+    }
 }
 
 /// The turns of a block, one after another: the first by its number in the grid, then whichever comes next when the block has
@@ -90,7 +101,7 @@ impl Turns {
     #[inline(always)]
     unsafe fn count(p: &PrefillParams) -> u32 {
         // SAFETY: it is one element.
-        unsafe { p.tile_count.load() * p.tile_parts * p.passes }
+        unsafe { p.tile_count.load() * p.tile_parts * p.passes * p.shares }
     }
 
     /// The next turn that has something to do. `CALLS`: in the producer, which must [call](Turns::call) before it comes here again.
@@ -101,7 +112,7 @@ impl Turns {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn take<const CALLS: bool>(&mut self, p: &PrefillParams) -> Turn {
-        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE };
+        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE, share: 0 };
         loop {
             // SAFETY: as the caller promises.
             let number = unsafe { if self.taken == 0 { Self::first(p) } else { self.hear() } };
@@ -181,12 +192,15 @@ impl Turns {
     /// As for [`Turns::take`]; the number must be below the launch's.
     #[inline(always)]
     unsafe fn turn(&self, p: &PrefillParams, number: u32) -> Turn {
-        let part = p.over_passes.quotient(number);
-        let tile = p.over_parts.quotient(part);
+        let pass = p.over_shares.quotient(number);
+        let part = p.over_passes.quotient(pass);
+        let number_of_tile = p.over_parts.quotient(part);
         // SAFETY: the tile is one of those counted.
-        let mut turn = Turn { tile: unsafe { p.tiles.at(tile).load_tile() }, pass: Pass::NONE };
-        turn.tile = turn.tile.part(part - tile * p.tile_parts, self.shape.rows);
-        turn.pass = Pass::of(p, turn.tile.rank, number - part * p.passes, self.shape.width);
+        let tile = unsafe { p.tiles.at(number_of_tile).load_tile() };
+        let tile = tile.part(part - number_of_tile * p.tile_parts, self.shape.rows);
+        let share = number - pass * p.shares;
+        let mut turn =
+            Turn { tile, pass: Pass::of(p, tile.rank, pass - part * p.passes, self.shape.width), share };
         if turn.pass.first >= p.slices {
             turn.tile.rows = 0;
         }
