@@ -309,7 +309,7 @@ impl Prepared<'_> {
     }
 
     /// What `prefill` is told: to shrink where it is given x and `a` (`head`), to expand where it is given what that takes (`tail`).
-    /// The workspace's h is in the parts of the shares of K.
+    /// What it leaves in the workspace, or takes from there, are the parts of h of the shares of K.
     fn prefill<S: Space, T: Element>(
         &self,
         prefill: &PrefillPlan,
@@ -325,14 +325,13 @@ impl Prepared<'_> {
             (_, None) => products::SHRINK,
             (None, _) => products::EXPAND,
         };
-        let (h, partial) = match (products, h) {
-            (products::BOTH, _) => (0, 0),
-            (_, H::Caller(h)) => (h, 0),
-            (_, H::Scratch) => (0, parts.scratch),
+        let (h, partial, h_parts) = match (products, h) {
+            (products::BOTH, _) => (0, 0, 0),
+            (_, H::Caller(h)) => (h, 0, 0),
+            (_, H::Scratch) => (0, parts.scratch, plan.prefill.map_or(0, |shrink| shrink.shares.count)),
         };
-        let share_parts = if partial == 0 { 0 } else { plan.prefill.map_or(0, |shrink| shrink.shares.count) };
         // Of inactive pairs nobody reads parts.
-        let accumulates = tail.map_or(partial != 0, |tail| tail.accumulate);
+        let accumulates = tail.map_or(h_parts > 0, |tail| tail.accumulate);
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
@@ -365,7 +364,7 @@ impl Prepared<'_> {
             shares: shares.count,
             over_shares: Divider::new(shares.count),
             share: shares.each,
-            parts: share_parts,
+            parts: h_parts,
             blocks: launch.blocks,
             stages,
             products,

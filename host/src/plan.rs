@@ -446,9 +446,12 @@ impl Plan {
         };
         // A route made alone is made for the calls that will use it.
         let decodes = decode_shape.is_some() || stage != Stage::Forward;
-        let is_half = matches!(stage, Stage::Shrink | Stage::Expand);
-        let prefill =
-            PrefillChoice::new(projection, pairs, route, limits, options, decodes, is_half).filter(|_| fast);
+        // The split form's h is whole; of a whole call blocks may leave parts of it, for so many of which the workspace has room.
+        let is_whole_call = !matches!(stage, Stage::Shrink | Stage::Expand);
+        let most_parts = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
+        let leaves_parts = is_whole_call && most_parts > 0;
+        let prefill = PrefillChoice::new(projection, pairs, route, limits, options, decodes, leaves_parts)
+            .filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
@@ -474,8 +477,7 @@ impl Plan {
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
             (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !one_launch => {
-                let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
-                heuristics::splits(busy * u64::from(column_blocks), steps, most, limits)
+                heuristics::splits(busy * u64::from(column_blocks), steps, most_parts, limits)
             }
             _ => 1,
         };
@@ -529,8 +531,7 @@ impl Plan {
             let shape = prefill_shape(projection, tile).expect("chosen where it can be");
             let turns = busy_tiles(tile.rows()) * u64::from(prefill_passes(projection, shape));
             let wanted = heuristics::prefill_shares(turns, shape, limits).min(Divider::MAX);
-            let most = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
-            [Shares::of(sizes.in_dim, wanted.min(most)), Shares::of(sizes.out_dim, wanted)]
+            [Shares::of(sizes.in_dim, wanted.min(most_parts)), Shares::of(sizes.out_dim, wanted)]
         });
         let whole = Shares::one(sizes.in_dim.max(sizes.out_dim));
         let prefill_expand =
@@ -772,7 +773,7 @@ struct PrefillChoice {
 
 impl PrefillChoice {
     /// For a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
-    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would. `is_half`: whether it is shrink or expand alone, whose h is whole.
+    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would. `leaves_parts`: whether it may leave parts of h.
     fn new(
         projection: &Projection,
         pairs: usize,
@@ -780,7 +781,7 @@ impl PrefillChoice {
         limits: &DeviceLimits,
         options: &Options,
         decodes: bool,
-        is_half: bool,
+        leaves_parts: bool,
     ) -> Option<Self> {
         let sizes = projection.sizes();
         // Elements of one matrix are counted in 32 bits, whatever the index width.
@@ -788,10 +789,7 @@ impl PrefillChoice {
         let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank];
         let possible =
             limits.wgmma && matrix <= i32::MAX as usize && multiples.iter().all(|size| size % VECTOR == 0);
-        // The workspace has room for the parts of so many elements of h.
-        let has_room = (pairs * sizes.slices * sizes.max_rank) as u64 <= MAX_PARTIAL;
-        let is_narrow = prefill::rank_room(sizes.max_rank as u32) <= prefill::MAX_SHARED_WIDTH;
-        let shares = !is_half && has_room && is_narrow;
+        let shares = leaves_parts && prefill::rank_room(sizes.max_rank as u32) <= prefill::MAX_SHARED_WIDTH;
         let (tile, is_shared) = match (options.form, options.tile) {
             (Some(Form::Prefill(tile)), _) => Some((tile, false)),
             (Some(Form::SharedPrefill(tile)), _) => Some((tile, true)).filter(|_| shares),

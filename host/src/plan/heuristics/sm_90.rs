@@ -152,13 +152,13 @@ pub(in crate::plan) fn prefill_tile(
     };
     let wanted = match segment {
         _ if segment < least => &[][..],
-        ..48 => &[PrefillTile::M64][..],
+        ..LARGE_TILE => &[PrefillTile::M64][..],
         _ if is_larger_alone => &[PrefillTile::M128][..],
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
     let shared = match segment {
         ..SHARED_SEGMENT => None,
-        SHARED_SEGMENT..48 => Some(PrefillTile::M64),
+        SHARED_SEGMENT..LARGE_TILE => Some(PrefillTile::M64),
         _ => Some(PrefillTile::M128),
     };
     let whole = wanted.iter().find(|tile| is_enough(tile)).map(|tile| (*tile, false));
@@ -167,6 +167,9 @@ pub(in crate::plan) fn prefill_tile(
 
 /// Pairs a segment from which on passes are shared.
 const SHARED_SEGMENT: u64 = 16;
+
+/// Pairs a segment from which on tiles of 128 are wanted.
+const LARGE_TILE: u64 = 48;
 
 /// Pairs of half a tile of 64.
 const HALF_TILE: u64 = 32;
