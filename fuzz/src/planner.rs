@@ -130,14 +130,13 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         plan.route,
         plan.decode.map(|decode| decode.launch),
         plan.prefill.map(|prefill| prefill.launch),
-        plan.prefill_expand.map(|prefill| prefill.launch),
         plan.shrink.map(|shrink| shrink.launch),
         plan.expand.map(|expand| expand.launch),
     ];
     for Launch { entry, blocks, cluster, cooperative, shared_bytes } in launches.into_iter().flatten() {
         assert!(blocks > 0 && blocks <= i32::MAX as u32 && blocks % cluster == 0, "{plan}");
         assert!(cluster <= entry.cluster && (entry.cluster == 1 || limits.has_clusters()), "{plan}");
-        assert!(!cooperative || blocks <= limits.multiprocessors, "{plan}");
+        assert!(!cooperative || blocks <= limits.multiprocessors * entry.min_blocks, "{plan}");
         assert!(shared_bytes <= limits.shared_bytes, "{plan}");
     }
     let wide = |sizes: &[usize]| sizes.iter().map(|&size| size as u128).product::<u128>();
@@ -158,11 +157,14 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         let Kernel::Prefill(variant) = entry.kernel else { panic!("{plan}") };
         assert!(variant.shape.width as usize >= sizes.max_rank, "{plan}");
     }
-    if let (Some(shrink), Some(expand)) = (plan.prefill, plan.prefill_expand) {
-        for (shares, length) in [(shrink.shares, sizes.in_dim), (expand.shares, sizes.out_dim)] {
+    if let Some(PrefillPlan { launch, stages, under_way, shares: Some(shares), .. }) = plan.prefill {
+        assert!(launch.cooperative && (1..=stages).contains(&under_way), "{plan}");
+        // Of all sums there are 16 MiB at most, h not counted.
+        assert!(shares.sums <= 4 << 20, "{plan}");
+        for (shares, length) in [(shares.depth, sizes.in_dim), (shares.columns, sizes.out_dim)] {
             let (count, each) = (shares.count as usize, shares.each as usize);
             assert!(
-                (1..=64).contains(&count) && each.is_multiple_of(256) && count * each >= length,
+                (1..=64).contains(&count) && each.is_multiple_of(128) && count * each >= length,
                 "{plan}"
             );
             assert!((count - 1) * each < length, "{plan}");

@@ -16,7 +16,8 @@ use crate::tensor::{self, View, ViewMut};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{RouteParams, Tile, count, products};
+use moe_lora_kernels::params::{PrefillParams, RouteParams, Tile, count, products};
+use moe_lora_kernels::prefill::MAX_COUNTERS;
 use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
 use moe_lora_kernels::tile::TileShape;
 use std::cell::{Cell, RefCell};
@@ -109,23 +110,21 @@ impl Emulated {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
                 let elements = u64::from(p.slices) * u64::from(p.pair_count) * u64::from(p.max_rank);
-                let h = if p.parts > 0 {
-                    buffer("parts of h", p.partial, u64::from(p.parts) * elements)
-                } else {
-                    buffer("h", p.h, elements)
-                };
+                let h = buffer("h", p.h, elements);
                 let turn = buffer("turn", p.turn, 1);
                 if p.products == products::SHRINK {
-                    let (fresh, written) =
-                        if p.parts > 0 { (vec![h], vec![turn]) } else { (vec![], vec![h, turn]) };
-                    return self.launch(launch, p, &routed(tensors), &fresh, &written);
+                    return self.launch(launch, p, &routed(tensors), &[], &[h, turn]);
                 }
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors);
                 if p.products == products::EXPAND {
                     read.push(h);
                 }
-                self.launch(launch, p, &read, &[], &[out.clone(), turn])
+                let mut written = vec![out.clone(), turn];
+                if p.depth.count > 0 {
+                    written.extend(exchange(p));
+                }
+                self.launch(launch, p, &read, &[], &written)
             }
             Parameters::Align(p) => {
                 let row = |elements: u32| u64::from(p.slots) * u64::from(elements);
@@ -199,6 +198,18 @@ fn tensor<T: Pod>(name: impl Into<String>, view: View<'_, tensor::Emulated, T>) 
 fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::Buffer {
     let elements = sizes.map(u64::from).iter().product();
     if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
+}
+
+/// Where blocks of `prefill` that share passes leave sums, and after them h, for one another, and count one another.
+fn exchange(p: &PrefillParams) -> [emulate::Buffer; 3] {
+    let sums = (p.fragments.address() - p.sums.address()) / size_of::<u32>() as u64;
+    // Of a pass, the sums of each share, and two elements of h a word.
+    let h = sums / u64::from(p.depth.count) / 2;
+    [
+        buffer("sums", p.sums, sums),
+        buffer("fragments", p.fragments, h),
+        buffer("counters", p.counters, MAX_COUNTERS.into()),
+    ]
 }
 
 /// The tile counts that `route` leaves.

@@ -9,7 +9,7 @@ use crate::blocks::{Align, BlockShape, SortedTensors};
 use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::plan::{self, DeviceLimits, Launch, Options, Plan, PrefillPlan, RouteSource, Stage};
+use crate::plan::{self, DeviceLimits, Launch, Options, PassShares, Plan, PrefillPlan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
 use crate::tensor::{Space, View};
 use crate::tuning::Tuning;
@@ -17,7 +17,7 @@ use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
     AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
-    ShrinkParams, count, enabled, products,
+    Shares, ShrinkParams, count, enabled, products,
 };
 
 /// The parameter block of a launch.
@@ -145,13 +145,8 @@ impl Planner<'_> {
         if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
             return Ok([prepared.route(&call.route), Some(decode), None]);
         }
-        let head = Some((call.x.data.address(), call.a));
-        if let (Some(shrink), Some(expand)) = (prepared.plan.prefill, prepared.plan.prefill_expand) {
-            let shrink = prepared.prefill(&shrink, head, H::Scratch, None);
-            let expand = prepared.prefill(&expand, None, H::Scratch, Some(&tail));
-            return Ok([prepared.route(&call.route), Some(shrink), Some(expand)]);
-        }
         if let Some(prefill) = prepared.plan.prefill {
+            let head = Some((call.x.data.address(), call.a));
             let prefill = prepared.prefill(&prefill, head, H::Scratch, Some(&tail));
             return Ok([prepared.route(&call.route), Some(prefill), None]);
         }
@@ -309,7 +304,7 @@ impl Prepared<'_> {
     }
 
     /// What `prefill` is told: to shrink where it is given x and `a` (`head`), to expand where it is given what that takes (`tail`).
-    /// What it leaves in the workspace, or takes from there, are the parts of h of the shares of K.
+    /// Where it does one of them, `h` is the caller's.
     fn prefill<S: Space, T: Element>(
         &self,
         prefill: &PrefillPlan,
@@ -318,27 +313,34 @@ impl Prepared<'_> {
         tail: Option<&ExpandTail<'_, S, T>>,
     ) -> (Launch, Parameters) {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let &PrefillPlan { launch, passes, stages, shares } = prefill;
+        let &PrefillPlan { launch, passes, stages, under_way, shares } = prefill;
         let sizes = projection.sizes();
         let products = match (head, tail) {
             (Some(_), Some(_)) => products::BOTH,
             (_, None) => products::SHRINK,
             (None, _) => products::EXPAND,
         };
-        let (h, partial, h_parts) = match (products, h) {
-            (products::BOTH, _) => (0, 0, 0),
-            (_, H::Caller(h)) => (h, 0, 0),
-            (_, H::Scratch) => (0, parts.scratch, plan.prefill.map_or(0, |shrink| shrink.shares.count)),
+        let h = match h {
+            H::Caller(h) => h,
+            H::Scratch => 0,
         };
-        // Of inactive pairs nobody reads parts.
-        let accumulates = tail.map_or(h_parts > 0, |tail| tail.accumulate);
+        let accumulates = tail.is_some_and(|tail| tail.accumulate);
+        let whole = Shares::new(1, sizes.out_dim as u32);
+        let [depth, columns] =
+            shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| {
+                [depth, columns].map(|plan::Shares { count, each }| Shares::new(count, each))
+            });
+        let sums = shares.map_or(Global::NULL, |_| parts.sums);
+        let fragments = sums.at(shares.map_or(0, |shares| shares.sums));
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
             x: Global::new(head.map_or(0, |(x, _)| x)),
             a: addresses(head.map_or(&[], |(_, a)| a)),
             h: Global::new(h),
-            partial: Global::new(partial),
+            sums,
+            fragments,
+            counters: parts.counters,
             b: addresses(tail.map_or(&[], |tail| tail.b)),
             out,
             topk_weights: Global::new(topk_weights),
@@ -361,12 +363,11 @@ impl Prepared<'_> {
             over_parts: Divider::new(plan.tile_parts),
             passes,
             over_passes: Divider::new(passes),
-            shares: shares.count,
-            over_shares: Divider::new(shares.count),
-            share: shares.each,
-            parts: h_parts,
+            depth,
+            columns,
             blocks: launch.blocks,
             stages,
+            under_way,
             products,
         };
         (launch, Parameters::Prefill(parameters))

@@ -79,7 +79,7 @@ pub enum Form {
     Decode,
     /// `prefill`, one launch of warpgroups that shrink and expand: many pairs a segment, on sm_90a.
     Prefill(PrefillTile),
-    /// Two launches of `prefill`, in which blocks share a tile: few segments of many pairs.
+    /// `prefill`, in which blocks share passes over a tile: few segments.
     SharedPrefill(PrefillTile),
     /// `shrink`, then `expand`.
     TwoLaunches,
@@ -255,8 +255,21 @@ pub struct PrefillPlan {
     pub passes: u32,
     /// Stages of its ring.
     pub stages: u32,
-    /// How blocks share a pass.
-    pub shares: Shares,
+    /// Steps of expand that may be under way in it at a time.
+    pub under_way: u32,
+    /// How blocks share a pass, where they do.
+    pub shares: Option<PassShares>,
+}
+
+/// How blocks share a pass of `prefill`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassShares {
+    /// Shares of K.
+    pub depth: Shares,
+    /// Shares of a slice's columns.
+    pub columns: Shares,
+    /// Elements of the sums that shares of K may leave in the workspace; after them comes h.
+    pub sums: u64,
 }
 
 /// How blocks share elements of K, or columns.
@@ -269,15 +282,10 @@ pub struct Shares {
 }
 
 impl Shares {
-    /// One of all `length` elements.
-    fn one(length: usize) -> Self {
-        Shares { count: 1, each: length as u32 }
-    }
-
-    /// Up to `most` of `length` elements, that steps do not cross.
-    fn of(length: usize, most: u32) -> Self {
+    /// Up to `most` of `length` elements, in multiples of `unit`.
+    fn of(length: usize, most: u32, unit: u32) -> Self {
         let length = length as u32;
-        let each = length.div_ceil(most.max(1)).next_multiple_of(prefill::SHARE_UNIT);
+        let each = length.div_ceil(most.clamp(1, Divider::MAX)).next_multiple_of(unit);
         Shares { count: length.div_ceil(each), each }
     }
 }
@@ -304,10 +312,8 @@ pub struct Plan {
     pub sorting: Sorting,
     /// The launch that shrinks and expands, in place of the two.
     pub decode: Option<DecodePlan>,
-    /// The launch that does so for many pairs; or shrinks, where another expands.
+    /// The launch that does so for many pairs.
     pub prefill: Option<PrefillPlan>,
-    /// That launch, where blocks share passes.
-    pub prefill_expand: Option<PrefillPlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
     pub shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
@@ -349,6 +355,25 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
     let h = projection.h_elements(tokens)?;
     let partial = (h as u64).saturating_mul(u64::from(heuristics::MAX_SPLITS)).min(MAX_PARTIAL);
     Ok((h * DType::SIZE).max(partial as usize * size_of::<f32>()))
+}
+
+/// Bytes of memory that any call of up to `tokens` tokens needs for what blocks of `prefill` that share passes leave for one another.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub(crate) fn sums_bytes(projection: &Projection, tokens: usize) -> Result<u64> {
+    Ok(sums_room(projection, projection.pairs(tokens)?))
+}
+
+/// Bytes of memory in which blocks of `prefill` that share passes leave sums and h for one another, in any call of so many pairs: enough for
+/// as many shares of K as there can be, up to as much as parts of h may take. As all that a workspace has room for, it does not depend on K
+/// and N, and is not less for larger ranks.
+fn sums_room(projection: &Projection, pairs: usize) -> u64 {
+    let of = |tile: PrefillTile| {
+        let widest = prefill::Shape { rows: tile.rows(), width: prefill::MAX_WIDTH };
+        let shape = prefill_shape(projection, tile).unwrap_or(widest);
+        let passes = u64::from(projection.sizes().slices as u32) * tiles(projection, pairs, shape.rows);
+        passes.saturating_mul(prefill::exchange_bytes(shape, Divider::MAX))
+    };
+    PrefillTile::ALL.map(of).into_iter().fold(0, u64::max).min(MAX_PARTIAL * size_of::<f32>() as u64)
 }
 
 /// Words of each table in which the blocks of any route of up to `tokens` tokens tell one another their counts.
@@ -446,12 +471,8 @@ impl Plan {
         };
         // A route made alone is made for the calls that will use it.
         let decodes = decode_shape.is_some() || stage != Stage::Forward;
-        // The split form's h is whole; of a whole call blocks may leave parts of it, for so many of which the workspace has room.
-        let is_whole_call = !matches!(stage, Stage::Shrink | Stage::Expand);
-        let most_parts = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
-        let leaves_parts = is_whole_call && most_parts > 0;
-        let prefill = PrefillChoice::new(projection, pairs, route, limits, options, decodes, leaves_parts)
-            .filter(|_| fast);
+        let prefill =
+            PrefillChoice::new(projection, pairs, stage, route, limits, options, decodes).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
@@ -460,10 +481,8 @@ impl Plan {
         };
         let prefill = prefill.filter(|_| stage != Stage::Route);
         let one_launch = decode_shape.is_some() || prefill.is_some();
-        let tile_rows = route.tile_rows().unwrap_or(rows);
-        // Every tile of a given route is taken in as many parts as a full one needs.
-        let tile_parts = tile_rows.div_ceil(rows);
-        let route_tiles = tiles(projection, pairs, tile_rows);
+        let RouteTiles { tile_rows, route_tiles, tile_parts } =
+            RouteTiles::new(projection, pairs, route, rows);
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
         // tiles of a route of this call's own: these are what can fill the device.
@@ -477,6 +496,7 @@ impl Plan {
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
             (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !one_launch => {
+                let most_parts = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
                 heuristics::splits(busy * u64::from(column_blocks), steps, most_parts, limits)
             }
             _ => 1,
@@ -517,28 +537,28 @@ impl Plan {
         let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
         let decode = decode.transpose()?;
         let finds = decode.is_some_and(|decode| decode.finds);
-        let prefill_plan = |tile: PrefillTile, shares: Shares| {
+        let prefill_plan = |PrefillChoice { tile, most_shares }: PrefillChoice| {
             let shape = prefill_shape(projection, tile).expect("chosen where it can be");
             let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
             let passes = prefill_passes(projection, shape);
+            let shares = (most_shares > 0).then(|| {
+                let [depth, columns] = heuristics::prefill_shares(pairs, sizes, shape, passes, limits);
+                let depth = Shares::of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
+                let columns = Shares::of(sizes.out_dim, columns, shape.column_unit());
+                let sums = tiles * u64::from(passes * depth.count * shape.rows * shape.width);
+                PassShares { depth, columns, sums }
+            });
+            let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));
             let most = u64::from(limits.multiprocessors * shape.blocks());
-            let blocks = (tiles * u64::from(passes) * u64::from(shares.count)).min(most);
+            let blocks = (tiles * u64::from(passes) * u64::from(turns)).min(most);
             let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection));
             let launch = launch(kernel, blocks, 1, shape.shared_bytes(stages))?;
-            Ok(PrefillPlan { launch, passes, stages, shares })
+            // Blocks that share a pass wait for one another.
+            let launch = Launch { cooperative: shares.is_some(), ..launch };
+            let under_way = heuristics::prefill_under_way(shape, stages, shares.is_some());
+            Ok(PrefillPlan { launch, passes, stages, under_way, shares })
         };
-        let shared = prefill.filter(|choice| choice.is_shared).map(|PrefillChoice { tile, .. }| {
-            let shape = prefill_shape(projection, tile).expect("chosen where it can be");
-            let turns = busy_tiles(tile.rows()) * u64::from(prefill_passes(projection, shape));
-            let wanted = heuristics::prefill_shares(turns, shape, limits).min(Divider::MAX);
-            [Shares::of(sizes.in_dim, wanted.min(most_parts)), Shares::of(sizes.out_dim, wanted)]
-        });
-        let whole = Shares::one(sizes.in_dim.max(sizes.out_dim));
-        let prefill_expand =
-            prefill.zip(shared).map(|(choice, [_, shares])| prefill_plan(choice.tile, shares)).transpose()?;
-        let prefill = prefill
-            .map(|choice| prefill_plan(choice.tile, shared.map_or(whole, |[shares, _]| shares)))
-            .transpose()?;
+        let prefill = prefill.map(prefill_plan).transpose()?;
         let sorting = sorting(projection, pairs, limits, options);
         let column_room = column_room(projection, shape);
         Ok(Some(Plan {
@@ -550,7 +570,6 @@ impl Plan {
             largest_offset,
             decode,
             prefill,
-            prefill_expand,
             route: match route {
                 RouteSource::Made if finds => None,
                 RouteSource::Made => {
@@ -767,21 +786,21 @@ fn prefill_passes(projection: &Projection, shape: prefill::Shape) -> u32 {
 #[derive(Clone, Copy)]
 struct PrefillChoice {
     tile: PrefillTile,
-    /// Whether blocks share passes, in two launches.
-    is_shared: bool,
+    /// Where blocks share passes, most shares of K of each; else 0.
+    most_shares: u32,
 }
 
 impl PrefillChoice {
     /// For a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
-    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would. `leaves_parts`: whether it may leave parts of h.
+    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would.
     fn new(
         projection: &Projection,
         pairs: usize,
+        stage: Stage,
         route: RouteSource,
         limits: &DeviceLimits,
         options: &Options,
         decodes: bool,
-        leaves_parts: bool,
     ) -> Option<Self> {
         let sizes = projection.sizes();
         // Elements of one matrix are counted in 32 bits, whatever the index width.
@@ -789,15 +808,18 @@ impl PrefillChoice {
         let multiples = [sizes.in_dim, sizes.out_dim, sizes.max_rank];
         let possible =
             limits.wgmma && matrix <= i32::MAX as usize && multiples.iter().all(|size| size % VECTOR == 0);
-        let shares = leaves_parts && prefill::rank_room(sizes.max_rank as u32) <= prefill::MAX_SHARED_WIDTH;
+        // The halves of the split form have a launch each.
+        let can_share = !matches!(stage, Stage::Shrink | Stage::Expand);
+        let most_shares = |tile| if can_share { most_shares(projection, pairs, route, tile) } else { 0 };
         let (tile, is_shared) = match (options.form, options.tile) {
             (Some(Form::Prefill(tile)), _) => Some((tile, false)),
-            (Some(Form::SharedPrefill(tile)), _) => Some((tile, true)).filter(|_| shares),
+            (Some(Form::SharedPrefill(tile)), _) => Some((tile, true)),
             (Some(_), _) | (None, Some(_)) => None,
             (None, None) => {
                 let passes = |tile| {
                     prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape))
                 };
+                let shares = |tile| most_shares(tile) > 0;
                 heuristics::prefill_tile(pairs, sizes, decodes, shares, passes, limits)
             }
         }
@@ -810,7 +832,45 @@ impl PrefillChoice {
         };
         // A given route's tiles may be too small for the larger tile, and not for the smaller.
         let tile = [tile, PrefillTile::M64].into_iter().find(fits)?;
-        Some(PrefillChoice { tile, is_shared })
+        let most_shares = if is_shared { Some(most_shares(tile)).filter(|most| *most > 0)? } else { 0 };
+        Some(PrefillChoice { tile, most_shares })
+    }
+}
+
+/// Most shares of K that blocks may take of a pass over tiles of this size, for what they tell one another to have room; 0 where they cannot share.
+fn most_shares(projection: &Projection, pairs: usize, route: RouteSource, tile: PrefillTile) -> u32 {
+    let Some(shape) =
+        prefill_shape(projection, tile).filter(|shape| shape.width <= prefill::MAX_SHARED_WIDTH)
+    else {
+        return 0;
+    };
+    let RouteTiles { route_tiles, tile_parts, .. } = RouteTiles::new(projection, pairs, route, shape.rows);
+    let passes = route_tiles * u64::from(tile_parts * prefill_passes(projection, shape));
+    if passes > u64::from(prefill::MAX_COUNTERS / shape.counters()) {
+        return 0;
+    }
+    let room = sums_room(projection, pairs);
+    let fits = |shares: &u32| passes * prefill::exchange_bytes(shape, *shares) <= room;
+    (1..=Divider::MAX).rev().find(fits).unwrap_or(0)
+}
+
+/// The tiles of a call's route, and the parts that a kernel with tiles of its own takes them in.
+struct RouteTiles {
+    /// Pairs a tile of the route.
+    tile_rows: u32,
+    /// Most tiles that it can have.
+    route_tiles: u64,
+    /// Parts of each.
+    tile_parts: u32,
+}
+
+impl RouteTiles {
+    /// For a kernel with tiles of `rows` pairs.
+    fn new(projection: &Projection, pairs: usize, route: RouteSource, rows: u32) -> Self {
+        let tile_rows = route.tile_rows().unwrap_or(rows);
+        // Every tile of a given route is taken in as many parts as a full one needs.
+        let tile_parts = tile_rows.div_ceil(rows);
+        RouteTiles { tile_rows, route_tiles: tiles(projection, pairs, tile_rows), tile_parts }
     }
 }
 
@@ -846,10 +906,11 @@ impl fmt::Display for Plan {
             let [shrink, expand] = plan.stages;
             write!(f, "\n  {}, {shrink} + {expand} stages", plan.launch)?;
         }
-        for PrefillPlan { launch, shares, .. } in [self.prefill, self.prefill_expand].into_iter().flatten() {
+        if let Some(PrefillPlan { launch, shares, .. }) = self.prefill {
             write!(f, "\n  {launch}")?;
-            if self.prefill_expand.is_some() {
-                write!(f, ", passes in {} shares of {}", shares.count, shares.each)?;
+            if let Some(PassShares { depth, columns, .. }) = shares {
+                write!(f, ", K in {} shares of {}", depth.count, depth.each)?;
+                write!(f, ", columns in {} of {}", columns.count, columns.each)?;
             }
         }
         if let Some(plan) = self.shrink {

@@ -47,6 +47,32 @@ impl Divider {
     }
 }
 
+/// How blocks share K, or a slice's columns.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct Shares {
+    /// How many there are.
+    pub count: u32,
+    /// Elements of each, the last of which may have fewer: a multiple of what a step takes, or all of them.
+    pub each: u32,
+    /// The number of a share over these gives its pass's.
+    pub over_count: Divider,
+}
+
+impl Shares {
+    /// None.
+    pub const NONE: Self = Shares { count: 0, each: 0, over_count: Divider::new(1) };
+
+    /// `count` shares of `each` elements.
+    ///
+    /// # Panics
+    /// As for [`Divider::new`].
+    pub const fn new(count: u32, each: u32) -> Self {
+        Shares { count, each, over_count: Divider::new(count) }
+    }
+}
+
 /// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the others.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -427,10 +453,14 @@ pub struct PrefillParams {
     pub x: Global<u16>,
     /// S of `[L, E or 1, R, K]`.
     pub a: [Global<u16>; MAX_SLICES],
-    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null where neither, or `parts` are.
+    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
     pub h: Global<u16>,
-    /// `[parts, S, P, R]`: in place of `h`, the sums of each share of K; else null.
-    pub partial: Global<f32>,
+    /// `[passes, warps of a tile, shares of K, columns of h / 8, 32, 4]` of f32: where shares of K leave their sums; 0 before and after the launch.
+    pub sums: Global<u32>,
+    /// `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as fragments; 0 before and after the launch.
+    pub fragments: Global<u32>,
+    /// `[passes, warps of a tile, 2]`: where the warps that share a pass count one another; 0 before and after the launch.
+    pub counters: Global<u32>,
     /// S of `[L, E or 1, N, R]`.
     pub b: [Global<u16>; MAX_SLICES],
     /// `[P, ≥ offset + S·N]`, moved on by `offset`.
@@ -475,18 +505,16 @@ pub struct PrefillParams {
     pub passes: u32,
     /// The number of a pass over these gives its part's.
     pub over_passes: Divider,
-    /// Shares of a pass, each a turn: of K in [`products::SHRINK`], of a slice's columns in [`products::EXPAND`]; else 1.
-    pub shares: u32,
-    /// The number of a share over these gives its pass's.
-    pub over_shares: Divider,
-    /// Elements of K, or columns, of a share: a multiple of [`crate::prefill::SHARE_UNIT`], or all of them.
-    pub share: u32,
-    /// Shares of K whose sums `partial` has; 0 without.
-    pub parts: u32,
+    /// Shares of K that a pass begins with, each a turn; none where blocks do not share.
+    pub depth: Shares,
+    /// Shares of a slice's columns that it ends with, each a turn; one where blocks do not share.
+    pub columns: Shares,
     /// Blocks of the launch.
     pub blocks: u32,
     /// Stages of the ring.
     pub stages: u32,
+    /// Steps of expand that may be under way at a time, 1 ..= `stages`.
+    pub under_way: u32,
     /// One of [`products`].
     pub products: u32,
 }

@@ -8,6 +8,7 @@ use crate::projection::{Projection, ProjectionSizes};
 use crate::tensor::Space;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Tile, count};
+use moe_lora_kernels::prefill::MAX_COUNTERS;
 use moe_lora_kernels::route::EXCHANGE_HEAD;
 use std::fmt;
 
@@ -46,7 +47,7 @@ pub(crate) struct Scratch {
 }
 
 /// What a workspace has room for, or a call needs.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Room {
     pairs: usize,
     /// Elements of the list of pairs: more than there are pairs when it is in blocks.
@@ -55,6 +56,8 @@ struct Room {
     scratch_bytes: usize,
     /// Words of a table of route's exchange.
     exchange: usize,
+    /// Bytes in which blocks of prefill that share passes leave sums and h.
+    sums_bytes: usize,
 }
 
 /// Where the parts of a workspace are.
@@ -69,6 +72,10 @@ pub(crate) struct Parts {
     pub exchange_room: u32,
     /// Where the blocks of prefill count their turns.
     pub turn: Global<u32>,
+    /// Where its warps that share a pass count one another.
+    pub counters: Global<u32>,
+    /// Where they leave sums for one another, and h after them.
+    pub sums: Global<u32>,
     /// `h`, or its parts in f32.
     pub scratch: u64,
 }
@@ -82,6 +89,7 @@ impl Room {
             tiles: plan::max_tiles(projection, tokens)? as usize,
             scratch_bytes: plan::scratch_bytes(projection, tokens)?,
             exchange: plan::exchange_words(projection, tokens)? as usize,
+            sums_bytes: plan::sums_bytes(projection, tokens)? as usize,
         })
     }
 
@@ -93,6 +101,7 @@ impl Room {
             tiles: self.tiles.max(other.tiles),
             scratch_bytes: self.scratch_bytes.max(other.scratch_bytes),
             exchange: self.exchange.max(other.exchange),
+            sums_bytes: self.sums_bytes.max(other.sums_bytes),
         }
     }
 
@@ -104,6 +113,7 @@ impl Room {
             ("tiles", self.tiles, needed.tiles),
             ("bytes of h", self.scratch_bytes, needed.scratch_bytes),
             ("words of route's exchange", self.exchange, needed.exchange),
+            ("bytes of sums", self.sums_bytes, needed.sums_bytes),
         ] {
             if got > limit {
                 return Err(Error::WorkspaceTooSmall { what, limit, got });
@@ -120,7 +130,7 @@ impl Room {
     /// Bytes of the parts that must be zero at first, which come first.
     fn zero_bytes(&self) -> usize {
         let (parts, _) = self.parts(0);
-        parts.turn.address() as usize + size_of::<u32>()
+        parts.sums.address() as usize + self.sums_bytes
     }
 
     /// The parts from `base` on, and the bytes of all of them.
@@ -136,6 +146,8 @@ impl Room {
             exchange: Global::new(part(self.exchange_bytes())),
             exchange_room: self.exchange as u32,
             turn: Global::new(part(size_of::<u32>())),
+            counters: Global::new(part(MAX_COUNTERS as usize * size_of::<u32>())),
+            sums: Global::new(part(self.sums_bytes)),
             counts: Global::new(part(count::LEN * size_of::<u32>())),
             pairs: Global::new(part(self.listed * size_of::<u32>())),
             buckets: Global::new(part(self.pairs * size_of::<u32>())),
@@ -225,5 +237,57 @@ impl Scratch {
         self.room.check(&needed)?;
         self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
         Ok(self.room.parts(base).0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::DType;
+    use crate::projection::{ExpertWeights, XRows};
+
+    fn projection(max_rank: usize, slices: usize, in_dim: usize, out_dim: usize) -> Projection {
+        let weights = ExpertWeights::PerExpert;
+        Projection::new(ProjectionSizes {
+            dtype: DType::Bf16,
+            top_k: 2,
+            experts: 8,
+            slots: 2,
+            max_rank,
+            slices,
+            in_dim,
+            out_dim,
+            x_rows: XRows::Token,
+            a_experts: weights,
+            b_experts: weights,
+        })
+        .expect("a legal projection")
+    }
+
+    /// Whoever makes a workspace may not know K and N yet.
+    #[test]
+    fn a_workspace_has_room_for_any_input_and_output_width() {
+        for (tokens, max_rank, slices) in [(1, 64, 2), (80, 16, 1), (512, 128, 2), (4096, 512, 1)] {
+            let room = |in_dim, out_dim| Room::of(&projection(max_rank, slices, in_dim, out_dim), tokens);
+            let smallest = room(1, 1).expect("a legal size");
+            for (in_dim, out_dim) in [(8, 14_336), (4096, 14_336), (14_336, 4096), (100_000, 8)] {
+                let room = room(in_dim, out_dim).expect("a legal size");
+                assert_eq!(room, smallest, "T={tokens} R={max_rank} S={slices} K={in_dim} N={out_dim}");
+            }
+        }
+    }
+
+    /// A workspace for a large rank, for many tokens or for several slices serves calls of less.
+    #[test]
+    fn a_workspace_has_room_for_less() {
+        for large in [16, 64, 128, 256, 512] {
+            for small in [8, 16, 32, 64, 128, 256].into_iter().filter(|small| *small <= large) {
+                for tokens in [1, 7, 80, 4096] {
+                    let room = Room::of(&projection(large, 2, 1, 1), 4096).expect("a legal size");
+                    let needed = Room::of(&projection(small, 1, 4096, 14_336), tokens).expect("a legal size");
+                    assert!(room.check(&needed).is_ok(), "T={tokens} R={small} in R={large}");
+                }
+            }
+        }
     }
 }

@@ -157,6 +157,28 @@ impl Global<u32> {
         emulate::update_global(self.address(), |before| if before >= last { 0 } else { before + 1 })
     }
 
+    /// As [`count_up`](Self::count_up), if it is `wanted`: a predicated instruction. Otherwise `u32::MAX`.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::store`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn count_up_if(self, last: u32, wanted: bool) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let mut before = u32::MAX;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted atom.relaxed.gpu.global.inc.u32 {}, [{}], {}; }}",
+                    in(reg32) wanted as u32, inout(reg32) before, in(reg64) self.address(), in(reg32) last, options(nostack));
+            }
+            before
+        }
+        #[cfg(feature = "emulate")]
+        // SAFETY: as the caller promises.
+        if wanted { unsafe { self.count_up(last) } } else { u32::MAX }
+    }
+
     /// `st.relaxed.gpu` (PTX ISA 9.7.9.11): a store that blocks of the grid may look for while they run.
     ///
     /// # Safety
@@ -170,7 +192,69 @@ impl Global<u32> {
             asm!("st.relaxed.gpu.global.u32 [{}], {};", in(reg64) self.address(), in(reg32) value, options(nostack));
         }
         #[cfg(feature = "emulate")]
-        emulate::store_relaxed(self.address(), value);
+        emulate::store_relaxed(self.address(), [value]);
+    }
+
+    /// Loads 16 bytes as [`load16_relaxed`](Self::load16_relaxed) if they are `wanted`, zeros otherwise: a
+    /// predicated instruction, so that many stand in a row.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::load16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load16_relaxed_if(self, wanted: bool) -> [u32; 4] {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let [mut a, mut b, mut c, mut d] = [0u32; 4];
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}",
+                    in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
+                    in(reg64) self.address(), options(nostack));
+            }
+            [a, b, c, d]
+        }
+        #[cfg(feature = "emulate")]
+        if wanted { emulate::load_relaxed(self.address()) } else { [0; 4] }
+    }
+
+    /// Stores 16 bytes as [`store_relaxed`](Self::store_relaxed), each word on its own, if they are `wanted`.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::store16`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store16_relaxed_if(self, values: [u32; 4], wanted: bool) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            let [a, b, c, d] = values;
+            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.relaxed.gpu.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}",
+                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+                options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        if wanted {
+            emulate::store_relaxed(self.address(), values);
+        }
+    }
+
+    /// As [`store16_relaxed_if`](Self::store16_relaxed_if), 8 bytes.
+    ///
+    /// # Safety
+    /// The address must be valid for a write of 8 bytes, and 8-byte aligned.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store8_relaxed(self, values: [u32; 2]) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: as the caller promises.
+        unsafe {
+            let [a, b] = values;
+            asm!("st.relaxed.gpu.global.v2.u32 [{}], {{{}, {}}};",
+                in(reg64) self.address(), in(reg32) a, in(reg32) b, options(nostack));
+        }
+        #[cfg(feature = "emulate")]
+        emulate::store_relaxed(self.address(), values);
     }
 }
 
@@ -230,48 +314,6 @@ impl<T> Global<T> {
         }
         #[cfg(feature = "emulate")]
         if wanted { bytemuck::cast(emulate::load_global::<16>(self.address())) } else { [0; 4] }
-    }
-
-    /// Loads 8 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
-    ///
-    /// # Safety
-    /// If wanted, the address must be valid for a read of 8 bytes, and 8-byte aligned.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn load8_if(self, wanted: bool) -> [u32; 2] {
-        #[cfg(target_arch = "nvptx64")]
-        {
-            let [mut a, mut b] = [0u32; 2];
-            // SAFETY: as the caller promises.
-            unsafe {
-                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.global.v2.u32 {{{}, {}}}, [{}]; }}",
-                    in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, in(reg64) self.address(),
-                    options(nostack, readonly));
-            }
-            [a, b]
-        }
-        #[cfg(feature = "emulate")]
-        if wanted { bytemuck::cast(emulate::load_global::<8>(self.address())) } else { [0; 2] }
-    }
-
-    /// Stores 8 bytes if they are `wanted`, as [`load8_if`](Self::load8_if).
-    ///
-    /// # Safety
-    /// If wanted, the address must be valid for a write of 8 bytes, and 8-byte aligned.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn store8_if(self, values: [u32; 2], wanted: bool) {
-        #[cfg(target_arch = "nvptx64")]
-        // SAFETY: as the caller promises.
-        unsafe {
-            let [a, b] = values;
-            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.global.v2.u32 [{}], {{{}, {}}}; }}",
-                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, options(nostack));
-        }
-        #[cfg(feature = "emulate")]
-        if wanted {
-            emulate::store_global::<8>(self.address(), bytemuck::cast(values));
-        }
     }
 
     /// Stores 16 bytes.

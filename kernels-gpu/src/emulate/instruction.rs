@@ -384,6 +384,7 @@ pub(crate) fn update_shared(address: u32, operation: impl FnOnce(u32) -> u32) ->
 pub(crate) fn update_global(address: u64, operation: impl FnOnce(u32) -> u32) -> u32 {
     let at = Location::caller();
     execute(at, |machine, id| {
+        machine.looks = 0;
         let now = machine.now(id, Kind::Atomic, at);
         let part = machine.global(id, address, WORD as u64, WORD as u64, &now)?;
         let part = machine.memory.part(part);
@@ -437,15 +438,17 @@ pub(crate) fn load_relaxed<const N: usize>(address: u64) -> [u32; N] {
     })
 }
 
-/// `st.relaxed.gpu` of a word.
+/// `st.relaxed.gpu` of `N` words.
 #[track_caller]
-pub(crate) fn store_relaxed(address: u64, value: u32) {
+pub(crate) fn store_relaxed<const N: usize>(address: u64, values: [u32; N]) {
     let at = Location::caller();
     execute(at, |machine, id| {
         machine.looks = 0;
         let now = machine.now(id, Kind::RelaxedWrite, at);
-        let part = machine.global(id, address, WORD as u64, WORD as u64, &now)?;
-        machine.memory.part(part).copy_from_slice(&value.to_le_bytes());
+        let bytes = (N * WORD) as u64;
+        let part = machine.global(id, address, bytes, bytes, &now)?;
+        let words = machine.memory.part(part).chunks_exact_mut(WORD);
+        words.zip(values).for_each(|(word, value)| word.copy_from_slice(&value.to_le_bytes()));
         Ok(())
     });
 }

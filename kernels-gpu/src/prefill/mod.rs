@@ -12,9 +12,9 @@
 //! warpgroups copies (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the
 //! sums of the first product to the rows of the second without leaving registers.
 //!
-//! Where tiles are so few that many multiprocessors would have none, a call is two launches: one of the first product, in which blocks
-//! share K and leave their sums in f32, and one of the second, in which they share a slice's columns, and add up the sums of all shares in the
-//! order of K. A share of a pass is then a turn.
+//! Where passes are so few that many multiprocessors would have none, blocks share them. A turn is then a share of K of a pass, or a share of a slice's
+//! columns, and those of K come first. Blocks that have one leave their sums in f32 in device memory, add up a part of h each, in the order of K, and leave that; those
+//! that expand wait for it (`exchange`). Meanwhile their producers copy what they expand, so the memory waits for none of this.
 //!
 //! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
 //! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next turn's.
@@ -41,14 +41,31 @@ pub use kernel::prefill;
 /// Most panels of `out` of a product: 128 columns.
 const PRODUCT_PANELS: usize = 2;
 
+/// Most panels, of each kind, of a step.
+const MOST_PANELS: usize = 4;
+
+/// Columns of `out` of a row of a panel.
+const PANEL_COLUMNS: u32 = 64;
+
+/// Least columns of h of a product.
+const MIN_COLUMNS: u32 = 32;
+
 /// Most columns of h, and so most ranks of a slice.
 pub const MAX_WIDTH: u32 = 256;
 
-/// Elements of K, and columns, that shares of a pass are multiples of: a step takes no more, and so none is of two shares.
-pub const SHARE_UNIT: u32 = 256;
-
 /// Most columns of h of passes that blocks share.
 pub const MAX_SHARED_WIDTH: u32 = 128;
+
+/// Pairs of a warp of a computing warpgroup.
+pub const WARP_ROWS: u32 = 16;
+
+/// Counters of passes that blocks share, for which a workspace has room.
+pub const MAX_COUNTERS: u32 = 4096;
+
+/// Bytes of what blocks tell one another of a pass of `shares` shares of K: of each the sums in f32, and h.
+pub const fn exchange_bytes(shape: Shape, shares: u32) -> u64 {
+    (shape.rows * shape.width) as u64 * (4 * shares as u64 + 2)
+}
 
 /// Least columns of a slice in h: one fragment's.
 const MIN_RANK_ROOM: u32 = 16;
@@ -125,6 +142,30 @@ impl Shape {
             _ => 128,
         };
         PRODUCT_PANELS as u32 * (self.rows + weights)
+    }
+
+    /// Most panels, of each kind, of a step whose weights have `weights` rows a panel: as many as a stage has room for.
+    pub(crate) const fn panels(self, weights: u32) -> u32 {
+        match self.stage_rows() / (self.rows + weights) {
+            0..2 => 1,
+            2..4 => 2,
+            _ => MOST_PANELS as u32,
+        }
+    }
+
+    /// Elements of K that shares of it are multiples of: a step takes no more, so none is of two shares.
+    pub const fn depth_unit(self) -> u32 {
+        self.panels(MIN_COLUMNS) * TileShape::DEPTH
+    }
+
+    /// Columns that shares of a slice's are multiples of, likewise.
+    pub const fn column_unit(self) -> u32 {
+        self.panels(PANEL_COLUMNS) * PANEL_COLUMNS
+    }
+
+    /// Counters of a pass that blocks share: two for each of its warps.
+    pub const fn counters(self) -> u32 {
+        2 * self.rows / WARP_ROWS
     }
 
     /// Panels of `out` of a product. One, where so many columns of h take the registers of another's sums.

@@ -46,6 +46,16 @@ pub(in crate::plan) fn wants_decode(
     is_short && sizes.max_rank <= DECODE_RANK
 }
 
+/// Units of `decode`: slices of tiles.
+fn units(pairs: usize, rows: u32, sizes: &ProjectionSizes) -> u64 {
+    tiles(pairs, (sizes.slots * sizes.experts) as u64, rows) * sizes.slices as u64
+}
+
+/// Bytes of a unit's weights: of `a`, and of `b`.
+fn unit_bytes(sizes: &ProjectionSizes) -> [f64; 2] {
+    [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64)
+}
+
 /// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`](super::tile). At 8 pairs a segment w13
 /// takes 79 µs in tiles of 8, whose second ones read half of the weights again, and 80 to 93 in tiles of 16. So these are
 /// for longer segments that `decode` is asked to take all the same.
@@ -91,8 +101,8 @@ pub(in crate::plan) fn decode_cluster(
     if let Some(asked) = asked {
         return 1 << asked.clamp(1, decode::MAX_CLUSTER).ilog2();
     }
-    let units = tiles(pairs, (sizes.slots * sizes.experts) as u64, rows) * sizes.slices as u64;
-    let [a, b] = [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64);
+    let units = units(pairs, rows, sizes);
+    let [a, b] = unit_bytes(sizes);
     let time = |cluster: u32| {
         let clusters = decode_clusters(units, cluster, blocks, limits);
         let blocks = clusters * u64::from(cluster);
@@ -121,16 +131,16 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 ///
 /// A pass over a tile is one block's, so few of them leave multiprocessors idle. At three quarters of the multiprocessors it is the faster form whatever the
 /// tiles hold: of R = 192 8 tokens take w13, two passes over each of 57 tiles, 48.7 µs for 53.6, and w2, one over each, 39.2 for 31.3. Of fewer passes blocks take
-/// shares, in two launches: the 16 segments of Mixtral-8x7B take w13 49.0 µs at 128 tokens (54.8 in `shrink` and `expand` as planned before, 59.6 on tiles of 64), 61.8
-/// at 256 (75.1), 88.9 at 512 (97.4), 243.6 at 2,048 (274.8 in whole passes over tiles of 64), w2 44.2 at 512 (49.8), 65.5 at 1,024 (89.0), 97.1 at 2,048 (100.0 in
-/// whole passes); but w13 141.3 at 1,024 (137.4 in whole passes). Of more tokens sharing costs more than it fills: at 4,096 w13 takes 456 µs in 64 whole passes over tiles
-/// of 128, 532 over tiles of 64, and 558 shared; w2, where tiles of 64 read x no more often, 174, 163 and 204. Where blocks cannot share, whole passes over
+/// shares: the 16 segments of Mixtral-8x7B take w13 47.4 µs at 128 tokens (54.2 in two launches), 83.1 at 512 (in passes over tiles of 128 pairs 86.9), 135.1 at 1,024 (138.4, and
+/// 143.2 in whole passes), but 248.4 at 2,048 (231.9 in whole passes); w2 62.3 at 1,024 (61.9, 83.5), 93.0 at 2,048 (94.2, 99.4), but 160.4 at 4,096 (156.3). They
+/// also do where passes are long and blocks have one or two each: w13 430.9 at 4,096 tokens (in whole passes 518, over tiles of 128 454), 1,010 at 8,192 (1,045),
+/// w2 289.6 at 8,192 (377). With few columns the exchange of sums shows, at 16 pairs a segment: w2 33.4 at 128 tokens (30.0 in two launches). Where blocks cannot share, whole passes over
 /// tiles that are at least half full are the faster form from two fifths of the multiprocessors on.
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     sizes: &ProjectionSizes,
     decodes: bool,
-    shares: bool,
+    shares: impl Fn(PrefillTile) -> bool,
     passes: impl Fn(PrefillTile) -> u32,
     limits: &DeviceLimits,
 ) -> Option<(PrefillTile, bool)> {
@@ -141,31 +151,41 @@ pub(in crate::plan) fn prefill_tile(
         true => prefill_segment(segments, sizes, limits),
         false => 1,
     };
-    // Whether tiles of 64 are not wanted: they read x once a slice.
-    let is_larger_alone =
-        shares && segment >= FULL_TILES && passes(PrefillTile::M64) > passes(PrefillTile::M128);
+    let can_share = shares(SHARED_TILE);
+    let multiprocessors = u64::from(limits.multiprocessors);
+    let turns = |tile: PrefillTile| tiles(pairs, segments, tile.rows()) * u64::from(passes(tile));
     let is_enough = |tile: &PrefillTile| {
-        let turns = tiles(pairs, segments, tile.rows()) * u64::from(passes(*tile));
-        let multiprocessors = u64::from(limits.multiprocessors);
-        let is_full = if shares { is_larger_alone } else { segment >= HALF_TILE };
-        4 * turns >= 3 * multiprocessors || is_full && 5 * turns >= 2 * multiprocessors
+        let turns = turns(*tile);
+        4 * turns >= 3 * multiprocessors
+            || !can_share && segment >= HALF_TILE && 5 * turns >= 2 * multiprocessors
     };
     let wanted = match segment {
         _ if segment < least => &[][..],
         ..LARGE_TILE => &[PrefillTile::M64][..],
-        _ if is_larger_alone => &[PrefillTile::M128][..],
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
-    let shared = match segment {
-        ..SHARED_SEGMENT => None,
-        SHARED_SEGMENT..LARGE_TILE => Some(PrefillTile::M64),
-        _ => Some(PrefillTile::M128),
+    let leaves_idle = |tile: &PrefillTile| {
+        let turns = likely_tiles(pairs, segments, tile.rows()) * f64::from(passes(*tile));
+        // (A multiprocessor runs two blocks of tiles of 64.)
+        let rounds = turns / f64::from(limits.multiprocessors * (128 / tile.rows()));
+        rounds > 1.0 && rounds < FULL_ROUNDS * rounds.ceil() && sizes.in_dim + sizes.out_dim >= LONG_TURN
     };
-    let whole = wanted.iter().find(|tile| is_enough(tile)).map(|tile| (*tile, false));
-    whole.or(shared.filter(|_| shares).map(|tile| (tile, true)))
+    let whole = wanted.iter().find(|tile| is_enough(tile));
+    let least = if sizes.out_dim > sizes.in_dim { SHARED_SEGMENT } else { 2 * SHARED_SEGMENT };
+    let is_shared = can_share && segment >= least && whole.is_none_or(leaves_idle);
+    if is_shared { Some((SHARED_TILE, true)) } else { whole.map(|tile| (*tile, false)) }
 }
 
-/// Pairs a segment from which on passes are shared.
+/// The tile of passes that blocks share.
+const SHARED_TILE: PrefillTile = PrefillTile::M64;
+
+/// Elements of K and columns of a turn so long that it matters when some blocks have one more than others, and which part of the turns that all
+/// could have is then enough.
+const LONG_TURN: usize = 12_800;
+const FULL_ROUNDS: f64 = 0.8;
+
+/// Pairs a segment from which on passes are shared, if there are more columns than elements of K: while h is summed the memory is busy with
+/// what is expanded.
 const SHARED_SEGMENT: u64 = 16;
 
 /// Pairs a segment from which on tiles of 128 are wanted.
@@ -208,10 +228,57 @@ pub(in crate::plan) fn prefill_stages(shape: prefill::Shape, passes: u32, pairs:
     }
 }
 
-/// Shares of a pass, of `turns` passes in all: so many that each block gets one.
-///
-/// Every share of the columns adds up the sums of all shares of K. With twice as many shares Mixtral-8x7B takes w13 70.1 µs for 61.3 at 256 tokens, w2 51.3 for 44.9
-/// at 512.
-pub(in crate::plan) fn prefill_shares(turns: u64, shape: prefill::Shape, limits: &DeviceLimits) -> u32 {
-    u64::from(limits.multiprocessors * shape.blocks()).div_ceil(turns) as u32
+/// Steps of expand that may be under way in a ring of `stages` at a time. What is asked for waits in a queue, in which what blocks tell one another waits too, and which does not serve all multiprocessors
+/// alike; bytes that have landed wait as well for h, in the ring. Mixtral-8x7B takes w13 at 1,024 tokens, in tiles of 64, 135.0 µs with one, 143.6 with two and 145.8 with
+/// three, at 256 56.5, 57.5 and 58.5, but of R = 16, whose steps are half as long, 39.8, 36.8 and 40.0; Qwen3-30B-A3B w13 at 1,024 90.2, 90.0 and 90.9, of R = 128
+/// 150.8, 152.4 and 152.5, but in tiles of 128 at 4,096 169.4, 164.7 and, of two stages, 164.7.
+pub(in crate::plan) fn prefill_under_way(shape: prefill::Shape, stages: u32, is_shared: bool) -> u32 {
+    let is_large = shape.rows == PrefillTile::M128.rows();
+    match shape.width {
+        64 | 128 if is_shared && !is_large => 1,
+        128 if !is_large => 1,
+        ..=128 => stages.min(2),
+        _ => stages,
+    }
 }
+
+/// Shares of K, and of a slice's columns, of passes that blocks share: of K so many that each block gets one; of columns more, so that who is done early takes more of
+/// them. Mixtral-8x7B takes w13 at 128 tokens 47.3 µs with twice as many and 48.9 with four times, at 512 86.0 and 83.1, at 4,096 462 and 431.
+pub(in crate::plan) fn prefill_shares(
+    pairs: usize,
+    sizes: &ProjectionSizes,
+    shape: prefill::Shape,
+    passes: u32,
+    limits: &DeviceLimits,
+) -> [u32; 2] {
+    let segments = (sizes.slots * sizes.experts) as u64;
+    let likely = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
+    let blocks = limits.multiprocessors * shape.blocks();
+    let depth = ((f64::from(blocks) / likely) as u32).max(1);
+    let segment = pairs as u64 / segments;
+    [depth, if segment < LARGE_TILE { 2 } else { 4 } * depth]
+}
+
+/// How many tiles of `rows` pairs uniform routing over all slots makes on average: of a segment of n pairs, n / rows rounded up.
+fn likely_tiles(pairs: usize, segments: u64, rows: u32) -> f64 {
+    let (segments, rows) = (segments as f64, f64::from(rows));
+    let mean = pairs as f64 / segments;
+    // Beyond, what is above the last full tile is as likely to be much as little.
+    let half_full = mean / rows + 0.5;
+    if mean > MOST_COUNTED {
+        return segments * half_full;
+    }
+    // By Poisson's distribution, the sum over tiles of how likely a segment has more pairs than are in those before.
+    let (mut likely, mut below, mut n, mut tiles) = ((-mean).exp(), 0.0, 0.0, 0.0);
+    for tile in 0..(3.0 * half_full).ceil() as u32 {
+        while n <= f64::from(tile) * rows {
+            (below, n) = (below + likely, n + 1.0);
+            likely *= mean / n;
+        }
+        tiles += 1.0 - below;
+    }
+    segments * tiles
+}
+
+/// Pairs a segment up to which tiles are counted.
+const MOST_COUNTED: f64 = 512.0;

@@ -1,5 +1,6 @@
 //! A warpgroup that computes: 64 pairs of every tile, both products.
 
+use super::exchange::Exchange;
 use super::ring::{Precedence, Ring};
 use super::steps::{K, MOST_PANELS, PANEL_COLUMNS, depth, expand_panels, rank_shift, shrink_panels, width};
 use super::turns::{Pass, Turn, Turns};
@@ -9,7 +10,7 @@ use crate::arch::thread;
 use crate::arch::wgmma::{self, Matrix, Sums};
 use crate::memory::{Global, Index};
 use crate::params::{PrefillParams, Tile, products};
-use crate::prefill::{MAX_WIDTH, PRODUCT_PANELS};
+use crate::prefill::{PRODUCT_PANELS, WARP_ROWS};
 use crate::tile::panel::{CHUNK, Panel};
 use crate::tile::{TileShape, unroll};
 
@@ -302,106 +303,6 @@ unsafe fn store_h<I: Index, const BLOCKS: usize>(
     }
 }
 
-/// Where the sums of a pass's h lie that shares of K leave for one another, for this thread's two rows.
-struct Parts {
-    /// Where each row begins in the first slice, at this thread's first rank, in the first share's.
-    rows: [Global<f32>; 2],
-    has: [bool; 2],
-    slices: [u32; 2],
-    shift: u32,
-    slice_stride: u64,
-}
-
-impl Parts {
-    /// # Safety
-    /// The pairs must be those of a tile of `p`.
-    #[inline(always)]
-    unsafe fn new<I: Index>(p: &PrefillParams, pairs: [u32; 2], slices: [u32; 2], shift: u32) -> Self {
-        let own_chunk = thread::index_anew() % 4;
-        let rows = pairs.map(|pair| {
-            let pair = if pair == NO_PAIR { 0 } else { pair };
-            let row = I::from_u32(slices[0]).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
-            p.partial.at(row.times(I::from_u32(p.max_rank))).at(2 * own_chunk)
-        });
-        let slice_stride = I::from_u32(p.pair_count).times(I::from_u32(p.max_rank)).wide();
-        Parts { rows, has: pairs.map(|pair| pair != NO_PAIR), slices, shift, slice_stride }
-    }
-
-    /// Calls `body` with each two neighbouring ones of `SUMS` sums: the number of the first, where they lie in share `share`, and whether they
-    /// are two ranks of a pair.
-    #[inline(always)]
-    fn each<const SUMS: usize>(
-        &self,
-        p: &PrefillParams,
-        share: u32,
-        mut body: impl FnMut(usize, Global<u32>, bool),
-    ) {
-        let own_chunk = thread::index_anew() % 4;
-        let [mut slice, end] = self.slices;
-        let mut rank = 2 * own_chunk;
-        let rank_room = 1 << self.shift;
-        let offset = share as u64 * self.slice_stride * p.slices as u64;
-        let mut places = self.rows.map(|row| row.at(offset));
-        unroll::<{ MAX_WIDTH as usize / K as usize }>(|block| {
-            if 8 * block < SUMS {
-                unroll::<2>(|half| {
-                    unroll::<2>(|i| {
-                        let further = 8 * i as u32;
-                        let is_there = slice < end && self.has[half] && rank + further < p.max_rank;
-                        let place = Global::<u32>::new(places[half].at(further).address());
-                        body(8 * block + 4 * i + 2 * half, place, is_there);
-                    });
-                });
-                rank += K;
-                let ends = rank >= rank_room;
-                // To the next sixteen ranks, or to the first of the next slice. (A choice, not a branch.)
-                let further =
-                    if ends { self.slice_stride.wrapping_sub((rank_room - K) as u64) } else { K as u64 };
-                places = places.map(|place| Global::new(place.address().wrapping_add(4 * further)));
-                (slice, rank) = if ends { (slice + 1, rank - rank_room) } else { (slice, rank) };
-            }
-        });
-    }
-
-    /// Stores the sums of share `share`.
-    ///
-    /// # Safety
-    /// `p.partial` must be as its field says.
-    #[inline(always)]
-    unsafe fn store<const SUMS: usize>(&self, p: &PrefillParams, sums: &[f32; SUMS], share: u32) {
-        self.each::<SUMS>(p, share, |first, place, is_there| {
-            // SAFETY: R is even, so both are inside the row.
-            unsafe { place.store8_if([sums[first].to_bits(), sums[first + 1].to_bits()], is_there) };
-        });
-    }
-
-    /// Adds up the sums of all shares, in their order.
-    ///
-    /// # Safety
-    /// As for [`Parts::store`].
-    #[inline(always)]
-    unsafe fn add_up<const SUMS: usize>(&self, p: &PrefillParams, sums: &mut [f32; SUMS]) {
-        let mut add = |share: u32| {
-            self.each::<SUMS>(p, share, |first, place, is_there| {
-                // SAFETY: as the caller promises.
-                let [low, high] = unsafe { place.load8_if(is_there && share < p.parts) };
-                sums[first] += f32::from_bits(low);
-                sums[first + 1] += f32::from_bits(high);
-            });
-        };
-        let mut share = 0;
-        while share < p.parts {
-            add(share);
-            share += 1;
-            // Two at a time, where there are registers: their loads overlap.
-            if SUMS <= PANEL_SUMS {
-                add(share);
-                share += 1;
-            }
-        }
-    }
-}
-
 /// Computes for this warpgroup's pairs of the block's tiles. `SUMS`, `MORE`, `BLOCKS`, `SWEEPS`: see [`super::prefill`].
 ///
 /// # Safety
@@ -425,7 +326,7 @@ pub(super) unsafe fn compute<
     let mut precedence = Precedence::new(warpgroup);
     let is_one_of_two = Ring::<BLOCKS, SWEEPS>::SHAPE.computing() == 2;
     let warpgroup_row = warpgroup * 64;
-    let warp_row = warpgroup_row + thread::warp() % 4 * 16;
+    let warp_row = warpgroup_row + thread::warp() % 4 * WARP_ROWS;
     let own_row = warp_row + thread::lane() / 4;
     let own_chunk = thread::lane() % 4;
     loop {
@@ -447,8 +348,8 @@ pub(super) unsafe fn compute<
         if let Some(more) = more.first_chunk_mut::<64>() {
             *more = Sums::zero();
         }
-        let shrinks = tile.rank > 0 && p.products != products::EXPAND;
-        let (begin, end_of_k) = turn.part_of(p, p.in_dim);
+        let shrinks = tile.rank > 0 && turn.products != products::EXPAND;
+        let (begin, end_of_k) = turn.depth(p);
         let mut place = if shrinks { begin } else { end_of_k };
         while place < end_of_k {
             // SAFETY: the ring is ready, and this is a consumer.
@@ -481,16 +382,17 @@ pub(super) unsafe fn compute<
             unsafe { ring.leave() };
             place += depth(shrink_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, columns));
         }
-        if MORE == 0 && p.parts > 0 && tile.rank > 0 {
-            // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
-            unsafe {
-                let parts = Parts::new::<I>(p, pairs, [slice, end], shift);
-                if shrinks {
-                    parts.store(p, &sums, turn.share);
-                } else {
-                    parts.add_up(p, &mut sums);
+        let is_shared = MORE == 0 && p.depth.count > 0;
+        if is_shared && turn.products == products::SHRINK {
+            if tile.rank > 0 {
+                let exchange = Exchange::new::<BLOCKS, SWEEPS>(p, &turn);
+                // SAFETY: what p has for the exchange is as its fields say.
+                unsafe {
+                    exchange.leave::<SUMS, BLOCKS>(p, &sums, turn.share, columns);
+                    exchange.add_up::<E, BLOCKS>(p, turn.share, columns);
                 }
             }
+            continue;
         }
         let mut h = [[0u32; 4]; BLOCKS];
         unroll::<BLOCKS>(|block| {
@@ -504,7 +406,10 @@ pub(super) unsafe fn compute<
             });
         });
 
-        if p.products == products::EXPAND && p.parts == 0 && tile.rank > 0 {
+        if is_shared && tile.rank > 0 {
+            // SAFETY: as above.
+            h = unsafe { Exchange::new::<BLOCKS, SWEEPS>(p, &turn).h::<BLOCKS>(columns) };
+        } else if p.products == products::EXPAND && tile.rank > 0 {
             // SAFETY: as for shrink.
             let stage = unsafe { ring.landed() };
             unroll::<BLOCKS>(|block| {
@@ -518,10 +423,8 @@ pub(super) unsafe fn compute<
             unsafe { ring.leave() };
         }
         if p.products == products::SHRINK {
-            if p.parts == 0 {
-                // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
-                unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [slice, end], shift) };
-            }
+            // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
+            unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [slice, end], shift) };
             slice = end;
         }
 
@@ -532,7 +435,7 @@ pub(super) unsafe fn compute<
         // SAFETY: the pairs are of one of p's tiles.
         let mut out = unsafe { OutRows::new::<I>(p, pairs, tile.rank > 0, first) };
         while slice < end {
-            let (mut column, end_of_columns) = turn.part_of(p, p.out_dim);
+            let (mut column, end_of_columns) = turn.columns(p);
             while column < end_of_columns {
                 // SAFETY: as for shrink.
                 let stage = unsafe { ring.landed() };
@@ -591,6 +494,10 @@ pub(super) unsafe fn compute<
             out.next_slice(p);
             drop_slice(&mut h, shift);
             slice += 1;
+        }
+        if is_shared && tile.rank > 0 {
+            // SAFETY: as above.
+            unsafe { Exchange::new::<BLOCKS, SWEEPS>(p, &turn).leave_h::<BLOCKS>(p) };
         }
     }
 }

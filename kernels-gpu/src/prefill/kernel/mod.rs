@@ -1,6 +1,7 @@
 //! The kernel: its roles, and what both walk through.
 
 mod consumer;
+mod exchange;
 mod producer;
 mod ring;
 mod steps;

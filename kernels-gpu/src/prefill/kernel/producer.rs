@@ -119,14 +119,14 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
         let mut turn = turns.take::<true>(p);
         while turn.tile.rows > 0 {
             let Turn { tile, pass, .. } = turn;
-            if tile.rank > 0 && p.products != products::EXPAND {
+            if tile.rank > 0 && turn.products != products::EXPAND {
                 copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn);
-            } else if tile.rank > 0 && p.parts == 0 {
+            } else if tile.rank > 0 && p.products == products::EXPAND {
                 copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             }
             turns.call(p);
             let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, pass.first);
-            let mut slice = if p.products == products::SHRINK { pass.end } else { pass.first };
+            let mut slice = if turn.products == products::SHRINK { pass.end } else { pass.first };
             while slice < pass.end {
                 copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn, out, slice);
                 unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
@@ -149,7 +149,7 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
 ) {
     let Turn { tile, pass, .. } = turn;
     let share = Share::of_this_thread(CHUNKS.ilog2());
-    let (begin, end_of_k) = turn.part_of(p, p.in_dim);
+    let (begin, end_of_k) = turn.depth(p);
     // SAFETY: as the caller promises.
     let mut x = unsafe { Pairs::<SWEEPS>::of(p, tile, share) }.x::<I>(p, share);
     unroll::<SWEEPS>(|i| x[i] = x[i].at(begin));
@@ -276,14 +276,17 @@ unsafe fn copy_expand<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
 ) {
     let tile = &turn.tile;
     let share = Share::of_this_thread(CHUNKS.ilog2());
-    let (mut column, end) = turn.part_of(p, p.out_dim);
+    let (mut column, end) = turn.columns(p);
     unroll::<SWEEPS>(|i| out[i] = out[i].at(column));
     let panels = expand_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, tile.rank);
     let b = B::new::<I>(p, tile, slice);
     let is_whole = tile.rank.is_multiple_of(CHUNK) && tile.rank + UNWANTED > p.max_rank;
     while column < end {
         // SAFETY: as the caller promises.
-        let stage = unsafe { ring.claim() };
+        let stage = unsafe {
+            ring.wait_for_landing(p.under_way);
+            ring.claim()
+        };
         if p.accumulate != 0 {
             let target = Ring::<BLOCKS, SWEEPS>::row_panel(stage, 0).chunk(share.row, share.chunk);
             unroll::<SWEEPS>(|i| {

@@ -84,6 +84,21 @@ impl<const BLOCKS: usize, const SWEEPS: usize> Ring<BLOCKS, SWEEPS> {
         self.stage()
     }
 
+    /// Waits until the step `before` steps before the next has landed, at most as many as there are stages.
+    ///
+    /// # Safety
+    /// As for [`Ring::claim`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn wait_for_landing(&self, before: u32) {
+        let (stage, parity) = match self.stage.checked_sub(before) {
+            Some(stage) => (stage, self.parity),
+            None => (self.stage + self.stages - before, self.parity ^ 1),
+        };
+        // SAFETY: as the caller promises. Before the first phase has ended the one before it has.
+        unsafe { Self::full(stage).wait(parity) };
+    }
+
     /// The stage is full once the copies that this thread has started, and those of the producer's others, have landed.
     ///
     /// # Safety

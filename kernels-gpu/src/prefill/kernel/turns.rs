@@ -4,8 +4,8 @@ use super::steps::rank_shift;
 use crate::arch::mbarrier::{self, Mbarrier};
 use crate::arch::shared::Shared;
 use crate::arch::{thread, warp};
-use crate::params::{PrefillParams, Tile};
-use crate::prefill::{BARRIERS_BYTES, Shape, WARPGROUP};
+use crate::params::{PrefillParams, Shares, Tile, products};
+use crate::prefill::{BARRIERS_BYTES, MIN_COLUMNS, Shape, WARPGROUP};
 
 /// Words that a block is told its turns by: one while the other is read.
 const TOLD: u32 = 2;
@@ -16,26 +16,43 @@ const NO_TURN: u32 = u32::MAX;
 /// Where their barriers begin, and then they: in what the ring's barriers leave.
 const TURNS_OFFSET: u32 = BARRIERS_BYTES / 2;
 
-/// Least columns of h of a product.
-const MIN_COLUMNS: u32 = 32;
-
 /// What a block takes in one turn: a pass over the pairs of a tile, or a share of one.
 pub(super) struct Turn {
     /// The tile; of no pairs when there are no more.
     pub tile: Tile,
     /// What is taken of its slices.
     pub pass: Pass,
-    /// Which share of K, or of the columns.
+    /// The pass's number in the launch.
+    pub number_of_pass: u32,
+    /// One of [`products`]: the first of a share of K, the second of a share of the columns.
+    pub products: u32,
+    /// Which share.
     pub share: u32,
 }
 
 impl Turn {
-    /// The share's part of `length` elements of K or columns: the first, and the end.
+    /// None.
+    const NONE: Self =
+        Turn { tile: Tile::EMPTY, pass: Pass::NONE, number_of_pass: 0, products: products::BOTH, share: 0 };
+
+    /// Elements of K that are shrunk: the first, and the end.
     #[inline(always)]
-    pub fn part_of(&self, p: &PrefillParams, length: u32) -> (u32, u32) {
-        let first = self.share * p.share;
-        (first, length.min(first + p.share))
+    pub fn depth(&self, p: &PrefillParams) -> (u32, u32) {
+        if p.depth.count == 0 { (0, p.in_dim) } else { part(self.share, p.depth, p.in_dim) }
     }
+
+    /// Columns of a slice that are expanded.
+    #[inline(always)]
+    pub fn columns(&self, p: &PrefillParams) -> (u32, u32) {
+        part(self.share, p.columns, p.out_dim)
+    }
+}
+
+/// What share `share` has of `length` elements: the first, and the end.
+#[inline(always)]
+fn part(share: u32, shares: Shares, length: u32) -> (u32, u32) {
+    let first = share * shares.each;
+    (first, length.min(first + shares.each))
 }
 
 /// The turns of a block, one after another: the first by its number in the grid, then whichever comes next when the block has
@@ -94,14 +111,24 @@ impl Turns {
         (told % TOLD, told / TOLD % 2)
     }
 
-    /// Turns of the launch.
+    /// Passes of the launch.
     ///
     /// # Safety
     /// The route must be written.
     #[inline(always)]
-    unsafe fn count(p: &PrefillParams) -> u32 {
+    unsafe fn passes(p: &PrefillParams) -> u32 {
         // SAFETY: it is one element.
-        unsafe { p.tile_count.load() * p.tile_parts * p.passes * p.shares }
+        unsafe { p.tile_count.load() * p.tile_parts * p.passes }
+    }
+
+    /// Turns of the launch.
+    ///
+    /// # Safety
+    /// As for [`Turns::passes`].
+    #[inline(always)]
+    unsafe fn count(p: &PrefillParams) -> u32 {
+        // SAFETY: as the caller promises.
+        unsafe { Self::passes(p) * (p.depth.count + p.columns.count) }
     }
 
     /// The next turn that has something to do. `CALLS`: in the producer, which must [call](Turns::call) before it comes here again.
@@ -112,7 +139,7 @@ impl Turns {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn take<const CALLS: bool>(&mut self, p: &PrefillParams) -> Turn {
-        let mut turn = Turn { tile: Tile::EMPTY, pass: Pass::NONE, share: 0 };
+        let mut turn = Turn::NONE;
         loop {
             // SAFETY: as the caller promises.
             let number = unsafe { if self.taken == 0 { Self::first(p) } else { self.hear() } };
@@ -186,21 +213,30 @@ impl Turns {
 
     /// What turn `number` is; of no pairs where a tile or its slices end before it.
     ///
-    /// The passes over a tile are neighbours, so that blocks which take them at the same time find the tile's rows of x in L2.
+    /// The passes over a tile are neighbours, so that blocks which take them at the same time find the tile's rows of x in L2. Where blocks share passes, the
+    /// shares of K of all come before those of columns.
     ///
     /// # Safety
     /// As for [`Turns::take`]; the number must be below the launch's.
     #[inline(always)]
     unsafe fn turn(&self, p: &PrefillParams, number: u32) -> Turn {
-        let pass = p.over_shares.quotient(number);
+        // SAFETY: as the caller promises.
+        let first = if p.depth.count == 0 { 0 } else { unsafe { Self::passes(p) * p.depth.count } };
+        let (shares, number, products) = match p.depth.count {
+            0 => (p.columns, number, p.products),
+            _ if number < first => (p.depth, number, products::SHRINK),
+            _ => (p.columns, number - first, products::EXPAND),
+        };
+        let pass = shares.over_count.quotient(number);
+        let share = number - pass * shares.count;
         let part = p.over_passes.quotient(pass);
         let number_of_tile = p.over_parts.quotient(part);
         // SAFETY: the tile is one of those counted.
         let tile = unsafe { p.tiles.at(number_of_tile).load_tile() };
         let tile = tile.part(part - number_of_tile * p.tile_parts, self.shape.rows);
-        let share = number - pass * p.shares;
-        let mut turn =
-            Turn { tile, pass: Pass::of(p, tile.rank, pass - part * p.passes, self.shape.width), share };
+        let number_of_pass = pass;
+        let pass = Pass::of(p, tile.rank, pass - part * p.passes, self.shape.width);
+        let mut turn = Turn { tile, pass, number_of_pass, products, share };
         if turn.pass.first >= p.slices {
             turn.tile.rows = 0;
         }
