@@ -51,10 +51,11 @@ pub struct Workspace {
 }
 
 /// The limits of the emulated device.
-const LIMITS: DeviceLimits = DeviceLimits { decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
+const LIMITS: DeviceLimits =
+    DeviceLimits { multiprocessors: 16, decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
 
 impl Emulated {
-    /// A device with the limits of an H100, but few clusters at a time: so each takes many units of `decode`, and
+    /// A device with the limits of an H100, but few multiprocessors, and few clusters at a time: so each takes many units of `decode`, and
     /// there are not more threads than a test has time for. `seed` decides the order of threads and blocks; each launch has
     /// another.
     pub fn new(options: Options, seed: u64) -> Self {

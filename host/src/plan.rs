@@ -324,6 +324,9 @@ pub struct Plan {
 /// sharing K.
 const MAX_PARTIAL: u64 = 4 << 20;
 
+/// Multiprocessors whose blocks of `prefill` have room to share passes, at least.
+const MOST_SHARING: u64 = 144;
+
 /// Pairs of a block of `route` below which more blocks are never worth it.
 const MIN_BLOCK_PAIRS: usize = 256;
 
@@ -364,14 +367,15 @@ pub(crate) fn sums_bytes(projection: &Projection, tokens: usize) -> Result<u64> 
 }
 
 /// Bytes of memory in which blocks of `prefill` that share passes leave sums and h for one another, in any call of so many pairs: enough for
-/// as many shares of K as there can be, up to as much as parts of h may take. As all that a workspace has room for, it does not depend on K
-/// and N, and is not less for larger ranks.
+/// a share of K a block if there are twice as many passes as is likely, up to as much as parts of h may take. As all that a workspace has room
+/// for, it does not depend on K and N, and is not less for larger ranks.
 fn sums_room(projection: &Projection, pairs: usize) -> u64 {
     let of = |tile: PrefillTile| {
         let widest = prefill::Shape { rows: tile.rows(), width: prefill::MAX_WIDTH };
         let shape = prefill_shape(projection, tile).unwrap_or(widest);
-        let passes = u64::from(projection.sizes().slices as u32) * tiles(projection, pairs, shape.rows);
-        passes.saturating_mul(prefill::exchange_bytes(shape, Divider::MAX))
+        let passes = projection.sizes().slices as u64 * tiles(projection, pairs, shape.rows);
+        let shares = (2 * MOST_SHARING * u64::from(shape.blocks())).min(passes * u64::from(Divider::MAX));
+        shares.max(passes) * prefill::exchange_bytes(shape, 1)
     };
     PrefillTile::ALL.map(of).into_iter().fold(0, u64::max).min(MAX_PARTIAL * size_of::<f32>() as u64)
 }

@@ -46,7 +46,7 @@ struct Allocation {
     address: u64,
     bytes: Vec<u8>,
     /// One for every [`GRANULE`] bytes.
-    marks: Vec<Mark>,
+    marks: Marks,
 }
 
 /// The launches that last used a granule; 0 is the host.
@@ -57,6 +57,54 @@ struct Mark {
     read: [u32; 2],
     /// Whether what was written is there no more.
     forgotten: bool,
+}
+
+/// Granules of a [`Page`].
+const PAGE: usize = 2048;
+
+/// The marks of an allocation, of which most are never touched.
+#[derive(Debug)]
+struct Marks(Vec<Page>);
+
+#[derive(Debug)]
+enum Page {
+    /// All marks are alike.
+    Alike(Mark),
+    Each(Box<[Mark; PAGE]>),
+}
+
+impl Marks {
+    fn new(granules: usize) -> Self {
+        let fresh = || Page::Alike(Mark { written: 0, read: [0; 2], forgotten: false });
+        Marks(std::iter::repeat_with(fresh).take(granules.div_ceil(PAGE)).collect())
+    }
+
+    fn at(&mut self, granule: usize) -> &mut Mark {
+        let page = &mut self.0[granule / PAGE];
+        if let Page::Alike(mark) = page {
+            *page = Page::Each(Box::new([*mark; PAGE]));
+        }
+        match page {
+            Page::Each(marks) => &mut marks[granule % PAGE],
+            Page::Alike(_) => unreachable!("it was told apart above"),
+        }
+    }
+
+    fn forget(&mut self, granules: Range<usize>) {
+        let mut next = granules.start;
+        while next < granules.end {
+            match &mut self.0[next / PAGE] {
+                Page::Alike(mark) if next.is_multiple_of(PAGE) && next + PAGE <= granules.end => {
+                    mark.forgotten = true;
+                    next += PAGE;
+                }
+                _ => {
+                    self.at(next).forgotten = true;
+                    next += 1;
+                }
+            }
+        }
+    }
 }
 
 /// What stands against a launch's access, and the byte that shows it.
@@ -78,7 +126,7 @@ impl Memory {
     pub fn allocate(&mut self, bytes: &[u8]) -> u64 {
         let address = self.next;
         self.next = (address + bytes.len() as u64 + GAP).next_multiple_of(ALIGNMENT);
-        let marks = vec![Mark { written: 0, read: [0; 2], forgotten: false }; bytes.len().div_ceil(GRANULE)];
+        let marks = Marks::new(bytes.len().div_ceil(GRANULE));
         self.allocations.push(Allocation { address, bytes: bytes.to_vec(), marks });
         address
     }
@@ -91,7 +139,7 @@ impl Memory {
         let (number, range) = self.find(address, len);
         let Allocation { bytes, marks, .. } = &mut self.allocations[number];
         bytes[range.clone()].fill(poison);
-        marks[granules(&range)].iter_mut().for_each(|mark| mark.forgotten = true);
+        marks.forget(granules(&range));
     }
 
     /// Waits for all launches: the next one finds an idle device.
@@ -169,7 +217,7 @@ impl Memory {
     ) -> Result<(), Clash> {
         let launch = self.last.as_ref().expect("a launch runs");
         for granule in granules(&range) {
-            let mark = &mut self.allocations[number].marks[granule];
+            let mark = self.allocations[number].marks.at(granule);
             let clash = |other: u32| {
                 let kernel = self.launches[other as usize - 1].clone();
                 Err(Clash::Overlap(granule * GRANULE, kernel))
