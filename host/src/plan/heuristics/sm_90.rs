@@ -183,8 +183,8 @@ pub(in crate::plan) fn prefill_tile(
         rounds > 1.0 && rounds < FULL_ROUNDS * rounds.ceil() && sizes.in_dim + sizes.out_dim >= LONG_TURN
     };
     let whole = wanted.iter().find(|tile| is_enough(tile));
-    let least = if sizes.out_dim > sizes.in_dim { SHARED_SEGMENT } else { 2 * SHARED_SEGMENT };
-    let is_shared = can_share && segment >= least && whole.is_none_or(leaves_idle);
+    let least_shared = if sizes.out_dim > sizes.in_dim { SHARED_SEGMENT } else { 2 * SHARED_SEGMENT };
+    let is_shared = can_share && segment >= least_shared && whole.is_none_or(leaves_idle);
     if is_shared { Some((SHARED_TILE, true)) } else { whole.map(|tile| (*tile, false)) }
 }
 
