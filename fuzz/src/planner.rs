@@ -136,7 +136,8 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     for Launch { entry, blocks, cluster, cooperative, shared_bytes } in launches.into_iter().flatten() {
         assert!(blocks > 0 && blocks <= i32::MAX as u32 && blocks % cluster == 0, "{plan}");
         assert!(cluster <= entry.cluster && (entry.cluster == 1 || limits.has_clusters()), "{plan}");
-        assert!(!cooperative || blocks <= limits.multiprocessors * entry.min_blocks, "{plan}");
+        let at_a_time = if matches!(entry.kernel, Kernel::Prefill(_)) { entry.min_blocks } else { 1 };
+        assert!(!cooperative || blocks <= limits.multiprocessors * at_a_time, "{plan}");
         assert!(shared_bytes <= limits.shared_bytes, "{plan}");
     }
     let wide = |sizes: &[usize]| sizes.iter().map(|&size| size as u128).product::<u128>();

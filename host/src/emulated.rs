@@ -110,8 +110,7 @@ impl Emulated {
             Parameters::Prefill(p) => {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
-                let elements = u64::from(p.slices) * u64::from(p.pair_count) * u64::from(p.max_rank);
-                let h = buffer("h", p.h, elements);
+                let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
                 let turn = buffer("turn", p.turn, 1);
                 if p.products == products::SHRINK {
                     return self.launch(launch, p, &routed(tensors), &[], &[h, turn]);

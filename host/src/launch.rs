@@ -320,16 +320,11 @@ impl Prepared<'_> {
             (_, None) => products::SHRINK,
             (None, _) => products::EXPAND,
         };
-        let h = match h {
-            H::Caller(h) => h,
-            H::Scratch => 0,
-        };
+        let h = if products == products::BOTH { 0 } else { h.address(parts) };
         let accumulates = tail.is_some_and(|tail| tail.accumulate);
         let whole = Shares::new(1, sizes.out_dim as u32);
         let [depth, columns] =
-            shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| {
-                [depth, columns].map(|plan::Shares { count, each }| Shares::new(count, each))
-            });
+            shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
         let sums = shares.map_or(Global::NULL, |_| parts.sums);
         let fragments = sums.at(shares.map_or(0, |shares| shares.sums));
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));

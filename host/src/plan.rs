@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
-use moe_lora_kernels::params::Divider;
+use moe_lora_kernels::params::{Divider, Shares};
 use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
 pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
@@ -272,22 +272,11 @@ pub struct PassShares {
     pub sums: u64,
 }
 
-/// How blocks share elements of K, or columns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shares {
-    /// How many there are.
-    pub count: u32,
-    /// Elements of each, the last of which may have fewer.
-    pub each: u32,
-}
-
-impl Shares {
-    /// Up to `most` of `length` elements, in multiples of `unit`.
-    fn of(length: usize, most: u32, unit: u32) -> Self {
-        let length = length as u32;
-        let each = length.div_ceil(most.clamp(1, Divider::MAX)).next_multiple_of(unit);
-        Shares { count: length.div_ceil(each), each }
-    }
+/// Up to `most` shares of `length` elements, in multiples of `unit`.
+fn shares_of(length: usize, most: u32, unit: u32) -> Shares {
+    let length = length as u32;
+    let each = length.div_ceil(most.clamp(1, Divider::MAX)).next_multiple_of(unit);
+    Shares::new(length.div_ceil(each), each)
 }
 
 /// Everything that a call will launch. Prints as one line a launch.
@@ -490,8 +479,7 @@ impl Plan {
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
         // tiles of a route of this call's own: these are what can fill the device.
-        let busy_tiles = |rows| tiles.min(self::tiles(projection, pairs, rows));
-        let busy = busy_tiles(shape.rows());
+        let busy = tiles.min(self::tiles(projection, pairs, shape.rows()));
 
         // How the launches divide their work.
         let columns = sizes.slices * sizes.max_rank;
@@ -547,8 +535,8 @@ impl Plan {
             let passes = prefill_passes(projection, shape);
             let shares = (most_shares > 0).then(|| {
                 let [depth, columns] = heuristics::prefill_shares(pairs, sizes, shape, passes, limits);
-                let depth = Shares::of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
-                let columns = Shares::of(sizes.out_dim, columns, shape.column_unit());
+                let depth = shares_of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
+                let columns = shares_of(sizes.out_dim, columns, shape.column_unit());
                 let sums = tiles * u64::from(passes * depth.count * shape.rows * shape.width);
                 PassShares { depth, columns, sums }
             });

@@ -178,8 +178,8 @@ pub(in crate::plan) fn prefill_tile(
     };
     let leaves_idle = |tile: &PrefillTile| {
         let turns = likely_tiles(pairs, segments, tile.rows()) * f64::from(passes(*tile));
-        // (A multiprocessor runs two blocks of tiles of 64.)
-        let rounds = turns / f64::from(limits.multiprocessors * (128 / tile.rows()));
+        let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
+        let rounds = turns / f64::from(limits.multiprocessors * shape.blocks());
         rounds > 1.0 && rounds < FULL_ROUNDS * rounds.ceil() && sizes.in_dim + sizes.out_dim >= LONG_TURN
     };
     let whole = wanted.iter().find(|tile| is_enough(tile));
