@@ -18,8 +18,9 @@ Call = Callable[[], None]
 WARM_UP = 2
 #: Rounds that count: as many as fit the time, within these bounds.
 MIN_ROUNDS, MAX_ROUNDS, ROUNDS_MS = 9, 25, 250.0
-#: Calls in a graph, at least: so many that the launch of a graph is lost in them.
-MIN_CALLS = 16
+#: Calls in a graph: so many that its launch is lost in them. It takes 4 µs of a graph's time, so a call of a few
+#: microseconds is to stand beside a hundred others, as in an engine's graphs, and a long one beside fewer.
+MIN_CALLS, MAX_CALLS, GRAPH_US = 16, 128, 2000.0
 
 
 @dataclass
@@ -42,9 +43,14 @@ class Recording:
         return Recording(graph, calls)
 
 
-def rotation(call: Callable[[int], None], sets: int) -> list[Call]:
-    """Calls on one set of weights after another, each set as often as any other."""
-    rounds = -(-MIN_CALLS // sets)
+def calls_of(microseconds: float) -> int:
+    """Calls in a graph, where one takes at least so long."""
+    return max(MIN_CALLS, min(MAX_CALLS, int(GRAPH_US / microseconds)))
+
+
+def rotation(call: Callable[[int], None], sets: int, least: int) -> list[Call]:
+    """At least so many calls, on one set of weights after another, each set as often as any other."""
+    rounds = -(-least // sets)
     return [partial(call, chosen) for _ in range(rounds) for chosen in range(sets)]
 
 

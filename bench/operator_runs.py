@@ -180,18 +180,22 @@ def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceiling
     for implementation in ready.values():
         # Not route(): a route is kept as the call needs it that it comes with, as w13's is for w2.
         implementation.routed(projection, 0)
+    least = floor(case, segments)
+    floor_us = least.microseconds(ceilings)
+    calls_needed = measure.calls_of(floor_us)
     kept = {label: partial(made.forward, projection) for label, made in ready.items()}
     routed = {label: partial(made.routed, projection) for label, made in ready.items()}
     for key, calls in (("us", kept), ("routed_us", routed)):
-        time_graphs(results, key, {c: partial(measure.rotation, call, sets) for c, call in calls.items()})
+        rotations = {
+            label: partial(measure.rotation, call, sets, calls_needed) for label, call in calls.items()
+        }
+        time_graphs(results, key, rotations)
     fold_tuned(results)
     if case.tokens in HOST_TOKENS:
         for label, call in routed.items():
             if "us" in results.get(label, {}):
                 results[label]["host_us"] = measure.host_time(call, sets)
 
-    least = floor(case, segments)
-    floor_us = least.microseconds(ceilings)
     sink.write(
         "case",
         f"{case.describe()}: floor {floor_us:.1f}, {_line(results)}",
@@ -222,7 +226,7 @@ def run_layer(sink: Sink, vllm: Vllm, w13: Case, w2: Case, ceilings: Ceilings) -
             implementation.routed(up, chosen)
             implementation.forward(down, chosen)
 
-        return measure.rotation(layer, sets)
+        return measure.rotation(layer, sets, measure.calls_of(floor_us))
 
     results: Results = {}
     makers = implementations(vllm, w13, routing)
@@ -243,7 +247,7 @@ def run_route(sink: Sink, vllm: Vllm, case: Case) -> None:
     routing.draw(seed=case.tokens)
 
     def calls(make: Make) -> list[measure.Call]:
-        return [make().route] * measure.MIN_CALLS
+        return [make().route] * measure.MAX_CALLS
 
     results: Results = {}
     makers: dict[str, Make] = {

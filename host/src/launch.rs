@@ -251,6 +251,7 @@ impl Prepared<'_> {
             top_k: Divider::new(sizes.top_k as u32),
             slots: sizes.slots as u32,
             experts: sizes.experts as u32,
+            over_experts: Divider::new(sizes.experts as u32),
             max_rank: sizes.max_rank as u32,
             tile_rows: plan.tile_rows,
             blocks: plan.sorting.blocks,
@@ -271,6 +272,7 @@ impl Prepared<'_> {
         let Prepared { projection, layout, plan, .. } = self;
         let decode = plan.decode?;
         let sizes = projection.sizes();
+        let clusters = decode.launch.blocks / decode.launch.cluster;
         let parameters = DecodeParams {
             route: match route {
                 Route::From(routing) if decode.finds => self.routing(routing),
@@ -297,8 +299,8 @@ impl Prepared<'_> {
             room: decode.room,
             shrink_stages: decode.stages[0],
             expand_stages: decode.stages[1],
-            clusters: decode.launch.blocks / decode.launch.cluster,
-            reserved: 0,
+            clusters,
+            over_listed: Divider::new(if decode.room.lists_all() { sizes.slices as u32 } else { clusters }),
         };
         Some((decode.launch, Parameters::Decode(parameters)))
     }

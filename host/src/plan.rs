@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
-use moe_lora_kernels::params::{Divider, Shares};
+use moe_lora_kernels::params::Shares;
 use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
 pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
@@ -275,7 +275,7 @@ pub struct PassShares {
 /// Up to `most` shares of `length` elements, in multiples of `unit`.
 fn shares_of(length: usize, most: u32, unit: u32) -> Shares {
     let length = length as u32;
-    let each = length.div_ceil(most.clamp(1, Divider::MAX)).next_multiple_of(unit);
+    let each = length.div_ceil(most.clamp(1, Shares::MAX)).next_multiple_of(unit);
     Shares::new(length.div_ceil(each), each)
 }
 
@@ -363,7 +363,7 @@ fn sums_room(projection: &Projection, pairs: usize) -> u64 {
         let widest = prefill::Shape { rows: tile.rows(), width: prefill::MAX_WIDTH };
         let shape = prefill_shape(projection, tile).unwrap_or(widest);
         let passes = projection.sizes().slices as u64 * tiles(projection, pairs, shape.rows);
-        let shares = (2 * MOST_SHARING * u64::from(shape.blocks())).min(passes * u64::from(Divider::MAX));
+        let shares = (2 * MOST_SHARING * u64::from(shape.blocks())).min(passes * u64::from(Shares::MAX));
         shares.max(passes) * prefill::exchange_bytes(shape, 1)
     };
     PrefillTile::ALL.map(of).into_iter().fold(0, u64::max).min(MAX_PARTIAL * size_of::<f32>() as u64)
@@ -689,16 +689,23 @@ impl DecodeShape {
                 return None;
             }
             let tiles = tiles(projection, pairs, count);
-            let room = if finds { Room::new(pairs as u32, tiles as u32) } else { Room::NONE };
             let most_blocks = decode_blocks(rows);
             let cluster =
                 heuristics::decode_cluster(pairs, count, most_blocks, sizes, limits, options.cluster);
-            let fixed = decode::fixed_bytes(count, sizes.max_rank as u32, cluster, room);
             // Where segments and h leave too little room for several blocks, one takes all.
             (1..=most_blocks).rev().find_map(|blocks| {
+                let (mut room, mut scratch) = (Room::NONE, 0);
+                if finds {
+                    let units = tiles * sizes.slices as u64;
+                    let own = units.div_ceil(heuristics::decode_clusters(units, cluster, blocks, limits));
+                    let (pairs, buckets) = (pairs as u32, buckets(projection) - 1);
+                    room = Room::new(pairs, buckets, tiles as u32, count, own as u32);
+                    scratch = room.scratch_bytes(pairs, buckets);
+                }
+                let fixed = decode::fixed_bytes(count, sizes.max_rank as u32, cluster, room);
                 let left = limits.shared_bytes_of(blocks).checked_sub(fixed)?;
                 let stages = decode_stages(projection, count, left)?;
-                let has_scratch = !finds || ring_bytes(count, stages) >= room.scratch_bytes();
+                let has_scratch = ring_bytes(count, stages) >= scratch;
                 has_scratch.then_some(DecodeShape { rows, cluster, finds, room, stages, blocks })
             })
         })
@@ -843,7 +850,7 @@ fn most_shares(projection: &Projection, pairs: usize, route: RouteSource, tile: 
     }
     let room = sums_room(projection, pairs);
     let fits = |shares: &u32| passes * prefill::exchange_bytes(shape, *shares) <= room;
-    (1..=Divider::MAX).rev().find(fits).unwrap_or(0)
+    (1..=Shares::MAX).rev().find(fits).unwrap_or(0)
 }
 
 /// The tiles of a call's route, and the parts that a kernel with tiles of its own takes them in.

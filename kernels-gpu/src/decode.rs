@@ -29,7 +29,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 384 | barriers |
+//! | 384 | barriers, and the number of units |
 //! | [`Room::shared_bytes`] | the segments |
 //! | 2 × ROWS × `row_bytes(R)` | h, in turns |
 //! | 4 × ROWS × 80 | the shrink warps' sums of 16 ranks |
@@ -71,9 +71,10 @@ const RUN: u32 = 32;
 /// Rows of a matrix of weights that a warp multiplies at a time.
 const GROUP: u32 = 16;
 
-/// Bytes of the barriers: two a stage of each ring, two for each turn of h, and one for the first stages of shrink.
+/// Bytes of the barriers: two a stage of each ring, two for each turn of h, and one for the first stages of shrink; and of
+/// the number of units.
 const BARRIER_BYTES: u32 = 384;
-const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 5));
+const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 5) + 4);
 
 /// Bytes from one row of `elements` elements of K or of ranks to the next: an odd multiple of 64, so that two quads
 /// that read two rows at once meet different banks.
@@ -138,7 +139,7 @@ mod kernel {
     use crate::arch::{async_copy, barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
     use crate::params::{DecodeParams, Tile, count};
-    use crate::segments::{self, Segments};
+    use crate::segments::{Deal, Segments};
     use crate::tile::{select_slice, unroll};
 
     /// Threads that shrink, or that expand.
@@ -201,6 +202,18 @@ mod kernel {
     #[inline(always)]
     fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
         tile.matrix::<I>(experts).times(I::from_u32(rows))
+    }
+
+    /// Where the number of units of the launch is.
+    #[inline(always)]
+    fn unit_count() -> Shared {
+        Shared::base().offset(BARRIER_BYTES - 4)
+    }
+
+    /// Whether segments that are to be found are found in registers, and all of them.
+    #[inline(always)]
+    fn is_few(p: &DecodeParams) -> bool {
+        p.room.lists_all()
     }
 
     /// The barrier of this number.
@@ -378,24 +391,17 @@ mod kernel {
         #[inline(always)]
         unsafe fn each_unit(&self, rows: u32, mut body: impl FnMut(Unit)) {
             let p = self.p;
-            let accumulate = p.accumulate != 0;
-            let tiles = if p.finds != 0 {
-                if accumulate { self.found.active } else { self.found.tiles }
-            } else {
-                let count = if accumulate { count::ACTIVE } else { count::ALL };
-                // SAFETY: `counts` has `count::LEN` elements.
-                unsafe { p.route.counts.at(count).load() }
-            };
-            let end = tiles * p.tile_parts * p.slices;
             let mut next = thread::block() >> log2(self.blocks);
-            while next < end {
-                let number = p.over_slices.quotient(next);
-                let slice = next - number * p.slices;
+            // SAFETY: the number was stored before a barrier. Read anew each time, it takes no register.
+            while next < unsafe { unit_count().load() } {
+                let unit = next;
+                let number = p.over_slices.quotient(unit);
+                let slice = unit - number * p.slices;
                 next += p.clusters;
-                // SAFETY: the tile is one of `tiles`.
+                // SAFETY: the tile is one of `tiles`, the unit one of the cluster's.
                 let tile = unsafe {
                     if p.finds != 0 {
-                        self.found.tile(number)
+                        self.found.tile(&p.room, p.over_listed.quotient(unit))
                     } else {
                         let whole = p.over_parts.quotient(number);
                         let tile = p.route.tiles.at(whole).load_tile();
@@ -891,8 +897,7 @@ mod kernel {
     ) {
         let p = context.p;
         let accumulate = p.accumulate != 0;
-        let (g, c) = (thread::lane() / 4, thread::lane() % 4);
-        let warp = worker() / 32;
+        let c = thread::lane() % 4;
         let mut shares = Shares::new(context, 0);
         let mut columns = Columns::new(context);
         // Units whose h was received.
@@ -928,7 +933,8 @@ mod kernel {
             };
             if tile.rank == 0 {
                 // Inactive pairs: untouched, or overwritten by zeros.
-                let mut column = columns.first + GROUP * warp + 2 * g;
+                let me = thread::index_anew() % ROLE_THREADS;
+                let mut column = columns.first + GROUP * (me / 32) + 2 * (me % 32 / 4);
                 while column < columns.end && !accumulate {
                     unroll::<FRAGMENTS>(|f| unroll::<2>(|i| store(f, i, column, 0)));
                     column += GROUP * WORKERS;
@@ -1048,25 +1054,43 @@ mod kernel {
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
-        let few = p.route.pair_count <= segments::FEW;
-        if p.finds != 0 && !few {
+        if p.finds != 0 && !is_few(&p) {
             // SAFETY: the rings are not in use yet.
-            unsafe { Segments::prepare(start, p.room) };
+            unsafe { Segments::prepare(&p.route, start, &p.room) };
             barrier::sync();
         }
         grid::wait_for_previous();
         grid::let_next_start();
 
+        let deal = Deal {
+            cluster: thread::block() >> log2(blocks),
+            clusters: p.clusters,
+            slices: p.slices,
+            over_slices: p.over_slices,
+        };
         // SAFETY: as the caller promises; the rings are not in use yet.
         let found = unsafe {
             if p.finds == 0 {
                 Segments::none(found_at)
-            } else if few {
-                Segments::find_few::<ROWS>(&p.route, found_at, p.room)
+            } else if is_few(&p) {
+                Segments::find_few::<ROWS>(&p.route, found_at, &p.room)
             } else {
-                Segments::find::<ROWS>(&p.route, found_at, start, p.room)
+                Segments::find::<ROWS>(&p.route, &deal, block == 0, found_at, start, &p.room)
             }
         };
+        if thread::index() == 0 {
+            let tiles = if p.finds == 0 {
+                let count = if p.accumulate != 0 { count::ACTIVE } else { count::ALL };
+                // SAFETY: `counts` has `count::LEN` elements.
+                unsafe { p.route.counts.at(count).load() }
+            } else if p.accumulate != 0 {
+                found.active
+            } else {
+                found.tiles
+            };
+            // SAFETY: the word is nobody else's.
+            unsafe { unit_count().store(tiles * p.tile_parts * p.slices) };
+        }
         // The rings held the scratch of the search.
         bulk::fence();
         barrier::sync();
@@ -1086,8 +1110,8 @@ mod kernel {
             } else {
                 if warp < FILL + FILLERS {
                     fill_shrink::<I, ROWS>(&context, shrink_ring, warp - FILL);
-                    if p.finds != 0 && thread::block() == 0 && warp == FILL {
-                        found.keep(&p.route);
+                    if p.finds != 0 && is_few(&p) && thread::block() == 0 && warp == FILL {
+                        found.keep(&p.route, &p.room);
                     }
                 } else {
                     fill_expand::<I, ROWS>(&context, expand_ring);

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 /// Most slices of a projection.
 pub const MAX_SLICES: usize = 4;
 
-/// Division of 31-bit numbers by a divisor of 1 ..= 64 that is known when the block is made: a
+/// Division of 31-bit numbers by a 31-bit divisor that is known when the block is made: a
 /// multiplication and a shift.
 ///
 /// With `shift = ⌈log2 d⌉` and `magic = ⌈2^(31+shift) / d⌉`, `magic·d − 2^(31+shift) < 2^shift`, so
@@ -26,7 +26,7 @@ pub struct Divider {
 
 impl Divider {
     /// Largest divisor.
-    pub const MAX: u32 = 64;
+    pub const MAX: u32 = i32::MAX as u32;
 
     /// Division by `divisor`, which must be 1 ..= [`Divider::MAX`].
     ///
@@ -61,6 +61,9 @@ pub struct Shares {
 }
 
 impl Shares {
+    /// Most shares.
+    pub const MAX: u32 = 64;
+
     /// None.
     pub const NONE: Self = Shares { count: 0, each: 0, over_count: Divider::new(1) };
 
@@ -166,6 +169,8 @@ pub struct RouteParams {
     pub slots: u32,
     /// E.
     pub experts: u32,
+    /// A bucket over these gives its slot.
+    pub over_experts: Divider,
     /// Length of `expert_map`; E without one.
     pub global_experts: u32,
     /// R.
@@ -430,8 +435,9 @@ pub struct DecodeParams {
     pub expand_stages: u32,
     /// Clusters of the launch.
     pub clusters: u32,
-    /// Keeps the block a multiple of 8 bytes.
-    pub reserved: u32,
+    /// The number of a unit over these gives its tile's place in the list of those that were found: over the slices
+    /// where all tiles are listed, over the clusters where a cluster lists those of its units.
+    pub over_listed: Divider,
 }
 
 /// Which products `prefill` computes.
@@ -527,7 +533,7 @@ mod tests {
     fn divider_divides_like_the_processor() {
         let numbers = (0..10_000).chain((0..10_000).map(|i| i32::MAX as u32 - i));
         for n in numbers {
-            for d in 1..=Divider::MAX {
+            for d in (1..=64).chain([127, 128, 129, 264, 40_000, 65_535, 65_537, 1 << 30, Divider::MAX]) {
                 assert_eq!(Divider::new(d).quotient(n), n / d, "{n} / {d}");
             }
         }

@@ -838,7 +838,7 @@ mod kernel {
         (first, end): (u32, u32),
         tile: u32,
     ) {
-        let slot = quotient(bucket, p.experts);
+        let slot = p.over_experts.quotient(bucket);
         let expert = bucket - slot * p.experts;
         let rows = (end - first).min(p.tile_rows);
         // SAFETY: as the caller promises; the ranks are staged.

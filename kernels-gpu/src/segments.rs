@@ -1,35 +1,35 @@
 //! Segments found by one block on its own: what `route` does, for calls of so few pairs that a launch would
 //! take longer.
 //!
-//! Every block of a launch finds the same tiles, in the same order, so the blocks agree on who takes what without
-//! meeting. A hash table in shared memory lists the pairs of each segment; a pair that walks the list of its own
-//! knows how many come before it. Every [`Tile`]'s first pair is its *lead*: tiles of active pairs come in the order of
-//! their leads, those of inactive pairs last. The pairs of a segment are in ascending order; where in the list of pairs
-//! a segment lies is each block's own affair.
+//! Every block finds the same tiles, in the same order: that of buckets, as `route` has it, those of inactive pairs last. So
+//! the blocks agree on who takes what without meeting, and a cluster lists only the units that it takes itself. Pairs are
+//! counted by segment; every warp adds up all counts on its own, which tells it in which segment a tile lies, and then looks
+//! through the list of pairs for those of the tile. All threads run through the code once, so it costs its instructions: what is
+//! done for every pair is little, and what takes more is done for few units.
 //!
-//! All threads run through the code once, so it costs its instructions, fetched once each: loops over a thread's pairs,
-//! with what is known of a pair in shared memory, take less time than the same unrolled, with it in registers.
+//! Where there are few (slot, expert) a segment is counted at its bucket's number ([`MAX_DIRECT`]). Otherwise a hash table
+//! gives it a place; so that all blocks give it the same, a place keeps the smallest key that has come to it, and larger ones go on to the
+//! next: the table then does not depend on who came first (Shun and Blelloch, "Phase-concurrent hash tables for
+//! determinism", 2014).
+//!
+//! Up to [`FEW`] pairs each warp finds the segments in registers, and the first stores all of them.
 //!
 //! Shared memory that stays, for as many pairs and tiles as [`Room`] says:
 //!
 //! | bytes | what |
 //! |---|---|
-//! | pairs × 4 | the pairs, segment after segment |
+//! | pairs × 4 | the pairs, tile after tile |
 //! | tiles × 8 | tiles: slot and expert, first pair, rows and rank |
 //!
-//! and that is free again once they are found ([`Room::scratch_bytes`]):
+//! and that is free again once they are found ([`Room::scratch_bytes`]), none for few pairs:
 //!
 //! | bytes | what |
 //! |---|---|
-//! | places × 4 × 4 | the table: of each place slot and expert, of each a pair, the rank in use, the position of the segment |
-//! | pairs × 4 | the next pair of each pair's segment |
-//! | pairs × 4 | of each pair: its place, how many of the segment come before it, rows of the tile that it leads |
-//! | 2 × 128 | of each 32 pairs: which are leads, and which are inactive |
-//! | 16 | pairs that have positions |
-//!
-//! The table has as many places as twice the pairs, rounded up to a power of two.
-//!
-//! [`Tile`]: crate::params::Tile
+//! | (places, in [`SWEEP`]s, + 4) × 4 | pairs of each segment, then the inactive ones |
+//! | places × 4 | the bucket of each place, unless it is the place's number |
+//! | pairs × 4, in [`LOOK`]s | the place of each pair's segment |
+
+use crate::params::Divider;
 
 /// Most pairs.
 pub const MAX_PAIRS: u32 = 1024;
@@ -37,9 +37,12 @@ pub const MAX_PAIRS: u32 = 1024;
 pub const FEW: u32 = 32;
 /// Threads of the block.
 pub const THREADS: u32 = 352;
-/// Bytes of a bit for each pair.
-const BITS: u32 = MAX_PAIRS / 8;
-const _: () = assert!(MAX_PAIRS / 32 <= 32, "a lane of a warp for each 32 pairs");
+/// Most buckets of active pairs that are counted at their own number.
+pub const MAX_DIRECT: u32 = 1024;
+/// Counts that a warp adds up at a time.
+const SWEEP: u32 = 256;
+/// Pairs that a warp looks through at a time.
+const LOOK: u32 = 128;
 
 /// Most slots, and most experts: a number of each, and one more, must fit half a word.
 pub const MAX_NUMBER: u32 = (1 << 16) - 1;
@@ -53,15 +56,36 @@ pub struct Room {
     pub pairs: u32,
     /// Tiles: a multiple of 2.
     pub tiles: u32,
+    /// Segments that are counted, without that of inactive pairs: as many as buckets, or a power of two.
+    pub places: u32,
 }
 
 impl Room {
     /// Nothing.
-    pub const NONE: Self = Room { pairs: 0, tiles: 0 };
+    pub const NONE: Self = Room { pairs: 0, tiles: 0, places: 0 };
 
-    /// For `pairs` pairs in at most `tiles` tiles.
-    pub const fn new(pairs: u32, tiles: u32) -> Self {
-        Room { pairs: pairs.next_multiple_of(4), tiles: tiles.next_multiple_of(2) }
+    /// For `pairs` pairs of `buckets` buckets in at most `tiles` tiles of `rows` pairs, of which a cluster takes at most `own`.
+    pub const fn new(pairs: u32, buckets: u64, tiles: u32, rows: u32, own: u32) -> Self {
+        if pairs <= FEW {
+            return Self::of(pairs, tiles, 0);
+        }
+        let places = if buckets <= MAX_DIRECT as u64 {
+            buckets as u32
+        } else {
+            // At most two thirds of them are used.
+            let places = (pairs + pairs / 2).next_power_of_two();
+            if places < MIN_PLACES { MIN_PLACES } else { places }
+        };
+        Self::of(own * rows, own, places)
+    }
+
+    const fn of(pairs: u32, tiles: u32, places: u32) -> Self {
+        Room { pairs: pairs.next_multiple_of(4), tiles: tiles.next_multiple_of(2), places }
+    }
+
+    /// Whether all tiles are listed, as those of few pairs are, or what one cluster takes.
+    pub const fn lists_all(self) -> bool {
+        self.places == 0
     }
 
     /// Bytes that stay.
@@ -69,15 +93,46 @@ impl Room {
         self.pairs * 4 + self.tiles * 8
     }
 
-    /// Places of the table.
-    const fn places(self) -> u32 {
-        let pairs = self.pairs.next_power_of_two();
-        2 * if pairs < 32 { 32 } else { pairs }
+    /// Bytes that are free again once the segments of `pairs` pairs of `buckets` buckets are found.
+    pub const fn scratch_bytes(self, pairs: u32, buckets: u64) -> u32 {
+        let keys = if self.places as u64 == buckets { 0 } else { self.places };
+        if self.lists_all() { 0 } else { 4 * (counts(self.places) + keys + pairs.next_multiple_of(LOOK)) }
     }
+}
 
-    /// Bytes that are free again once the segments are found.
-    pub const fn scratch_bytes(self) -> u32 {
-        self.places() * 16 + self.pairs * 8 + 2 * BITS + 16
+/// The place of inactive pairs, after all others.
+const fn inactive_place(places: u32) -> u32 {
+    places.next_multiple_of(SWEEP)
+}
+
+/// Words of the counts of pairs.
+const fn counts(places: u32) -> u32 {
+    inactive_place(places) + 4
+}
+
+/// Fewest places of a hash table.
+const MIN_PLACES: u32 = 64;
+
+/// The units that a cluster takes: every `clusters`th from number `cluster` on. A unit is a tile and a slice.
+#[derive(Clone, Copy)]
+pub struct Deal {
+    /// Number of this cluster.
+    pub cluster: u32,
+    /// Clusters of the launch.
+    pub clusters: u32,
+    /// Slices of a tile.
+    pub slices: u32,
+    /// A number over these gives the tile.
+    pub over_slices: Divider,
+}
+
+impl Deal {
+    /// Tile and slice of the cluster's unit `entry`.
+    #[inline(always)]
+    pub fn unit(&self, entry: u32) -> [u32; 2] {
+        let number = self.cluster + entry * self.clusters;
+        let tile = self.over_slices.quotient(number);
+        [tile, number - tile * self.slices]
     }
 }
 
@@ -86,85 +141,184 @@ pub use kernel::Segments;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{BITS, FEW, MAX_PAIRS, Room, THREADS};
+    use super::{Deal, FEW, LOOK, Room, SWEEP, THREADS, counts, inactive_place};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, thread, warp};
     use crate::params::{RouteParams, Tile, count};
     use crate::route::{bucket_by, slot_rank};
     use crate::scan::inclusive;
+    use crate::tile::unroll;
 
-    /// A place of the table that is free, or no segment: no slot and expert are this number.
+    /// No segment: no slot and expert, no bucket and no place are this number.
     const FREE: u32 = u32::MAX;
-    /// No pair.
-    const NONE: u32 = u32::MAX;
-    /// What is known of an inactive pair.
-    const INACTIVE: u32 = u32::MAX;
-
-    /// Bits of a place's number, and of a pair's.
-    const PLACE_BITS: u32 = (2 * MAX_PAIRS).trailing_zeros();
-    const PAIR_BITS: u32 = MAX_PAIRS.trailing_zeros();
-    const _: () = assert!(PLACE_BITS + PAIR_BITS + 6 < 32);
+    /// Warps of the block.
+    const WARPS: u32 = THREADS / 32;
+    /// Counts that a lane adds up at a time.
+    const LANE_COUNTS: usize = SWEEP as usize / 32;
 
     /// Where things are in the scratch.
     #[derive(Clone, Copy)]
     struct Scratch {
         start: Shared,
-        room: Room,
+        places: u32,
+        /// Buckets of active pairs.
+        buckets: u32,
     }
 
     impl Scratch {
-        /// Slot and expert of a place of the table.
         #[inline(always)]
-        fn key(self, place: u32) -> Shared {
+        fn new(p: &RouteParams, start: Shared, room: &Room) -> Self {
+            Scratch { start, places: room.places, buckets: p.slots * p.experts }
+        }
+
+        /// Whether a segment's place is its bucket's number.
+        #[inline(always)]
+        fn is_direct(&self) -> bool {
+            self.places == self.buckets
+        }
+
+        /// The place of inactive pairs.
+        #[inline(always)]
+        fn inactive(&self) -> u32 {
+            inactive_place(self.places)
+        }
+
+        /// How many pairs a place's segment has.
+        #[inline(always)]
+        fn count(&self, place: u32) -> Shared {
             self.start.offset(4 * place)
         }
 
-        /// A pair of a place's segment.
+        /// The bucket of a place.
         #[inline(always)]
-        fn pair(self, place: u32) -> Shared {
-            self.key(self.room.places() + place)
+        fn key(&self, place: u32) -> Shared {
+            self.count(counts(self.places) + place)
         }
 
-        /// The rank in use of a place's segment.
+        /// The place of a pair's segment.
         #[inline(always)]
-        fn rank(self, place: u32) -> Shared {
-            self.pair(self.room.places() + place)
+        fn place(&self, pair: u32) -> Shared {
+            self.key(if self.is_direct() { 0 } else { self.places } + pair)
         }
 
-        /// The position of a place's segment in the list of pairs.
+        /// The place from which on a bucket's is looked for.
         #[inline(always)]
-        fn position(self, place: u32) -> Shared {
-            self.rank(self.room.places() + place)
+        fn home(&self, bucket: u32) -> u32 {
+            bucket.wrapping_mul(0x9e37_79b1) >> (32 - self.places.trailing_zeros())
         }
 
-        /// The next pair of a pair's segment.
+        /// The place after `place`.
         #[inline(always)]
-        fn next(self, pair: u32) -> Shared {
-            self.position(self.room.places() + pair)
+        fn after(&self, place: u32) -> u32 {
+            (place + 1) & (self.places - 1)
         }
 
-        /// What is known of a pair.
+        /// Enters a bucket of active pairs into the table.
+        ///
+        /// # Safety
+        /// The table must have been emptied, and have a free place.
         #[inline(always)]
-        fn known(self, pair: u32) -> Shared {
-            self.next(self.room.pairs + pair)
+        unsafe fn insert(&self, bucket: u32) {
+            let (mut key, mut place) = (bucket, self.home(bucket));
+            loop {
+                // SAFETY: the place is one of the table's.
+                let before = unsafe { self.key(place).fetch_min(key) };
+                if before == FREE || before == key {
+                    return;
+                }
+                key = key.max(before);
+                place = self.after(place);
+            }
         }
 
-        /// Which of 32 pairs are leads.
+        /// The place of a bucket of active pairs.
+        ///
+        /// # Safety
+        /// It must have been entered, and nobody enter others.
         #[inline(always)]
-        fn leads(self, group: u32) -> Shared {
-            self.known(self.room.pairs + group)
+        unsafe fn find(&self, bucket: u32) -> u32 {
+            let mut place = self.home(bucket);
+            // SAFETY: the place is one of the table's.
+            while unsafe { self.key(place).load() } != bucket {
+                place = self.after(place);
+            }
+            place
         }
 
-        /// Which of 32 pairs are inactive.
+        /// Notes a pair's place, and counts it.
+        ///
+        /// # Safety
+        /// The counts must have been emptied, and have that place.
         #[inline(always)]
-        fn inactive(self, group: u32) -> Shared {
-            self.leads(group).offset(BITS)
+        unsafe fn enter(&self, pair: u32, place: u32) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                self.place(pair).store(place);
+                self.count(place).fetch_add(1);
+            }
+        }
+    }
+
+    /// Tiles and pairs of a segment, in halves of a word.
+    #[inline(always)]
+    fn tiles_and_pairs<const ROWS: u32>(pairs: u32) -> u32 {
+        pairs.div_ceil(ROWS) << 16 | pairs
+    }
+
+    /// Sums of tiles and pairs, in halves of a word, over [`SWEEP`] places from `start` on, [`LANE_COUNTS`] a lane.
+    #[derive(Clone, Copy)]
+    struct Sweep {
+        start: u32,
+        /// How many pairs this lane's places have.
+        counts: [u32; LANE_COUNTS],
+        /// Before this lane's places.
+        before: u32,
+        /// Up to and with them.
+        through: u32,
+        /// Up to and with all.
+        end: u32,
+    }
+
+    impl Sweep {
+        /// Of the places from `start` on, with `past` tiles and pairs before them. The whole warp must come here.
+        ///
+        /// # Safety
+        /// The counts must have so many places.
+        #[inline(always)]
+        unsafe fn new<const ROWS: u32>(scratch: &Scratch, start: u32, past: u32) -> Self {
+            let first = start + LANE_COUNTS as u32 * thread::lane();
+            let mut counts = [0; LANE_COUNTS];
+            let mut here = 0;
+            unroll::<{ LANE_COUNTS / 4 }>(|four| {
+                // SAFETY: as the caller promises.
+                let loaded = unsafe { scratch.count(first + 4 * four as u32).load16() };
+                unroll::<4>(|i| {
+                    counts[4 * four + i] = loaded[i];
+                    here += tiles_and_pairs::<ROWS>(loaded[i]);
+                });
+            });
+            let through = past + inclusive(here);
+            Sweep { start, counts, before: through - here, through, end: warp::shuffle(through, 31) }
         }
 
-        /// Pairs that have positions.
+        /// The place whose segment has tile `number`, how many pairs the segment has, and how many tiles and pairs come
+        /// before it. The whole warp must come here, and the tile be one of these.
         #[inline(always)]
-        fn placed(self) -> Shared {
-            self.leads(0).offset(2 * BITS)
+        fn locate<const ROWS: u32>(&self, number: u32) -> [u32; 3] {
+            let owner = warp::ballot(self.through >> 16 <= number).count_ones();
+            // Each lane looks among its own places, and the owner's answer counts.
+            let (mut place, mut count, mut before) = (0, 0, 0);
+            let mut through = self.before;
+            unroll::<LANE_COUNTS>(|i| {
+                if through >> 16 <= number {
+                    (place, count, before) = (i as u32, self.counts[i], through);
+                }
+                through += tiles_and_pairs::<ROWS>(self.counts[i]);
+            });
+            place += self.start + LANE_COUNTS as u32 * thread::lane();
+            let mut found = [0; 3];
+            unroll::<3>(|i| found[i] = warp::shuffle([place, count, before][i], owner));
+            found
         }
     }
 
@@ -212,11 +366,11 @@ mod kernel {
         }
     }
 
-    /// The segments of a call, cut into tiles, in a block's shared memory.
+    /// The segments of a call, cut into tiles, in a block's shared memory: all tiles of a call of few pairs, otherwise those
+    /// of the cluster's units.
     #[derive(Clone, Copy)]
     pub struct Segments {
         start: Shared,
-        room: Room,
         /// Tiles of active pairs: these come first.
         pub active: u32,
         /// All tiles.
@@ -225,11 +379,11 @@ mod kernel {
 
     impl Segments {
         #[inline(always)]
-        fn tile_at(&self, number: u32) -> Shared {
-            self.start.offset(4 * self.room.pairs + 8 * number)
+        fn tile_at(&self, room: &Room, number: u32) -> Shared {
+            self.start.offset(4 * room.pairs + 8 * number)
         }
 
-        /// Where pair `number` of the sorted list is.
+        /// Where pair `number` of the list is.
         #[inline(always)]
         pub fn pair_at(&self, number: u32) -> Shared {
             self.start.offset(4 * number)
@@ -238,33 +392,32 @@ mod kernel {
         /// No segments.
         #[inline(always)]
         pub fn none(start: Shared) -> Self {
-            Segments { start, room: Room::NONE, active: 0, tiles: 0 }
+            Segments { start, active: 0, tiles: 0 }
         }
 
-        /// Empties the table in `scratch`, for `room` pairs. The whole block must come here, and meet before it comes to
+        /// Empties what is in `scratch`. The whole block must come here, and meet before it comes to
         /// [`Segments::find`]; nothing is read that a launch before this one may write.
         ///
         /// # Safety
-        /// `scratch` must have room for the table.
+        /// `scratch` must have room for it.
         #[inline(always)]
-        pub unsafe fn prepare(scratch: Shared, room: Room) {
-            let scratch = Scratch { start: scratch, room };
-            let mut number = 4 * thread::index();
-            // SAFETY: the places are in the table, whose rows are multiples of 16 bytes.
-            unsafe {
-                if number == 0 {
-                    scratch.placed().store(0);
-                }
-                while number < room.places() {
-                    scratch.key(number).store16([FREE; 4]);
-                    scratch.pair(number).store16([NONE; 4]);
-                    number += 4 * THREADS;
-                }
+        pub unsafe fn prepare(p: &RouteParams, scratch: Shared, room: &Room) {
+            let scratch = Scratch::new(p, scratch, room);
+            let counts = counts(scratch.places);
+            let keys = if scratch.is_direct() { 0 } else { scratch.places };
+            let end = counts + keys + p.pair_count.next_multiple_of(LOOK);
+            let mut word = 4 * thread::index();
+            while word < end {
+                let empty = if word < counts { 0 } else { FREE };
+                // SAFETY: counts, keys and places are multiples of four, and follow one another.
+                unsafe { scratch.count(word).store16([empty; 4]) };
+                word += 4 * THREADS;
             }
         }
 
-        /// Finds them, and cuts them into tiles of `ROWS` pairs. The whole block must come here, with the `scratch` and
-        /// `room` of [`Segments::prepare`], and meet before it uses the result.
+        /// Finds them, cut into tiles of `ROWS` pairs, and lists the units of `deal`; those of slice 0 are also left where
+        /// `route` would have left them, for later calls, if this block `keeps` them. The whole block must come here, with the
+        /// `scratch` and `room` of [`Segments::prepare`], and meet before it uses the result.
         ///
         /// # Safety
         /// Every tensor of `p` must be as its field says, and hold no more than there is room for; `start` and `scratch` must
@@ -272,123 +425,168 @@ mod kernel {
         #[inline(always)]
         pub unsafe fn find<const ROWS: u32>(
             p: &RouteParams,
+            deal: &Deal,
+            keeps: bool,
             start: Shared,
             scratch: Shared,
-            room: Room,
+            room: &Room,
         ) -> Self {
-            let pair_count = p.pair_count;
-            let scratch = Scratch { start: scratch, room };
-            let lane = thread::lane();
+            let scratch = Scratch::new(p, scratch, room);
 
-            // Each active pair into the list of its segment. The next pair's ids are asked for before.
+            // Each pair to the count of its segment. The next pair's ids are asked for before.
             // SAFETY: as the caller promises.
             let ids = |pair: u32| unsafe { ids(p, pair) };
             let mut next = ids(thread::index());
-            let shift = 32 - room.places().trailing_zeros();
-            each_pair(pair_count, |pair, exists| {
+            each_pair(p.pair_count, |pair, exists| {
                 let [slot, global_expert] = next;
                 next = ids(pair + THREADS);
                 if exists {
-                    let mut known = INACTIVE;
-                    // SAFETY: as the caller promises; the table has twice as many places as there are pairs, so a free
-                    // one is found.
+                    // SAFETY: as the caller promises.
                     unsafe {
-                        let (key, rank) = segment(p, slot, global_expert);
-                        if key != FREE {
-                            let mut number = key.wrapping_mul(0x9e37_79b1) >> shift;
-                            loop {
-                                let before = scratch.key(number).compare_exchange(FREE, key);
-                                if before == FREE {
-                                    scratch.rank(number).store(rank);
-                                }
-                                if before == FREE || before == key {
-                                    break;
-                                }
-                                number = (number + 1) & (room.places() - 1);
+                        let bucket = bucket_by(p, slot, global_expert, |slot| slot_rank(p, slot));
+                        if scratch.is_direct() {
+                            let is_active = bucket < scratch.buckets;
+                            scratch.enter(pair, if is_active { bucket } else { scratch.inactive() });
+                        } else {
+                            scratch.place(pair).store(bucket);
+                            if bucket < scratch.buckets {
+                                scratch.insert(bucket);
                             }
-                            let other = scratch.pair(number).exchange(pair);
-                            scratch.next(pair).store(other);
-                            known = number;
                         }
-                        scratch.known(pair).store(known);
                     }
                 }
             });
             // Lanes leave the loops above one by one, and `bar.sync` wants whole warps.
             warp::sync();
             barrier::sync();
-
-            // How many of its segment come before each, and where the segment's pairs are to be.
-            each_pair(pair_count, |pair, exists| {
-                // SAFETY: all lists are whole.
-                unsafe {
-                    let place = if exists { scratch.known(pair).load() } else { INACTIVE };
-                    let is_active = place != INACTIVE;
-                    let (mut before, mut size) = (0, 0);
-                    if is_active {
-                        let mut other = scratch.pair(place).load();
-                        while other != NONE {
-                            before += (other < pair) as u32;
-                            size += 1;
-                            other = scratch.next(other).load();
+            if !scratch.is_direct() {
+                each_pair(p.pair_count, |pair, exists| {
+                    if exists {
+                        // SAFETY: this thread stored the bucket; all are in the table.
+                        unsafe {
+                            let bucket = scratch.place(pair).load();
+                            let is_active = bucket < scratch.buckets;
+                            let place = if is_active { scratch.find(bucket) } else { scratch.inactive() };
+                            scratch.enter(pair, place);
                         }
-                        if before == 0 {
-                            let position = scratch.placed().fetch_add(size);
-                            scratch.position(place).store(position);
-                        }
-                        let rows = (size - before).min(ROWS);
-                        scratch.known(pair).store((rows << PAIR_BITS | before) << PLACE_BITS | place);
                     }
-                    let leads = warp::ballot(is_active && before.is_multiple_of(ROWS));
-                    let inactive = warp::ballot(exists && !is_active);
-                    if lane == 0 {
-                        scratch.leads(pair / 32).store(leads);
-                        scratch.inactive(pair / 32).store(inactive);
-                    }
-                }
-            });
-            barrier::sync();
-
-            // A lane counts the leads and the inactive of 32 pairs, in halves of a word.
-            let (mut leads, mut inactive) = (0, 0);
-            if 32 * lane < pair_count {
-                // SAFETY: as many words were stored.
-                unsafe { (leads, inactive) = (scratch.leads(lane).load(), scratch.inactive(lane).load()) };
+                });
+                warp::sync();
+                barrier::sync();
             }
-            let here = leads.count_ones() << 16 | inactive.count_ones();
-            let through = inclusive(here);
-            let total = warp::shuffle(through, 31);
-            let [active_tiles, inactive_pairs] = [total >> 16, total & 0xffff];
-            let tiles = active_tiles + inactive_pairs.div_ceil(ROWS);
-            let found = Segments { start, room, active: active_tiles, tiles };
 
-            // Each pair to its position, and the tiles that they lead.
-            each_pair(pair_count, |pair, exists| {
-                let group = pair / 32;
-                let below = (1 << lane) - 1;
-                let leads = (warp::shuffle(leads, group) & below).count_ones();
-                let inactive = (warp::shuffle(inactive, group) & below).count_ones();
-                let before_group = warp::shuffle(through - here, group);
-                if exists {
-                    // SAFETY: every pair has a place in the list, and there is room for the tiles.
-                    unsafe {
-                        let known = scratch.known(pair).load();
-                        if known != INACTIVE {
-                            let place = known & ((1 << PLACE_BITS) - 1);
-                            let (key, rank) = (scratch.key(place).load(), scratch.rank(place).load());
-                            let first = scratch.position(place).load();
-                            let before = known >> PLACE_BITS & ((1 << PAIR_BITS) - 1);
-                            let rows = known >> (PLACE_BITS + PAIR_BITS);
-                            let number = (before_group >> 16) + leads;
-                            found.put::<ROWS>(pair, first, before, number, [key, rows << 10 | rank]);
-                        } else {
-                            let before = (before_group & 0xffff) + inactive;
-                            found.put_inactive::<ROWS>(p, pair, inactive_pairs, before);
+            // Every warp goes through all segments, and lists every so many of the cluster's units.
+            let mut found = Self::none(start);
+            let mut entry = thread::warp();
+            // SAFETY: all counts are there.
+            unsafe {
+                let inactive = scratch.count(scratch.inactive()).load();
+                let mut sweep = Sweep::new::<ROWS>(&scratch, 0, 0);
+                loop {
+                    let [number, slice] = deal.unit(entry);
+                    while number >= sweep.end >> 16 && sweep.start + SWEEP < scratch.places {
+                        sweep = Sweep::new::<ROWS>(&scratch, sweep.start + SWEEP, sweep.end);
+                    }
+                    found.active = sweep.end >> 16;
+                    found.tiles = found.active + inactive.div_ceil(ROWS);
+                    if number >= found.tiles {
+                        break;
+                    }
+                    let segment = if number < found.active {
+                        sweep.locate::<ROWS>(number)
+                    } else {
+                        [scratch.inactive(), inactive, sweep.end]
+                    };
+                    found.list::<ROWS>(p, room, &scratch, segment, number, entry, keeps && slice == 0);
+                    entry += WARPS;
+                }
+                if keeps && deal.cluster == 0 && thread::index() == 0 {
+                    found.keep_counts(p);
+                }
+            }
+            found
+        }
+
+        /// Lists tile `number`, which lies in the segment of a place of so many pairs, with as many tiles and pairs before it,
+        /// as unit `entry` of the cluster. The whole warp must come here.
+        ///
+        /// # Safety
+        /// As for [`Segments::find`]; there must be room for the unit.
+        #[inline(always)]
+        unsafe fn list<const ROWS: u32>(
+            &self,
+            p: &RouteParams,
+            room: &Room,
+            scratch: &Scratch,
+            [place, count, before]: [u32; 3],
+            number: u32,
+            entry: u32,
+            is_kept: bool,
+        ) {
+            // The tile's pairs among those of the segment.
+            let skipped = (number - (before >> 16)) * ROWS;
+            let rows = (count - skipped).min(ROWS);
+            let first = (before & 0xffff) + skipped;
+            let lane = thread::lane();
+            let below = (1 << lane) - 1;
+            let mut seen = 0;
+            let mut at = 0;
+            while seen < skipped + rows {
+                // SAFETY: the segment has so many pairs, so the list does not end before.
+                let places = unsafe { scratch.place(at + 4 * lane).load16() };
+                let mut is_any = false;
+                unroll::<4>(|i| is_any |= places[i] == place);
+                if warp::ballot(is_any) != 0 {
+                    let mut lanes = [0; 4];
+                    let mut position = seen;
+                    unroll::<4>(|i| {
+                        lanes[i] = warp::ballot(places[i] == place);
+                        position += (lanes[i] & below).count_ones();
+                    });
+                    unroll::<4>(|i| {
+                        if places[i] == place {
+                            let row = position.wrapping_sub(skipped);
+                            if row < rows {
+                                let pair = at + 4 * lane + i as u32;
+                                // SAFETY: there is room for the unit's pairs.
+                                unsafe {
+                                    self.pair_at(entry * ROWS + row).store(pair);
+                                    if is_kept {
+                                        p.pairs.at(first + row).store(pair);
+                                    }
+                                }
+                            }
+                            position += 1;
                         }
+                        seen += lanes[i].count_ones();
+                    });
+                }
+                at += LOOK;
+            }
+            // SAFETY: as the caller promises; a place in use has a bucket.
+            unsafe {
+                let bucket = if scratch.is_direct() || place == scratch.inactive() {
+                    place.min(scratch.buckets)
+                } else {
+                    scratch.key(place).load()
+                };
+                let slot = p.over_experts.quotient(bucket);
+                let expert = bucket - slot * p.experts;
+                let rank = slot_rank(p, slot);
+                if lane == 0 {
+                    self.put_tile(room, entry, [slot << 16 | expert, entry * ROWS, rows << 10 | rank]);
+                    if is_kept {
+                        p.tiles.at(number).store_tile(Tile {
+                            slot,
+                            expert,
+                            first,
+                            rows,
+                            rank,
+                            reserved: [0; 3],
+                        });
                     }
                 }
-            });
-            found
+            }
         }
 
         /// As [`Segments::find`], of at most [`FEW`] pairs: each warp finds them on its own, in registers, and the first
@@ -397,7 +595,7 @@ mod kernel {
         /// # Safety
         /// As for [`Segments::find`].
         #[inline(always)]
-        pub unsafe fn find_few<const ROWS: u32>(p: &RouteParams, start: Shared, room: Room) -> Self {
+        pub unsafe fn find_few<const ROWS: u32>(p: &RouteParams, start: Shared, room: &Room) -> Self {
             let pair = thread::lane();
             let exists = pair < p.pair_count;
             // SAFETY: as the caller promises.
@@ -423,19 +621,39 @@ mod kernel {
             let leads = warp::ballot(is_active && before.is_multiple_of(ROWS));
             let inactive = warp::ballot(exists && !is_active);
             let (active, inactive_pairs) = (leads.count_ones(), inactive.count_ones());
-            let found = Segments { start, room, active, tiles: active + inactive_pairs.div_ceil(ROWS) };
+            let tiles = active + inactive_pairs.div_ceil(ROWS);
+            let found = Segments { start, active, tiles };
             if thread::warp() == 0 && exists {
                 // SAFETY: every pair has a place in the list, and there is room for the tiles.
                 unsafe {
                     if is_active {
                         let tile = [key, (size - before).min(ROWS) << 10 | rank];
-                        found.put::<ROWS>(pair, position, before, (leads & below).count_ones(), tile);
+                        found.put::<ROWS>(room, pair, position, before, (leads & below).count_ones(), tile);
                     } else {
-                        found.put_inactive::<ROWS>(p, pair, inactive_pairs, (inactive & below).count_ones());
+                        found.put_inactive::<ROWS>(
+                            p,
+                            room,
+                            pair,
+                            inactive_pairs,
+                            (inactive & below).count_ones(),
+                        );
                     }
                 }
             }
             found
+        }
+
+        /// Stores a tile: slot and expert, the position of its first pair, rows and rank.
+        ///
+        /// # Safety
+        /// There must be room for it.
+        #[inline(always)]
+        unsafe fn put_tile(&self, room: &Room, number: u32, [which, first, what]: [u32; 3]) {
+            // SAFETY: as the caller promises.
+            unsafe {
+                self.tile_at(room, number).store(which);
+                self.tile_at(room, number).offset(4).store(first << 16 | what);
+            }
         }
 
         /// Stores a pair, with the position of its segment and how many of that come before it; and tile `number`, if the
@@ -446,19 +664,19 @@ mod kernel {
         #[inline(always)]
         unsafe fn put<const ROWS: u32>(
             &self,
+            room: &Room,
             pair: u32,
             first: u32,
             before: u32,
             number: u32,
-            tile: [u32; 2],
+            [which, what]: [u32; 2],
         ) {
             let position = first + before;
             // SAFETY: as the caller promises.
             unsafe {
                 self.pair_at(position).store(pair);
                 if before.is_multiple_of(ROWS) {
-                    self.tile_at(number).store(tile[0]);
-                    self.tile_at(number).offset(4).store(position << 16 | tile[1]);
+                    self.put_tile(room, number, [which, position, what]);
                 }
             }
         }
@@ -468,10 +686,19 @@ mod kernel {
         /// # Safety
         /// As for [`Segments::put`].
         #[inline(always)]
-        unsafe fn put_inactive<const ROWS: u32>(&self, p: &RouteParams, pair: u32, all: u32, before: u32) {
+        unsafe fn put_inactive<const ROWS: u32>(
+            &self,
+            p: &RouteParams,
+            room: &Room,
+            pair: u32,
+            all: u32,
+            before: u32,
+        ) {
             let tile = [p.slots << 16, (all - before).min(ROWS) << 10];
             // SAFETY: as the caller promises.
-            unsafe { self.put::<ROWS>(pair, p.pair_count - all, before, self.active + before / ROWS, tile) };
+            unsafe {
+                self.put::<ROWS>(room, pair, p.pair_count - all, before, self.active + before / ROWS, tile)
+            };
         }
 
         /// Tile `number`.
@@ -479,34 +706,46 @@ mod kernel {
         /// # Safety
         /// There must be such a tile.
         #[inline(always)]
-        pub unsafe fn tile(&self, number: u32) -> Tile {
+        pub unsafe fn tile(&self, room: &Room, number: u32) -> Tile {
             // SAFETY: as the caller promises.
-            let [which, what] = unsafe { [0, 4].map(|word| self.tile_at(number).offset(word).load()) };
+            let [which, what] = unsafe { [0, 4].map(|word| self.tile_at(room, number).offset(word).load()) };
             let (slot, expert) = (which >> 16, which & 0xffff);
             let (first, rows, rank) = (what >> 16, what >> 10 & 63, what & 1023);
             Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
         }
 
-        /// Leaves all where `route` would have left it, for later calls. One whole warp of the launch must come here.
+        /// Leaves all of [`Segments::find_few`] where `route` would have left it, for later calls. One whole warp of the launch
+        /// must come here.
         ///
         /// # Safety
         /// The tensors of `p` must be as their fields say.
         #[inline(always)]
-        pub unsafe fn keep(&self, p: &RouteParams) {
+        pub unsafe fn keep(&self, p: &RouteParams, room: &Room) {
+            let i = thread::lane();
             // SAFETY: there is room for all pairs and tiles, and all were found.
             unsafe {
-                let mut i = thread::lane();
-                while i < p.pair_count {
+                if i < p.pair_count {
                     p.pairs.at(i).store(self.pair_at(i).load());
-                    if i < self.tiles {
-                        p.tiles.at(i).store_tile(self.tile(i));
-                    }
-                    i += 32;
                 }
-                if thread::lane() == 0 {
-                    p.counts.at(count::ACTIVE).store(self.active);
-                    p.counts.at(count::ALL).store(self.tiles);
+                if i < self.tiles {
+                    p.tiles.at(i).store_tile(self.tile(room, i));
                 }
+                if i == 0 {
+                    self.keep_counts(p);
+                }
+            }
+        }
+
+        /// Leaves the numbers of tiles.
+        ///
+        /// # Safety
+        /// As for [`Segments::keep`].
+        #[inline(always)]
+        unsafe fn keep_counts(&self, p: &RouteParams) {
+            // SAFETY: there is room for two counts.
+            unsafe {
+                p.counts.at(count::ACTIVE).store(self.active);
+                p.counts.at(count::ALL).store(self.tiles);
             }
         }
     }

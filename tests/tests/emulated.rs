@@ -162,6 +162,29 @@ fn ranks_of_any_number_of_groups_follow_one_another() {
     check_all(&cases, &ways).log();
 }
 
+/// Segments that `decode` finds by itself: counted at their buckets' numbers, in one sweep and in several, or in a hash table that is
+/// nearly as full as it gets; most pairs of one segment, and most inactive.
+#[test]
+fn segments_are_found_in_any_order_of_threads() {
+    let base = Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() };
+    let case = |seed: u64| {
+        let shape =
+            |tokens, top_k, experts, slots| Case { tokens, top_k, experts, slots, seed, ..base.clone() };
+        match seed % 6 {
+            0 => shape(40, 3, 16, 2),
+            1 => shape(70, 4, 128, 3),
+            2 => Case { accumulate: false, ..shape(21, 2, 600, 2) },
+            3 => Case { slices: 2, ..shape(84, 8, 512, 8) },
+            4 => Case { routing: Experts::One, loras: Loras::One, ..shape(60, 1, 90, 40) },
+            _ => Case { loras: Loras::OutOfRange, accumulate: false, ..shape(45, 2, 64, 40) },
+        }
+    };
+    let decode = Options { form: Some(PlanForm::Decode), ..Options::default() };
+    let ways = [1, 4].map(|cluster| Options { cluster: Some(cluster), ..decode });
+    let cases: Vec<_> = (0..SEEDS).map(case).collect();
+    check_all(&cases, &ways).log();
+}
+
 #[test]
 fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
     const EXPERTS: usize = 4;

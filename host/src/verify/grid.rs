@@ -49,10 +49,10 @@ pub fn quick_grid() -> Vec<Case> {
 }
 
 /// Every mode, in both forms and both types, on calls of many shapes: no tokens, one token, odd
-/// sizes, sizes around those of tiles, and the projections of Qwen3-30B-A3B. Minutes on a laptop.
+/// sizes, sizes around those of tiles, many adapters, and the projections of Qwen3-30B-A3B. Minutes on a laptop.
 pub fn full_grid() -> Vec<Case> {
     // T, k, E, L, R, S, K, N
-    const SHAPES: [[usize; 8]; 9] = [
+    const SHAPES: [[usize; 8]; 10] = [
         [0, 2, 4, 2, 16, 2, 64, 64],
         [1, 1, 1, 1, 1, 1, 1, 1],
         [1, 8, 32, 2, 64, 2, 256, 128],
@@ -62,6 +62,7 @@ pub fn full_grid() -> Vec<Case> {
         [5, 64, 64, 2, 16, 1, 64, 64],
         [130, 4, 4, 2, 32, 1, 256, 128],
         [129, 8, 16, 8, 64, 2, 136, 192],
+        [30, 4, 64, 40, 8, 1, 64, 64],
     ];
     let shape = |[tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim]: [usize; 8]| Case {
         tokens,

@@ -145,50 +145,26 @@ impl Shared {
         if wanted { emulate::load_shared(self.0) } else { [0; 4] }
     }
 
-    /// `atom.shared.cas.b32`: stores `value` where `expected` was, and returns what was there
-    /// (PTX ISA 9.7.12.4).
+    /// `atom.shared.min.u32`: stores the smaller of both numbers, and returns what was there (PTX ISA 9.7.12.4).
     ///
     /// # Safety
     /// As for [`Shared::load`].
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn compare_exchange(self, expected: u32, value: u32) -> u32 {
+    pub unsafe fn fetch_min(self, value: u32) -> u32 {
         #[cfg(target_arch = "nvptx64")]
         {
             let before: u32;
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("atom.shared.cas.b32 {}, [{}], {}, {};",
-                    out(reg32) before, in(reg32) self.0, in(reg32) expected, in(reg32) value, options(nostack));
-            }
-            before
-        }
-        #[cfg(feature = "emulate")]
-        {
-            emulate::update_shared(self.0, |before| if before == expected { value } else { before })
-        }
-    }
-
-    /// `atom.shared.exch.b32`: stores `value`, and returns what was there (PTX ISA 9.7.12.4).
-    ///
-    /// # Safety
-    /// As for [`Shared::load`].
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn exchange(self, value: u32) -> u32 {
-        #[cfg(target_arch = "nvptx64")]
-        {
-            let before: u32;
-            // SAFETY: as the caller promises.
-            unsafe {
-                asm!("atom.shared.exch.b32 {}, [{}], {};",
+                asm!("atom.shared.min.u32 {}, [{}], {};",
                     out(reg32) before, in(reg32) self.0, in(reg32) value, options(nostack));
             }
             before
         }
         #[cfg(feature = "emulate")]
         {
-            emulate::update_shared(self.0, |_| value)
+            emulate::update_shared(self.0, |before| before.min(value))
         }
     }
 

@@ -100,6 +100,7 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
             top_k: Divider::new(TOP_K),
             slots: SLOTS,
             experts: EXPERTS,
+            over_experts: Divider::new(EXPERTS),
             global_experts: EXPERTS,
             max_rank: MAX_RANK,
             tile_rows,
