@@ -497,7 +497,7 @@ mod kernel {
                     } else {
                         [scratch.inactive(), inactive, sweep.end]
                     };
-                    found.list::<ROWS>(p, room, &scratch, segment, number, entry, keeps && slice == 0);
+                    found.list::<ROWS>(p, room, &scratch, segment, [number, entry], keeps && slice == 0);
                     entry += WARPS;
                 }
                 if keeps && deal.cluster == 0 && thread::index() == 0 {
@@ -519,8 +519,7 @@ mod kernel {
             room: &Room,
             scratch: &Scratch,
             [place, count, before]: [u32; 3],
-            number: u32,
-            entry: u32,
+            [number, entry]: [u32; 2],
             is_kept: bool,
         ) {
             // The tile's pairs among those of the segment.
