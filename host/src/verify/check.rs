@@ -350,10 +350,12 @@ impl<'d, T: Element> Trial<'d, T> {
     fn relative_error(&self, meter: &Meter<'_, T>, named: Named) -> Result<f64, Fault> {
         let error = meter.relative_error();
         let targets: Vec<_> = (0..self.delta.targets.len()).map(|pair| self.target(pair, named)).collect();
-        // Choices of one token may share their row of `x` and their weights: they count once.
-        let ranks = targets.chunks(self.case.top_k).map(|choices| {
-            choices.iter().flatten().map(|target| target.rank.min(self.case.out_dim)).max().unwrap_or(0)
-        });
+        // Choices of one token may share their row of `x` and their weights: they count once. Of fewer elements of K, or fewer
+        // columns, than ranks the values are products of few numbers, whose roundings are no more independent than these.
+        let most = self.case.in_dim.min(self.case.out_dim);
+        let ranks = targets
+            .chunks(self.case.top_k)
+            .map(|choices| choices.iter().flatten().map(|target| target.rank.min(most)).max().unwrap_or(0));
         let roundings = self.case.slices * ranks.sum::<usize>();
         if roundings >= MEASURED_ROUNDINGS && error > meter.tolerance {
             return Err(Fault::Inaccurate { tensor: meter.tensor.name(), error, tolerance: meter.tolerance });
