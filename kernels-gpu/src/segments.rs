@@ -564,8 +564,10 @@ mod kernel {
             }
             // SAFETY: as the caller promises; a place in use has a bucket.
             unsafe {
-                let bucket = if scratch.is_direct() || place == scratch.inactive() {
-                    place.min(scratch.buckets)
+                let bucket = if place == scratch.inactive() {
+                    scratch.buckets
+                } else if scratch.is_direct() {
+                    place
                 } else {
                     scratch.key(place).load()
                 };
