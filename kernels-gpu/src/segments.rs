@@ -25,9 +25,9 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | (places, in [`SWEEP`]s, + 4) × 4 | pairs of each segment, then the inactive ones |
+//! | (places, in multiples of 256, + 4) × 4 | pairs of each segment, then the inactive ones |
 //! | places × 4 | the bucket of each place, unless it is the place's number |
-//! | pairs × 4, in [`LOOK`]s | the place of each pair's segment |
+//! | pairs × 4, in multiples of 128 | the place of each pair's segment |
 
 use crate::params::Divider;
 
