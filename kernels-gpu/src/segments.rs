@@ -73,8 +73,7 @@ impl Room {
             buckets as u32
         } else {
             // At most two thirds of them are used.
-            let places = (pairs + pairs / 2).next_power_of_two();
-            if places < MIN_PLACES { MIN_PLACES } else { places }
+            (pairs + pairs / 2).next_power_of_two()
         };
         Self::of(own * rows, own, places)
     }
@@ -109,9 +108,6 @@ const fn inactive_place(places: u32) -> u32 {
 const fn counts(places: u32) -> u32 {
     inactive_place(places) + 4
 }
-
-/// Fewest places of a hash table.
-const MIN_PLACES: u32 = 64;
 
 /// The units that a cluster takes: every `clusters`th from number `cluster` on. A unit is a tile and a slice.
 #[derive(Clone, Copy)]
