@@ -139,7 +139,7 @@ mod kernel {
     use crate::arch::{async_copy, barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
     use crate::params::{DecodeParams, Tile, count};
-    use crate::segments::{Deal, Segments};
+    use crate::segments::Segments;
     use crate::tile::{select_slice, unroll};
 
     /// Threads that shrink, or that expand.
@@ -208,12 +208,6 @@ mod kernel {
     #[inline(always)]
     fn unit_count() -> Shared {
         Shared::base().offset(BARRIER_BYTES - 4)
-    }
-
-    /// Whether segments that are to be found are found in registers, and all of them.
-    #[inline(always)]
-    fn is_few(p: &DecodeParams) -> bool {
-        p.room.lists_all()
     }
 
     /// The barrier of this number.
@@ -395,8 +389,7 @@ mod kernel {
             // SAFETY: the number was stored before a barrier. Read anew each time, it takes no register.
             while next < unsafe { unit_count().load() } {
                 let unit = next;
-                let number = p.over_slices.quotient(unit);
-                let slice = unit - number * p.slices;
+                let [number, slice] = p.tile_and_slice(unit);
                 next += p.clusters;
                 // SAFETY: the tile is one of `tiles`, the unit one of the cluster's.
                 let tile = unsafe {
@@ -1054,7 +1047,7 @@ mod kernel {
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
-        if p.finds != 0 && !is_few(&p) {
+        if p.finds != 0 && !p.room.lists_all() {
             // SAFETY: the rings are not in use yet.
             unsafe { Segments::prepare(&p.route, start, &p.room) };
             barrier::sync();
@@ -1062,32 +1055,30 @@ mod kernel {
         grid::wait_for_previous();
         grid::let_next_start();
 
-        let deal = Deal {
-            cluster: thread::block() >> log2(blocks),
-            clusters: p.clusters,
-            slices: p.slices,
-            over_slices: p.over_slices,
-        };
+        const EXPAND: u32 = WORKERS;
+        const FILL: u32 = 2 * WORKERS;
+        let warp = thread::warp();
         // SAFETY: as the caller promises; the rings are not in use yet.
         let found = unsafe {
             if p.finds == 0 {
                 Segments::none(found_at)
-            } else if is_few(&p) {
+            } else if !p.room.lists_all() {
+                let own = |entry| p.tile_and_slice((thread::block() >> log2(blocks)) + entry * p.clusters);
+                Segments::find::<ROWS>(&p.route, own, block == 0, found_at, start, &p.room)
+            } else if warp == FILL {
                 Segments::find_few::<ROWS>(&p.route, found_at, &p.room)
             } else {
-                Segments::find::<ROWS>(&p.route, &deal, block == 0, found_at, start, &p.room)
+                Segments::none(found_at)
             }
         };
-        if thread::index() == 0 {
-            let tiles = if p.finds == 0 {
-                let count = if p.accumulate != 0 { count::ACTIVE } else { count::ALL };
+        if warp == FILL && thread::lane() == 0 {
+            let counts = if p.finds == 0 {
                 // SAFETY: `counts` has `count::LEN` elements.
-                unsafe { p.route.counts.at(count).load() }
-            } else if p.accumulate != 0 {
-                found.active
+                unsafe { [count::ACTIVE, count::ALL].map(|count| p.route.counts.at(count).load()) }
             } else {
-                found.tiles
+                [found.active, found.tiles]
             };
+            let tiles = counts[(p.accumulate == 0) as usize];
             // SAFETY: the word is nobody else's.
             unsafe { unit_count().store(tiles * p.tile_parts * p.slices) };
         }
@@ -1098,9 +1089,6 @@ mod kernel {
 
         // SAFETY: the launch before this one has ended; the warps of each role are whole.
         unsafe {
-            const EXPAND: u32 = WORKERS;
-            const FILL: u32 = 2 * WORKERS;
-            let warp = thread::warp();
             if warp < EXPAND {
                 cluster::wait();
                 shrink::<E, FRAGMENTS, ROWS>(&context, shrink_ring);
@@ -1110,7 +1098,8 @@ mod kernel {
             } else {
                 if warp < FILL + FILLERS {
                     fill_shrink::<I, ROWS>(&context, shrink_ring, warp - FILL);
-                    if p.finds != 0 && is_few(&p) && thread::block() == 0 && warp == FILL {
+                    // Not earlier: a store to device memory before the block meets costs 0.2 µs.
+                    if p.finds != 0 && thread::block() == 0 && warp == FILL {
                         found.keep(&p.route, &p.room);
                     }
                 } else {

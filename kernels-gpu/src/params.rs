@@ -440,6 +440,15 @@ pub struct DecodeParams {
     pub over_listed: Divider,
 }
 
+impl DecodeParams {
+    /// Tile, or part of one, and slice of a unit: which of all of the launch.
+    #[inline(always)]
+    pub fn tile_and_slice(&self, unit: u32) -> [u32; 2] {
+        let tile = self.over_slices.quotient(unit);
+        [tile, unit - tile * self.slices]
+    }
+}
+
 /// Which products `prefill` computes.
 pub mod products {
     /// Shrink and expand; h stays in registers.

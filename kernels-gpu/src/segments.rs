@@ -12,7 +12,7 @@
 //! next: the table then does not depend on who came first (Shun and Blelloch, "Phase-concurrent hash tables for
 //! determinism", 2014).
 //!
-//! Up to [`FEW`] pairs each warp finds the segments in registers, and the first stores all of them.
+//! Up to [`FEW`] pairs one warp finds the segments in registers, and stores all of them.
 //!
 //! Shared memory that stays, for as many pairs and tiles as [`Room`] says:
 //!
@@ -29,11 +29,9 @@
 //! | places × 4 | the bucket of each place, unless it is the place's number |
 //! | pairs × 4, in multiples of 128 | the place of each pair's segment |
 
-use crate::params::Divider;
-
 /// Most pairs.
 pub const MAX_PAIRS: u32 = 1024;
-/// Pairs up to which each warp finds the segments on its own.
+/// Pairs up to which one warp finds the segments on its own, a lane each.
 pub const FEW: u32 = 32;
 /// Threads of the block.
 pub const THREADS: u32 = 352;
@@ -94,8 +92,11 @@ impl Room {
 
     /// Bytes that are free again once the segments of `pairs` pairs of `buckets` buckets are found.
     pub const fn scratch_bytes(self, pairs: u32, buckets: u64) -> u32 {
-        let keys = if self.places as u64 == buckets { 0 } else { self.places };
-        if self.lists_all() { 0 } else { 4 * (counts(self.places) + keys + pairs.next_multiple_of(LOOK)) }
+        if self.lists_all() {
+            0
+        } else {
+            4 * (places_at(self.places, buckets) + pairs.next_multiple_of(LOOK))
+        }
     }
 }
 
@@ -109,27 +110,9 @@ const fn counts(places: u32) -> u32 {
     inactive_place(places) + 4
 }
 
-/// The units that a cluster takes: every `clusters`th from number `cluster` on. A unit is a tile and a slice.
-#[derive(Clone, Copy)]
-pub struct Deal {
-    /// Number of this cluster.
-    pub cluster: u32,
-    /// Clusters of the launch.
-    pub clusters: u32,
-    /// Slices of a tile.
-    pub slices: u32,
-    /// A number over these gives the tile.
-    pub over_slices: Divider,
-}
-
-impl Deal {
-    /// Tile and slice of the cluster's unit `entry`.
-    #[inline(always)]
-    pub fn unit(&self, entry: u32) -> [u32; 2] {
-        let number = self.cluster + entry * self.clusters;
-        let tile = self.over_slices.quotient(number);
-        [tile, number - tile * self.slices]
-    }
+/// Word of the place of the first pair, after the counts and, where places are not buckets' numbers, the bucket of each.
+const fn places_at(places: u32, buckets: u64) -> u32 {
+    counts(places) + if places as u64 == buckets { 0 } else { places }
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
@@ -137,7 +120,7 @@ pub use kernel::Segments;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{Deal, FEW, LOOK, Room, SWEEP, THREADS, counts, inactive_place};
+    use super::{FEW, LOOK, Room, SWEEP, THREADS, counts, inactive_place, places_at};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, thread, warp};
     use crate::params::{RouteParams, Tile, count};
@@ -147,10 +130,12 @@ mod kernel {
 
     /// No segment: no slot and expert, no bucket and no place are this number.
     const FREE: u32 = u32::MAX;
+    /// Threads of a warp.
+    const LANES: u32 = 32;
     /// Warps of the block.
-    const WARPS: u32 = THREADS / 32;
+    const WARPS: u32 = THREADS / LANES;
     /// Counts that a lane adds up at a time.
-    const LANE_COUNTS: usize = SWEEP as usize / 32;
+    const LANE_COUNTS: usize = (SWEEP / LANES) as usize;
 
     /// Where things are in the scratch.
     #[derive(Clone, Copy)]
@@ -191,10 +176,26 @@ mod kernel {
             self.count(counts(self.places) + place)
         }
 
+        /// The bucket of a place in use, or of [`Scratch::inactive`].
+        ///
+        /// # Safety
+        /// All pairs must have been entered.
+        #[inline(always)]
+        unsafe fn bucket(&self, place: u32) -> u32 {
+            if place == self.inactive() {
+                self.buckets
+            } else if self.is_direct() {
+                place
+            } else {
+                // SAFETY: the place is one of the table's.
+                unsafe { self.key(place).load() }
+            }
+        }
+
         /// The place of a pair's segment.
         #[inline(always)]
         fn place(&self, pair: u32) -> Shared {
-            self.key(if self.is_direct() { 0 } else { self.places } + pair)
+            self.count(places_at(self.places, self.buckets.into()) + pair)
         }
 
         /// The place from which on a bucket's is looked for.
@@ -332,21 +333,35 @@ mod kernel {
         }
     }
 
-    /// The segment of a pair with these ids, as slot and local expert in halves of a word, and the slot's rank;
-    /// [`FREE`] and 0 for an inactive pair.
-    ///
-    /// # Safety
-    /// As for [`ids`].
-    #[inline(always)]
-    unsafe fn segment(p: &RouteParams, slot: u32, global_expert: u32) -> (u32, u32) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            let rank = slot_rank(p, slot);
-            let bucket = bucket_by(p, slot, global_expert, |_| rank);
-            if bucket == p.slots * p.experts {
-                (FREE, 0)
+    /// The slots' ranks, a lane each of the first [`LANES`]: asked for together with a pair's ids, and not after them.
+    #[derive(Clone, Copy)]
+    struct Ranks {
+        own: u32,
+    }
+
+    impl Ranks {
+        /// Of the slots of `p`.
+        ///
+        /// # Safety
+        /// Every tensor of `p` must be as its field says.
+        #[inline(always)]
+        unsafe fn new(p: &RouteParams) -> Self {
+            // SAFETY: as the caller promises.
+            Ranks { own: unsafe { slot_rank(p, thread::lane()) } }
+        }
+
+        /// The rank in use of a slot, 0 when it is off or does not exist. The whole warp must come here.
+        ///
+        /// # Safety
+        /// As for [`Ranks::new`].
+        #[inline(always)]
+        unsafe fn of(self, p: &RouteParams, slot: u32) -> u32 {
+            if p.slots <= LANES {
+                let rank = warp::shuffle(self.own, slot);
+                if slot < LANES { rank } else { 0 }
             } else {
-                (slot << 16 | (bucket - slot * p.experts), rank)
+                // SAFETY: as the caller promises.
+                unsafe { slot_rank(p, slot) }
             }
         }
     }
@@ -400,8 +415,7 @@ mod kernel {
         pub unsafe fn prepare(p: &RouteParams, scratch: Shared, room: &Room) {
             let scratch = Scratch::new(p, scratch, room);
             let counts = counts(scratch.places);
-            let keys = if scratch.is_direct() { 0 } else { scratch.places };
-            let end = counts + keys + p.pair_count.next_multiple_of(LOOK);
+            let end = places_at(scratch.places, scratch.buckets.into()) + p.pair_count.next_multiple_of(LOOK);
             let mut word = 4 * thread::index();
             while word < end {
                 let empty = if word < counts { 0 } else { FREE };
@@ -411,9 +425,9 @@ mod kernel {
             }
         }
 
-        /// Finds them, cut into tiles of `ROWS` pairs, and lists the units of `deal`; those of slice 0 are also left where
-        /// `route` would have left them, for later calls, if this block `keeps` them. The whole block must come here, with the
-        /// `scratch` and `room` of [`Segments::prepare`], and meet before it uses the result.
+        /// Finds them, cut into tiles of `ROWS` pairs, and lists the units of the cluster, of which `own` says tile and slice. Those of
+        /// slice 0 are also left where `route` would have left them, for later calls, if this block `keeps` them. The whole block
+        /// must come here, with the `scratch` and `room` of [`Segments::prepare`], and meet before it uses the result.
         ///
         /// # Safety
         /// Every tensor of `p` must be as its field says, and hold no more than there is room for; `start` and `scratch` must
@@ -421,7 +435,7 @@ mod kernel {
         #[inline(always)]
         pub unsafe fn find<const ROWS: u32>(
             p: &RouteParams,
-            deal: &Deal,
+            own: impl Fn(u32) -> [u32; 2],
             keeps: bool,
             start: Shared,
             scratch: Shared,
@@ -433,13 +447,17 @@ mod kernel {
             // SAFETY: as the caller promises.
             let ids = |pair: u32| unsafe { ids(p, pair) };
             let mut next = ids(thread::index());
+            // SAFETY: as above.
+            let ranks = unsafe { Ranks::new(p) };
             each_pair(p.pair_count, |pair, exists| {
                 let [slot, global_expert] = next;
                 next = ids(pair + THREADS);
+                // SAFETY: as above.
+                let rank = unsafe { ranks.of(p, slot) };
                 if exists {
                     // SAFETY: as the caller promises.
                     unsafe {
-                        let bucket = bucket_by(p, slot, global_expert, |slot| slot_rank(p, slot));
+                        let bucket = bucket_by(p, slot, global_expert, |_| rank);
                         if scratch.is_direct() {
                             let is_active = bucket < scratch.buckets;
                             scratch.enter(pair, if is_active { bucket } else { scratch.inactive() });
@@ -479,7 +497,8 @@ mod kernel {
                 let inactive = scratch.count(scratch.inactive()).load();
                 let mut sweep = Sweep::new::<ROWS>(&scratch, 0, 0);
                 loop {
-                    let [number, slice] = deal.unit(entry);
+                    let [number, slice] = own(entry);
+                    let keeps = keeps && slice == 0;
                     while number >= sweep.end >> 16 && sweep.start + SWEEP < scratch.places {
                         sweep = Sweep::new::<ROWS>(&scratch, sweep.start + SWEEP, sweep.end);
                     }
@@ -488,45 +507,56 @@ mod kernel {
                     if number >= found.tiles {
                         break;
                     }
-                    let segment = if number < found.active {
+                    let [place, count, before] = if number < found.active {
                         sweep.locate::<ROWS>(number)
                     } else {
                         [scratch.inactive(), inactive, sweep.end]
                     };
-                    found.list::<ROWS>(p, room, &scratch, segment, [number, entry], keeps && slice == 0);
+                    let bucket = scratch.bucket(place);
+                    let slot = p.over_experts.quotient(bucket);
+                    // The tile's pairs among those of the segment.
+                    let skipped = (number - (before >> 16)) * ROWS;
+                    let tile = Tile {
+                        slot,
+                        expert: bucket - slot * p.experts,
+                        first: (before & 0xffff) + skipped,
+                        rows: (count - skipped).min(ROWS),
+                        rank: ranks.of(p, slot),
+                        reserved: [0; 3],
+                    };
+                    found.list::<ROWS>(room, &scratch, [place, skipped, entry], &tile, |row, pair| {
+                        if keeps {
+                            p.pairs.at(tile.first + row).store(pair);
+                        }
+                    });
+                    if keeps && thread::lane() == 0 {
+                        p.tiles.at(number).store_tile(tile);
+                    }
                     entry += WARPS;
-                }
-                if keeps && deal.cluster == 0 && thread::index() == 0 {
-                    found.keep_counts(p);
                 }
             }
             found
         }
 
-        /// Lists tile `number`, which lies in the segment of a place of so many pairs, with as many tiles and pairs before it,
-        /// as unit `entry` of the cluster. The whole warp must come here.
+        /// Lists a tile as unit `entry` of the cluster: of the segment of a place, whose first `skipped` pairs are in tiles before
+        /// it. Calls `keep` with each row and pair. The whole warp must come here.
         ///
         /// # Safety
         /// As for [`Segments::find`]; there must be room for the unit.
         #[inline(always)]
         unsafe fn list<const ROWS: u32>(
             &self,
-            p: &RouteParams,
             room: &Room,
             scratch: &Scratch,
-            [place, count, before]: [u32; 3],
-            [number, entry]: [u32; 2],
-            is_kept: bool,
+            [place, skipped, entry]: [u32; 3],
+            tile: &Tile,
+            keep: impl Fn(u32, u32),
         ) {
-            // The tile's pairs among those of the segment.
-            let skipped = (number - (before >> 16)) * ROWS;
-            let rows = (count - skipped).min(ROWS);
-            let first = (before & 0xffff) + skipped;
             let lane = thread::lane();
             let below = (1 << lane) - 1;
             let mut seen = 0;
             let mut at = 0;
-            while seen < skipped + rows {
+            while seen < skipped + tile.rows {
                 // SAFETY: the segment has so many pairs, so the list does not end before.
                 let places = unsafe { scratch.place(at + 4 * lane).load16() };
                 let mut is_any = false;
@@ -541,15 +571,11 @@ mod kernel {
                     unroll::<4>(|i| {
                         if places[i] == place {
                             let row = position.wrapping_sub(skipped);
-                            if row < rows {
+                            if row < tile.rows {
                                 let pair = at + 4 * lane + i as u32;
                                 // SAFETY: there is room for the unit's pairs.
-                                unsafe {
-                                    self.pair_at(entry * ROWS + row).store(pair);
-                                    if is_kept {
-                                        p.pairs.at(first + row).store(pair);
-                                    }
-                                }
+                                unsafe { self.pair_at(entry * ROWS + row).store(pair) };
+                                keep(row, pair);
                             }
                             position += 1;
                         }
@@ -558,144 +584,72 @@ mod kernel {
                 }
                 at += LOOK;
             }
-            // SAFETY: as the caller promises; a place in use has a bucket.
-            unsafe {
-                let bucket = if place == scratch.inactive() {
-                    scratch.buckets
-                } else if scratch.is_direct() {
-                    place
-                } else {
-                    scratch.key(place).load()
-                };
-                let slot = p.over_experts.quotient(bucket);
-                let expert = bucket - slot * p.experts;
-                let rank = slot_rank(p, slot);
-                if lane == 0 {
-                    self.put_tile(room, entry, [slot << 16 | expert, entry * ROWS, rows << 10 | rank]);
-                    if is_kept {
-                        p.tiles.at(number).store_tile(Tile {
-                            slot,
-                            expert,
-                            first,
-                            rows,
-                            rank,
-                            reserved: [0; 3],
-                        });
-                    }
-                }
+            if lane == 0 {
+                // SAFETY: as the caller promises.
+                unsafe { self.put_tile(room, entry, &Tile { first: entry * ROWS, ..*tile }) };
             }
         }
 
-        /// As [`Segments::find`], of at most [`FEW`] pairs: each warp finds them on its own, in registers, and the first
-        /// stores them. Nothing has to be prepared.
+        /// As [`Segments::find`], of at most [`FEW`] pairs, which one whole warp of the block finds in registers: all tiles are
+        /// listed. Nothing has to be prepared.
         ///
         /// # Safety
         /// As for [`Segments::find`].
         #[inline(always)]
         pub unsafe fn find_few<const ROWS: u32>(p: &RouteParams, start: Shared, room: &Room) -> Self {
             let pair = thread::lane();
-            let exists = pair < p.pair_count;
             // SAFETY: as the caller promises.
-            let (key, rank) = unsafe {
+            let (bucket, slot, rank) = unsafe {
                 let [slot, global_expert] = ids(p, pair);
-                segment(p, slot, global_expert)
+                let rank = Ranks::new(p).of(p, slot);
+                (bucket_by(p, slot, global_expert, |_| rank), slot, rank)
             };
-            let is_active = key != FREE;
-            // Of the segment: pairs before this one, all pairs, and the first.
-            let (mut before, mut size, mut first) = (0, 0, FEW);
-            let mut other = p.pair_count;
-            while other > 0 {
-                other -= 1;
-                if warp::shuffle(key, other) == key {
-                    before += (other < pair) as u32;
-                    size += 1;
-                    first = other;
-                }
-            }
-            let through = inclusive(if is_active && before == 0 { size } else { 0 });
-            let position = warp::shuffle(through.wrapping_sub(size), first % FEW);
+            let is_active = bucket < p.slots * p.experts;
             let below = (1 << pair) - 1;
+            // The pairs of the segment, and which of them this one is.
+            let peers = warp::match_any(bucket) & (u32::MAX >> (FEW - p.pair_count));
+            let (size, before) = (peers.count_ones(), (peers & below).count_ones());
+            let through = inclusive(if is_active && before == 0 { size } else { 0 });
+            let start_of_active = warp::shuffle(through.wrapping_sub(size), peers.trailing_zeros());
             let leads = warp::ballot(is_active && before.is_multiple_of(ROWS));
-            let inactive = warp::ballot(exists && !is_active);
-            let (active, inactive_pairs) = (leads.count_ones(), inactive.count_ones());
-            let tiles = active + inactive_pairs.div_ceil(ROWS);
+            let (active, all_active) = (leads.count_ones(), warp::shuffle(through, FEW - 1));
+            let tiles = active + (p.pair_count - all_active).div_ceil(ROWS);
             let found = Segments { start, active, tiles };
-            if thread::warp() == 0 && exists {
+            if pair < p.pair_count {
+                let rows = (size - before).min(ROWS);
+                let (number, tile) = if is_active {
+                    let first = start_of_active + before;
+                    let expert = bucket - slot * p.experts;
+                    let number = (leads & below).count_ones();
+                    (number, Tile { slot, expert, first, rows, rank, reserved: [0; 3] })
+                } else {
+                    // Of one slot more, expert 0.
+                    let first = all_active + before;
+                    let number = active + before / ROWS;
+                    (number, Tile { slot: p.slots, expert: 0, first, rows, rank: 0, reserved: [0; 3] })
+                };
                 // SAFETY: every pair has a place in the list, and there is room for the tiles.
                 unsafe {
-                    if is_active {
-                        let tile = [key, (size - before).min(ROWS) << 10 | rank];
-                        found.put::<ROWS>(room, pair, position, before, (leads & below).count_ones(), tile);
-                    } else {
-                        found.put_inactive::<ROWS>(
-                            p,
-                            room,
-                            pair,
-                            inactive_pairs,
-                            (inactive & below).count_ones(),
-                        );
+                    found.pair_at(tile.first).store(pair);
+                    if before.is_multiple_of(ROWS) {
+                        found.put_tile(room, number, &tile);
                     }
                 }
             }
             found
         }
 
-        /// Stores a tile: slot and expert, the position of its first pair, rows and rank.
+        /// Stores a tile.
         ///
         /// # Safety
         /// There must be room for it.
         #[inline(always)]
-        unsafe fn put_tile(&self, room: &Room, number: u32, [which, first, what]: [u32; 3]) {
+        unsafe fn put_tile(&self, room: &Room, number: u32, tile: &Tile) {
             // SAFETY: as the caller promises.
             unsafe {
-                self.tile_at(room, number).store(which);
-                self.tile_at(room, number).offset(4).store(first << 16 | what);
+                self.tile_at(room, number).store(tile.slot << 16 | tile.expert);
+                self.tile_at(room, number).offset(4).store(tile.first << 16 | tile.rows << 10 | tile.rank);
             }
-        }
-
-        /// Stores a pair, with the position of its segment and how many of that come before it; and tile `number`, if the
-        /// pair leads it: slot and expert, rows and rank.
-        ///
-        /// # Safety
-        /// There must be room for both.
-        #[inline(always)]
-        unsafe fn put<const ROWS: u32>(
-            &self,
-            room: &Room,
-            pair: u32,
-            first: u32,
-            before: u32,
-            number: u32,
-            [which, what]: [u32; 2],
-        ) {
-            let position = first + before;
-            // SAFETY: as the caller promises.
-            unsafe {
-                self.pair_at(position).store(pair);
-                if before.is_multiple_of(ROWS) {
-                    self.put_tile(room, number, [which, position, what]);
-                }
-            }
-        }
-
-        /// As [`Segments::put`], of an inactive pair, of which there are `all`: expert 0 of one slot more.
-        ///
-        /// # Safety
-        /// As for [`Segments::put`].
-        #[inline(always)]
-        unsafe fn put_inactive<const ROWS: u32>(
-            &self,
-            p: &RouteParams,
-            room: &Room,
-            pair: u32,
-            all: u32,
-            before: u32,
-        ) {
-            let tile = [p.slots << 16, (all - before).min(ROWS) << 10];
-            // SAFETY: as the caller promises.
-            unsafe {
-                self.put::<ROWS>(room, pair, p.pair_count - all, before, self.active + before / ROWS, tile)
-            };
         }
 
         /// Tile `number`.
@@ -711,38 +665,26 @@ mod kernel {
             Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
         }
 
-        /// Leaves all of [`Segments::find_few`] where `route` would have left it, for later calls. One whole warp of the launch
-        /// must come here.
+        /// Leaves the numbers of tiles where `route` would have left them, for later calls, and all pairs and tiles if all are
+        /// listed. The warp of the launch that found them must come here.
         ///
         /// # Safety
         /// The tensors of `p` must be as their fields say.
         #[inline(always)]
         pub unsafe fn keep(&self, p: &RouteParams, room: &Room) {
             let i = thread::lane();
-            // SAFETY: there is room for all pairs and tiles, and all were found.
+            // SAFETY: there is room for all pairs and tiles, and for two counts.
             unsafe {
-                if i < p.pair_count {
+                if room.lists_all() && i < p.pair_count {
                     p.pairs.at(i).store(self.pair_at(i).load());
                 }
-                if i < self.tiles {
+                if room.lists_all() && i < self.tiles {
                     p.tiles.at(i).store_tile(self.tile(room, i));
                 }
                 if i == 0 {
-                    self.keep_counts(p);
+                    p.counts.at(count::ACTIVE).store(self.active);
+                    p.counts.at(count::ALL).store(self.tiles);
                 }
-            }
-        }
-
-        /// Leaves the numbers of tiles.
-        ///
-        /// # Safety
-        /// As for [`Segments::keep`].
-        #[inline(always)]
-        unsafe fn keep_counts(&self, p: &RouteParams) {
-            // SAFETY: there is room for two counts.
-            unsafe {
-                p.counts.at(count::ACTIVE).store(self.active);
-                p.counts.at(count::ALL).store(self.tiles);
             }
         }
     }

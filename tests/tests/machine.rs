@@ -368,6 +368,17 @@ fn a_ballot_is_the_votes_of_a_warp() {
 }
 
 #[test]
+fn a_match_names_the_lanes_of_the_same_value() {
+    let out = launch(1, 3, |_, out| unsafe {
+        out.at(thread::index()).store(warp::match_any(thread::index() % 3));
+    });
+    let out = out.expect("no fault");
+    assert_eq!(out[..4], [0x4924_9249, 0x9249_2492, 0x2492_4924, 0x4924_9249]);
+    // Thread 32, whose value is 2, and every third from it on.
+    assert_eq!(out[32], 0x4924_9249);
+}
+
+#[test]
 fn a_shuffle_brings_the_value_of_the_lane_that_is_named() {
     let out = launch(1, 3, |_, out| unsafe {
         let me = thread::index();

@@ -1,4 +1,4 @@
-//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9).
+//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9, 9.7.12.10).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -67,6 +67,26 @@ pub fn ballot(vote: bool) -> u32 {
     #[cfg(feature = "emulate")]
     {
         emulate::ballot(vote)
+    }
+}
+
+/// `match.any.sync`: bit i is set where thread i of the warp has this thread's value. The whole warp must come here.
+#[inline(always)]
+#[track_caller]
+pub fn match_any(value: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let peers: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("match.any.sync.b32 {}, {}, {};",
+                out(reg32) peers, in(reg32) value, in(reg32) ALL, options(nostack));
+        }
+        peers
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::match_any(value)
     }
 }
 

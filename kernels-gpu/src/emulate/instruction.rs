@@ -21,6 +21,7 @@ pub(super) enum Operation {
     Shuffle(u32, u32),
     Sync,
     Ballot(bool),
+    MatchAny(u32),
     LoadMatrices(u32),
     Mma(ElementType, Fragments),
     ArriveCluster,
@@ -34,6 +35,7 @@ impl Operation {
             Operation::ShuffleUp(..) | Operation::Shuffle(..) => "shfl.sync",
             Operation::Sync => "bar.warp.sync",
             Operation::Ballot(_) => "vote.sync",
+            Operation::MatchAny(_) => "match.any.sync",
             Operation::LoadMatrices(_) => "ldmatrix",
             Operation::Mma(..) => "mma.sync",
             Operation::ArriveCluster => "barrier.cluster.arrive",
@@ -115,6 +117,13 @@ impl Machine {
             Operation::Ballot(_) => {
                 let votes = operations.map(|operation| matches!(operation, Operation::Ballot(true)));
                 [[warp::ballot(votes); 4]; LANES]
+            }
+            Operation::MatchAny(_) => {
+                let values = operations.map(|operation| match operation {
+                    Operation::MatchAny(value) => value,
+                    _ => 0,
+                });
+                warp::match_any(values).map(|peers| [peers; 4])
             }
             Operation::LoadMatrices(_) => {
                 let mut rows = [[0; 4]; LANES];
@@ -320,6 +329,12 @@ pub(crate) fn sync_warp() {
 #[track_caller]
 pub(crate) fn ballot(vote: bool) -> u32 {
     meet(Operation::Ballot(vote))[0]
+}
+
+/// `match.any.sync`.
+#[track_caller]
+pub(crate) fn match_any(value: u32) -> u32 {
+    meet(Operation::MatchAny(value))[0]
 }
 
 /// `ldmatrix.x4`.

@@ -26,6 +26,11 @@ pub(super) fn ballot(votes: [bool; LANES]) -> u32 {
     votes.iter().enumerate().fold(0, |bits, (lane, &vote)| bits | u32::from(vote) << lane)
 }
 
+/// `match.any.sync` (PTX ISA 9.7.12.10): of each lane, the lanes that have its value.
+pub(super) fn match_any(values: [u32; LANES]) -> [u32; LANES] {
+    values.map(|value| ballot(values.map(|other| other == value)))
+}
+
 /// `ldmatrix.x4` (PTX ISA 9.7.13.4.15): `rows[i]`, the 16 bytes at lane i's address, is row i % 8 of matrix
 /// i / 8. Lane i receives, of each matrix, the elements 2·(i % 4) and 2·(i % 4) + 1 of row i / 4.
 pub(super) fn distribute_matrices(rows: [[u32; 4]; LANES]) -> [[u32; 4]; LANES] {
