@@ -52,7 +52,7 @@ pub struct Workspace {
 
 /// The limits of the emulated device.
 const LIMITS: DeviceLimits =
-    DeviceLimits { multiprocessors: 16, decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
+    DeviceLimits { multiprocessors: 8, decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
 
 impl Emulated {
     /// A device with the limits of an H100, but few multiprocessors, and few clusters at a time: so each takes many units of `decode`, and

@@ -2,7 +2,7 @@
 //! as the planner chooses, and with every form, tile and index width forced.
 
 use moe_lora::emulated::Emulated;
-use moe_lora::plan::{Form as PlanForm, Options};
+use moe_lora::plan::{Form as PlanForm, IndexWidth, Options};
 use moe_lora::verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
 use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
@@ -20,7 +20,7 @@ const CASES: u32 = 64;
 
 const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 
-/// Orders of threads and blocks that every kernel is run in.
+/// Orders of threads and blocks that every kernel is run in, at least: each launch has one of its own.
 const SEEDS: u64 = 100;
 
 /// Kernels that small calls do not run: [`route`] and the test of a cluster that aligns run them in as many orders.
@@ -84,9 +84,19 @@ fn whatever_is_wrong_is_refused_and_nothing_is_written() {
     check_refusals(&Emulated::new(Options::default(), 1), false);
 }
 
+/// The ways that force this index width, and those that force none.
+fn ways_of(index: IndexWidth) -> Vec<Options> {
+    Options::every().into_iter().filter(|way| way.index.is_none_or(|forced| forced == index)).collect()
+}
+
 #[test]
 fn every_kernel_of_the_table_passes_in_every_mode() {
-    let small = check_all(&quick_grid(), &Options::every());
+    // The width of offsets is another with every other case: it changes nothing but how they are computed.
+    let [mut even, mut odd] = [vec![], vec![]];
+    for (number, case) in quick_grid().into_iter().enumerate() {
+        if number.is_multiple_of(2) { &mut even } else { &mut odd }.push(case);
+    }
+    let small = check_all(&even, &ways_of(IndexWidth::I32)).plus(check_all(&odd, &ways_of(IndexWidth::I64)));
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [large_routes(), vec![in_blocks]].concat();
     let tally = small.plus(check_all(&others, &[Options::default()])).plus(check_all(&wide(), &prefills()));
@@ -115,7 +125,7 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     let case = |seed: u64| Case {
         tokens: 4 + seed as usize % 7,
         dtype: if seed.is_multiple_of(2) { DType::Bf16 } else { DType::F16 },
-        form: if (seed / 2).is_multiple_of(2) { Form::Forward } else { Form::Split },
+        form: if seed / 2 % 3 < 2 { Form::Forward } else { Form::Split },
         in_dim: 72,
         slices: 2,
         loras: Loras::Random,
@@ -124,17 +134,23 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         seed,
         ..Case::default()
     };
-    let cases: Vec<_> = (0..2 * SEEDS).map(case).collect();
+    // Of a case there are some six launches of each kernel.
+    let cases: Vec<_> = (0..SEEDS / 2).map(case).collect();
     let tally = check_all(&cases, &Options::every()[1..]);
-    let width = |seed: u64| match seed % 5 {
+    // Two of every seven have 64 columns of h, two 128, two 256 and one two slices in 128.
+    let width = |seed: u64| match seed / 2 % 7 {
         0 => Case { max_rank: 16, slices: 4, ..case(seed) },
-        1 => Case { max_rank: 24, slices: 2, ..case(seed) },
-        2 => Case { max_rank: 40, slices: 2, ..case(seed) },
-        3 => Case { max_rank: 72, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
-        _ => Case { max_rank: 136, slices: 1, ranks: Ranks::Mixed, ..case(seed) },
+        3 => Case { max_rank: 24, slices: 2, ..case(seed) },
+        1 | 4 => Case { max_rank: 72, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
+        2 | 5 => Case { max_rank: 136, slices: 1, ranks: Ranks::Mixed, ..case(seed) },
+        _ => Case { max_rank: 40, slices: 2, ..case(seed) },
     };
-    let widths: Vec<_> = (0..2 * SEEDS).map(|seed| Case { form: Form::Forward, ..width(seed) }).collect();
-    let tally = tally.plus(check_all(&widths, &prefills()));
+    let width = |seed| Case { form: Form::Forward, block_size: None, ..width(seed) };
+    let widths: Vec<_> = (0..SEEDS * 6 / 5).map(width).collect();
+    // Where blocks share passes, a launch has as many more steps.
+    let (shared, whole): (Vec<_>, Vec<_>) =
+        prefills().into_iter().partition(|way| matches!(way.form, Some(PlanForm::SharedPrefill(_))));
+    let tally = tally.plus(check_all(&widths, &whole)).plus(check_all(&widths[..24], &shared));
     tally.log();
     // Each launch has an order of its own.
     let few = |name: &&str| tally.launches(name) < SEEDS && !IN_TESTS_OF_THEIR_OWN.contains(name);
