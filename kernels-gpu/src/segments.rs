@@ -128,7 +128,7 @@ mod kernel {
     use crate::scan::inclusive;
     use crate::tile::unroll;
 
-    /// No segment: no slot and expert, no bucket and no place are this number.
+    /// No segment: no bucket and no place are this number.
     const FREE: u32 = u32::MAX;
     /// Threads of a warp.
     const LANES: u32 = 32;
