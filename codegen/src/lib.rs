@@ -80,7 +80,8 @@ pub fn kernel_sources() -> std::path::PathBuf {
 /// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has
 /// marked as a cache. Build scripts ask for the one around `OUT_DIR`, programs for their own.
 pub fn target_dir_around(path: &Path) -> Option<&Path> {
-    path.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file())
+    let marks = ["CACHEDIR.TAG", ".rustc_info.json"];
+    path.ancestors().find(|dir| marks.iter().any(|mark| dir.join(mark).is_file()))
 }
 
 /// An entry point as the tests need it: what it computes does not matter here.
