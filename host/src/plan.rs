@@ -705,7 +705,7 @@ impl DecodeShape {
                 let fixed = decode::fixed_bytes(count, sizes.max_rank as u32, cluster, room);
                 let left = limits.shared_bytes_of(blocks).checked_sub(fixed)?;
                 let stages = decode_stages(projection, count, left)?;
-                let has_scratch = ring_bytes(count, stages) >= scratch;
+                let has_scratch = stages[1] * decode::expand_stage_bytes(count) >= scratch;
                 has_scratch.then_some(DecodeShape { rows, cluster, finds, room, stages, blocks })
             })
         })

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | 4 | shrink: the block takes some of the ranks, in groups of 16, and where there are fewer groups than blocks a share of K; it sends its part of h to all blocks of the cluster |
 //! | 4 | expand: adds up the parts of h that have come, always in the same order, and takes a share of the columns |
-//! | 2 | fill a ring of stages for shrink, with a and x, each every other row |
+//! | 2 | fill a ring of stages for shrink: one with a, as soon as it knows the first tile, one with x, once pairs are listed |
 //! | 1 | fills a ring for expand, with b and the old values of `out` |
 //!
 //! Who fills a ring does nothing but ask for the next stage, and needs no h.
@@ -37,14 +37,17 @@
 //! | stages × [`shrink_stage_bytes`] | ring for shrink: 16 ranks of a and the tile's rows of x, `CHUNK` elements of K |
 //! | stages × [`expand_stage_bytes`] | ring for expand: rows of b, and the old values of those columns |
 //!
-//! Before the rings are used, they are the scratch of [`segments`].
+//! Before the ring for expand is used, it is the scratch of [`segments`].
 
 use crate::segments::{self, Room};
 
 /// Warps that shrink; as many expand.
 const WORKERS: u32 = 4;
-/// Warps that fill the ring for shrink, each with its share of a stage's rows; one fills that for expand.
+/// Warps that fill the ring for shrink, one with a and one with x; one fills that for expand.
 const FILLERS: u32 = 2;
+/// The first of them, with a: it needs no pairs, only a tile.
+const FILL: u32 = 2 * WORKERS;
+const _: () = assert!(FILL == segments::AHEAD);
 /// Threads of a block.
 pub const THREADS: u32 = 32 * (2 * WORKERS + FILLERS + 1);
 const _: () = assert!(THREADS == segments::THREADS);
@@ -71,10 +74,10 @@ const RUN: u32 = 32;
 /// Rows of a matrix of weights that a warp multiplies at a time.
 const GROUP: u32 = 16;
 
-/// Bytes of the barriers: two a stage of each ring, two for each turn of h, and one for the first stages of shrink; and of
-/// the number of units.
+/// Bytes of the barriers: two a stage of each ring, two for each turn of h, one for the first stages of shrink, and one for the
+/// segments; and of the numbers of tiles and of units.
 const BARRIER_BYTES: u32 = 384;
-const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 5) + 4);
+const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 6) + 12);
 
 /// Bytes from one row of `elements` elements of K or of ranks to the next: an odd multiple of 64, so that two quads
 /// that read two rows at once meet different banks.
@@ -130,8 +133,9 @@ pub use kernel::decode;
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90"), feature = "emulate"))]
 mod kernel {
     use super::{
-        B_STAGE, BARRIER_BYTES, CHUNK, FILLERS, GROUP, MAX_COLUMNS, MAX_STAGES, RUN, SUM_ROW, WORKERS,
-        expand_stage_bytes, fixed_bytes, landing_bytes, old_row_bytes, row_bytes, shrink_stage_bytes,
+        B_STAGE, BARRIER_BYTES, CHUNK, FILL, FILLERS, GROUP, MAX_COLUMNS, MAX_STAGES, RUN, SUM_ROW, THREADS,
+        WORKERS, expand_stage_bytes, fixed_bytes, landing_bytes, old_row_bytes, row_bytes,
+        shrink_stage_bytes,
     };
     use crate::arch::mbarrier::{self, Mbarrier};
     use crate::arch::mma::Element;
@@ -139,9 +143,13 @@ mod kernel {
     use crate::arch::{async_copy, barrier, bulk, cluster, grid, thread, warp};
     use crate::memory::{Global, Index};
     use crate::params::{DecodeParams, Tile, count};
-    use crate::segments::Segments;
+    use crate::segments::{Few, Ids, Segments};
     use crate::tile::{select_slice, unroll};
 
+    /// The first warp that expands.
+    const EXPAND: u32 = WORKERS;
+    /// The warp that fills the ring for shrink with x: it also lists few pairs, and knows how many tiles there are.
+    const LIST: u32 = FILL + 1;
     /// Threads that shrink, or that expand.
     const ROLE_THREADS: u32 = 32 * WORKERS;
     /// The barriers at which they meet among themselves.
@@ -150,6 +158,8 @@ mod kernel {
     /// Runs of K, or groups of columns, that a warp multiplies at a time, with sums of their own: each is a chain of loads
     /// and products that wait for one another.
     const CHAINS: usize = 2;
+    /// Rows of a that are asked for at a time: their addresses are formed together.
+    const TOGETHER: usize = 8;
     /// Elements of b that a lane copies at a time, where ranks are not used whole.
     const PIECE: u32 = 8;
     /// Lanes of a warp: each comes to a stage for expand, with its copies, besides the warp.
@@ -210,6 +220,12 @@ mod kernel {
         Shared::base().offset(BARRIER_BYTES - 4)
     }
 
+    /// Where the number of tiles of active pairs is, and then that of all.
+    #[inline(always)]
+    fn tile_counts() -> Shared {
+        Shared::base().offset(BARRIER_BYTES - 12)
+    }
+
     /// The barrier of this number.
     #[inline(always)]
     fn mbarrier(number: u32) -> Mbarrier {
@@ -231,7 +247,8 @@ mod kernel {
                 landed(turn as u32).init(if blocks == 1 { 1 + WORKERS } else { 1 });
                 read(turn as u32).init(blocks);
             });
-            begun().init(FILLERS);
+            begun().init(1);
+            listed().init(THREADS / LANES);
         }
         mbarrier::publish();
     }
@@ -252,6 +269,13 @@ mod kernel {
     #[inline(always)]
     fn begun() -> Mbarrier {
         mbarrier(4 * MAX_STAGES + 4)
+    }
+
+    /// Ends when all warps have done their part of the search: pairs, tiles and the number of units can be read, and the scratch is
+    /// free.
+    #[inline(always)]
+    fn listed() -> Mbarrier {
+        mbarrier(4 * MAX_STAGES + 5)
     }
 
     /// A ring of stages, and where in it a warp is: each warp keeps that for itself.
@@ -385,26 +409,43 @@ mod kernel {
         #[inline(always)]
         unsafe fn each_unit(&self, rows: u32, mut body: impl FnMut(Unit)) {
             let p = self.p;
-            let mut next = thread::block() >> log2(self.blocks);
+            let mut next = self.first_unit();
             // SAFETY: the number was stored before a barrier. Read anew each time, it takes no register.
             while next < unsafe { unit_count().load() } {
-                let unit = next;
-                let [number, slice] = p.tile_and_slice(unit);
+                // SAFETY: as the caller promises; the unit is one of the cluster's.
+                let unit = unsafe { self.unit(next, rows) };
                 next += p.clusters;
-                // SAFETY: the tile is one of `tiles`, the unit one of the cluster's.
-                let tile = unsafe {
-                    if p.finds != 0 {
-                        self.found.tile(&p.room, p.over_listed.quotient(unit))
-                    } else {
-                        let whole = p.over_parts.quotient(number);
-                        let tile = p.route.tiles.at(whole).load_tile();
-                        tile.part(number - whole * p.tile_parts, rows)
-                    }
-                };
-                if tile.rows > 0 {
-                    body(Unit { tile, slice });
+                if unit.tile.rows > 0 {
+                    body(unit);
                 }
             }
+        }
+
+        /// The number of the first unit of the block's cluster.
+        #[inline(always)]
+        fn first_unit(&self) -> u32 {
+            thread::block() >> log2(self.blocks)
+        }
+
+        /// Unit `number`.
+        ///
+        /// # Safety
+        /// There must be such a unit, of the block's cluster, and where the block finds the segments, it must be listed.
+        #[inline(always)]
+        unsafe fn unit(&self, number: u32, rows: u32) -> Unit {
+            let p = self.p;
+            let [part, slice] = p.tile_and_slice(number);
+            // SAFETY: as the caller promises.
+            let tile = unsafe {
+                if p.finds != 0 {
+                    self.found.tile(&p.room, p.over_listed.quotient(number))
+                } else {
+                    let whole = p.over_parts.quotient(part);
+                    let tile = p.route.tiles.at(whole).load_tile();
+                    tile.part(part - whole * p.tile_parts, rows)
+                }
+            };
+            Unit { tile, slice }
         }
 
         /// Pair `row` of a tile.
@@ -449,6 +490,9 @@ mod kernel {
     }
 
     impl Shares {
+        /// For units of no rank.
+        const NONE: Self = Shares { rank: 0, group_shares: 1, k: (0, 0) };
+
         #[inline(always)]
         fn new(context: &Context<'_>, rank: u32) -> Self {
             let &Context { p, block, blocks, .. } = context;
@@ -546,16 +590,19 @@ mod kernel {
         }
     }
 
-    /// Fills the ring for shrink, as warp `filler` of those that do: a lane of the first half of the warp asks for a row of
-    /// a, of the other half for one of x.
+    /// Fills the ring for shrink with a: of `first`, the cluster's first unit if it has one, before pairs are listed.
     ///
     /// # Safety
     /// As for [`decode`]; the whole warp must come here.
     #[inline(always)]
-    unsafe fn fill_shrink<I: Index, const ROWS: u32>(context: &Context<'_>, mut ring: Ring, filler: u32) {
+    unsafe fn fill_a<I: Index>(
+        context: &Context<'_>,
+        mut shares: Shares,
+        mut ring: Ring,
+        rows: u32,
+        first: Unit,
+    ) {
         let p = context.p;
-        let (row, takes_x) = (thread::lane() % GROUP, thread::lane() >= GROUP);
-        let mut shares = Shares::new(context, 0);
         let (mut filled, stages) = (0, ring.stages);
         // The copies of b may follow.
         let begin = || {
@@ -564,46 +611,95 @@ mod kernel {
                 unsafe { begun().arrive() };
             }
         };
-        let unit = |Unit { tile, slice }: Unit| {
+        let mut unit = first;
+        let mut next = context.first_unit();
+        loop {
+            let Unit { tile, slice } = unit;
+            if tile.rows > 0 {
+                shares.change(context, tile.rank);
+                let matrix = first_row::<I>(&tile, p.a_experts, p.route.max_rank);
+                let a = select_slice(p.a, slice);
+                each_chunk(context, &shares, |group, at, length| {
+                    let ranks = (tile.rank - GROUP * group).min(GROUP);
+                    let row = matrix.plus(I::from_u32(GROUP * group));
+                    let mut source = a.at(row.times(I::from_u32(p.in_dim))).at(at);
+                    // SAFETY: the rows are inside the tensor, and elements come in eights; as many bytes are announced as
+                    // are copied.
+                    unsafe {
+                        let (mut target, full) = ring.claim();
+                        announce(full, 2 * length * ranks);
+                        if warp::elect() {
+                            let mut copy = || {
+                                bulk::copy(target, source, 2 * length, full);
+                                source = source.at(p.in_dim);
+                                target = target.offset(row_bytes(length));
+                            };
+                            let mut left = ranks;
+                            while left >= TOGETHER as u32 {
+                                unroll::<TOGETHER>(|_| copy());
+                                left -= TOGETHER as u32;
+                            }
+                            while left > 0 {
+                                copy();
+                                left -= 1;
+                            }
+                        }
+                    }
+                    filled += 1;
+                    if filled == stages {
+                        begin();
+                    }
+                });
+            }
+            next += p.clusters;
+            // SAFETY: the barrier is initialised; after it the number of units can be read, and each of the cluster's.
+            unsafe {
+                listed().wait(0);
+                if next >= unit_count().load() {
+                    break;
+                }
+                unit = context.unit(next, rows);
+            }
+        }
+        if filled < stages {
+            begin();
+        }
+    }
+
+    /// Fills the ring for shrink with x, a row a lane.
+    ///
+    /// # Safety
+    /// As for [`fill_a`].
+    #[inline(always)]
+    unsafe fn fill_x<I: Index, const ROWS: u32>(context: &Context<'_>, mut ring: Ring) {
+        let mut shares = Shares::NONE;
+        let (p, row) = (context.p, thread::lane());
+        let unit = |Unit { tile, .. }: Unit| {
             shares.change(context, tile.rank);
-            let matrix = first_row::<I>(&tile, p.a_experts, p.route.max_rank);
-            let a = select_slice(p.a, slice);
             let mut x = Global::<u16>::NULL;
-            if takes_x && tile.rank > 0 && row < tile.rows {
+            if tile.rank > 0 && row < tile.rows {
                 // SAFETY: the tile has so many pairs.
                 let pair = unsafe { context.pair(&tile, row) };
                 x = p.x.at(I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride)));
             }
-            each_chunk(context, &shares, |group, at, length| {
-                let ranks = (tile.rank - GROUP * group).min(GROUP);
-                let (exists, source) = if takes_x {
-                    (!x.is_null(), x)
-                } else {
-                    let rank = matrix.plus(I::from_u32(GROUP * group + row));
-                    (row < ranks, a.at(rank.times(I::from_u32(p.in_dim))))
-                };
-                // SAFETY: the rows are inside the tensors, and elements come in eights; as many bytes are announced as
-                // are copied.
+            each_chunk(context, &shares, |_, at, length| {
+                // SAFETY: as in `fill_a`.
                 unsafe {
-                    let wanted = exists && row % FILLERS == filler;
                     let (stage, full) = ring.claim();
-                    announce(full, 2 * length * warp::ballot(wanted).count_ones());
-                    if wanted {
-                        let target = stage.offset(thread::lane() * row_bytes(length));
-                        bulk::copy(target, source.at(at), 2 * length, full);
+                    announce(full, 2 * length * tile.rows);
+                    if row < tile.rows {
+                        bulk::copy(
+                            stage.offset((GROUP + row) * row_bytes(length)),
+                            x.at(at),
+                            2 * length,
+                            full,
+                        );
                     }
-                }
-                filled += 1;
-                if filled == stages {
-                    begin();
                 }
             });
         };
         // SAFETY: as the caller promises.
         unsafe { context.each_unit(ROWS, unit) };
-        if filled < stages {
-            begin();
-        }
     }
 
     /// Fills the ring for expand: the old values of `out`, a row a lane; and b. Where ranks are
@@ -611,7 +707,7 @@ mod kernel {
     /// bulk copy takes as long for the few ranks of a column as for many.
     ///
     /// # Safety
-    /// As for [`fill_shrink`].
+    /// As for [`fill_a`].
     #[inline(always)]
     unsafe fn fill_expand<I: Index, const ROWS: u32>(context: &Context<'_>, mut ring: Ring) {
         let (p, lane) = (context.p, thread::lane());
@@ -638,7 +734,7 @@ mod kernel {
             columns.each_step(|at, count| {
                 let source = b.at(matrix.plus(I::from_u32(at)).times(I::from_u32(max_rank)));
                 let b_bytes = if is_whole { 2 * count * max_rank } else { 0 };
-                // SAFETY: as in `fill_shrink`.
+                // SAFETY: as in `fill_a`.
                 unsafe {
                     let (stage, full) = ring.claim();
                     if !is_whole {
@@ -687,7 +783,7 @@ mod kernel {
         context: &Context<'_>,
         mut ring: Ring,
     ) {
-        let mut shares = Shares::new(context, 0);
+        let mut shares = Shares::NONE;
         // Units whose h was sent.
         let mut sent = 0;
         let unit = |Unit { tile, .. }: Unit| {
@@ -888,10 +984,10 @@ mod kernel {
         context: &Context<'_>,
         mut ring: Ring,
     ) {
+        let mut shares = Shares::NONE;
         let p = context.p;
         let accumulate = p.accumulate != 0;
         let c = thread::lane() % 4;
-        let mut shares = Shares::new(context, 0);
         let mut columns = Columns::new(context);
         // Units whose h was received.
         let mut received = 0;
@@ -1047,63 +1143,92 @@ mod kernel {
         }
         // No block may be sent anything before it has its barriers.
         cluster::arrive_relaxed();
-        if p.finds != 0 && !p.room.lists_all() {
+        let context = Context { p: &p, found: Segments::at(found_at), block, blocks, h, sums, landings };
+        let searches = p.finds != 0 && !p.room.lists_all();
+        if searches {
             // SAFETY: the rings are not in use yet.
-            unsafe { Segments::prepare(&p.route, start, &p.room) };
-            barrier::sync();
+            unsafe { Segments::prepare(&p.route, expand_ring.start, &p.room) };
+        }
+        if p.finds != 0 && thread::index_anew() / 32 == LIST {
+            Segments::ask_for_ids(&p.route);
+        }
+        barrier::sync();
+        let warp = thread::warp();
+        let ids = Ids::of(&p.route, if searches { thread::index() } else { thread::lane() });
+        let mut shares = Shares::NONE;
+        // What the search need not keep meanwhile.
+        if !searches && warp == FILL {
+            shares = Shares::new(&context, max_rank);
         }
         grid::wait_for_previous();
         grid::let_next_start();
 
-        const EXPAND: u32 = WORKERS;
-        const FILL: u32 = 2 * WORKERS;
-        let warp = thread::warp();
+        let first = context.first_unit();
+        let [first_tile, first_slice] = p.tile_and_slice(first);
+        // The number of tiles, and the tile of the cluster's first unit, whose pairs may not be listed yet.
+        let (mut counts, mut tile) = ([0; 2], Tile::EMPTY);
         // SAFETY: as the caller promises; the rings are not in use yet.
-        let found = unsafe {
-            if p.finds == 0 {
-                Segments::none(found_at)
-            } else if !p.room.lists_all() {
-                let own = |entry| p.tile_and_slice((thread::block() >> log2(blocks)) + entry * p.clusters);
-                Segments::find::<ROWS>(&p.route, own, block == 0, found_at, start, &p.room)
-            } else if warp == FILL {
-                Segments::find_few::<ROWS>(&p.route, found_at, &p.room)
-            } else {
-                Segments::none(found_at)
-            }
-        };
-        if warp == FILL && thread::lane() == 0 {
-            let counts = if p.finds == 0 {
-                // SAFETY: `counts` has `count::LEN` elements.
-                unsafe { [count::ACTIVE, count::ALL].map(|count| p.route.counts.at(count).load()) }
-            } else {
-                [found.active, found.tiles]
-            };
-            let tiles = counts[(p.accumulate == 0) as usize];
-            // SAFETY: the word is nobody else's.
-            unsafe { unit_count().store(tiles * p.tile_parts * p.slices) };
-        }
-        // The rings held the scratch of the search.
-        bulk::fence();
-        barrier::sync();
-        let context = Context { p: &p, found, block, blocks, h, sums, landings };
-
-        // SAFETY: the launch before this one has ended; the warps of each role are whole.
         unsafe {
-            if warp < EXPAND {
-                cluster::wait();
-                shrink::<E, FRAGMENTS, ROWS>(&context, shrink_ring);
-            } else if warp < FILL {
-                cluster::wait();
-                expand::<E, I, FRAGMENTS, ROWS>(&context, expand_ring);
-            } else {
-                if warp < FILL + FILLERS {
-                    fill_shrink::<I, ROWS>(&context, shrink_ring, warp - FILL);
-                    // Not earlier: a store to device memory before the block meets costs 0.2 µs.
-                    if p.finds != 0 && thread::block() == 0 && warp == FILL {
-                        found.keep(&p.route, &p.room);
+            if searches {
+                let own = |entry| p.tile_and_slice(first + entry * p.clusters);
+                (counts, tile) =
+                    context.found.find::<ROWS>(&p.route, ids, own, block == 0, expand_ring.start, &p.room);
+            } else if warp == FILL || warp == LIST {
+                if p.finds != 0 {
+                    let few = Few::find::<ROWS>(&p.route, ids);
+                    if warp == FILL {
+                        tile = few.tile::<ROWS>(&p.route, first_tile);
+                    } else {
+                        counts = context.found.list_few::<ROWS>(&p.route, &few, &p.room);
                     }
                 } else {
+                    counts = [count::ACTIVE, count::ALL].map(|count| p.route.counts.at(count).load());
+                    if warp == FILL && first < p.units(counts) {
+                        tile = context.unit(first, ROWS).tile;
+                    }
+                }
+            }
+        }
+        if warp == LIST && thread::lane() == 0 {
+            // SAFETY: the words are nobody else's.
+            unsafe {
+                unit_count().store(p.units(counts));
+                (0..2).for_each(|i| tile_counts().offset(4 * i).store(counts[i as usize]));
+            }
+        }
+        if searches {
+            // The ring for expand held the scratch.
+            bulk::fence();
+        }
+        warp::sync();
+        if thread::lane() == 0 {
+            // SAFETY: the barrier is initialised.
+            unsafe { listed().arrive() };
+        }
+
+        // SAFETY: the launch before this one has ended; the warps of each role are whole, and come to `listed` before they read what is.
+        unsafe {
+            if warp == FILL {
+                fill_a::<I>(&context, shares, shrink_ring, ROWS, Unit { tile, slice: first_slice });
+            } else {
+                listed().wait(0);
+                if warp < EXPAND {
+                    cluster::wait();
+                    shrink::<E, FRAGMENTS, ROWS>(&context, shrink_ring);
+                } else if warp < FILL {
+                    cluster::wait();
+                    expand::<E, I, FRAGMENTS, ROWS>(&context, expand_ring);
+                } else if warp == LIST {
+                    fill_x::<I, ROWS>(&context, shrink_ring);
+                } else {
                     fill_expand::<I, ROWS>(&context, expand_ring);
+                }
+            }
+            if warp >= FILL {
+                // Not earlier: a store to device memory before the block meets costs 0.2 µs.
+                if p.finds != 0 && thread::block() == 0 && warp == LIST {
+                    let counts = [0, 4].map(|word| tile_counts().offset(word).load());
+                    context.found.keep(&p.route, &p.room, counts);
                 }
                 cluster::wait();
             }

@@ -441,6 +441,13 @@ pub struct DecodeParams {
 }
 
 impl DecodeParams {
+    /// Units of so many tiles, of active pairs and of all.
+    #[inline(always)]
+    pub fn units(&self, [active, all]: [u32; 2]) -> u32 {
+        let tiles = if self.accumulate != 0 { active } else { all };
+        tiles * self.tile_parts * self.slices
+    }
+
     /// Tile, or part of one, and slice of a unit: which of all of the launch.
     #[inline(always)]
     pub fn tile_and_slice(&self, unit: u32) -> [u32; 2] {

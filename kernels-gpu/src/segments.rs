@@ -12,7 +12,10 @@
 //! next: the table then does not depend on who came first (Shun and Blelloch, "Phase-concurrent hash tables for
 //! determinism", 2014).
 //!
-//! Up to [`FEW`] pairs one warp finds the segments in registers, and stores all of them.
+//! The weights that a cluster begins with lie where the tile of its first unit says; its pairs are not needed for that. So one warp ([`AHEAD`]) is told
+//! that tile as soon as pairs are counted, and goes on while others list.
+//!
+//! Up to [`FEW`] pairs a warp finds the segments in registers ([`Few`]); one that lists all of them, and [`AHEAD`] for itself.
 //!
 //! Shared memory that stays, for as many pairs and tiles as [`Room`] says:
 //!
@@ -35,6 +38,8 @@ pub const MAX_PAIRS: u32 = 1024;
 pub const FEW: u32 = 32;
 /// Threads of the block.
 pub const THREADS: u32 = 352;
+/// The warp that lists nothing, and is told the tile of the cluster's first unit while others list.
+pub const AHEAD: u32 = 8;
 /// Most buckets of active pairs that are counted at their own number.
 pub const MAX_DIRECT: u32 = 1024;
 /// Counts that a warp adds up at a time.
@@ -116,13 +121,14 @@ const fn places_at(places: u32, buckets: u64) -> u32 {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub use kernel::Segments;
+pub use kernel::{Few, Ids, Segments};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
-    use super::{FEW, LOOK, Room, SWEEP, THREADS, counts, inactive_place, places_at};
+    use super::{AHEAD, FEW, LOOK, Room, SWEEP, THREADS, counts, inactive_place, places_at};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, thread, warp};
+    use crate::memory::Global;
     use crate::params::{RouteParams, Tile, count};
     use crate::route::{bucket_by, slot_rank};
     use crate::scan::inclusive;
@@ -132,8 +138,10 @@ mod kernel {
     const FREE: u32 = u32::MAX;
     /// Threads of a warp.
     const LANES: u32 = 32;
-    /// Warps of the block.
-    const WARPS: u32 = THREADS / LANES;
+    /// Ids of a line of L2.
+    const LINE: u32 = 32;
+    /// Warps that list: all but [`AHEAD`].
+    const LISTERS: u32 = THREADS / LANES - 1;
     /// Counts that a lane adds up at a time.
     const LANE_COUNTS: usize = (SWEEP / LANES) as usize;
 
@@ -319,17 +327,36 @@ mod kernel {
         }
     }
 
-    /// Slot and global expert of a pair, if it exists.
-    ///
-    /// # Safety
-    /// Every tensor of `p` must be as its field says.
-    #[inline(always)]
-    unsafe fn ids(p: &RouteParams, pair: u32) -> [u32; 2] {
-        if pair < p.pair_count {
-            // SAFETY: the pair is one of P, its token one of T.
-            unsafe { [p.token_lora.at(p.top_k.quotient(pair)).load(), p.topk_ids.at(pair).load()] }
-        } else {
-            [u32::MAX; 2]
+    /// Where the ids of a pair are, if it exists: found before they may be read.
+    #[derive(Clone, Copy)]
+    pub struct Ids {
+        slot: Global<u32>,
+        expert: Global<u32>,
+    }
+
+    impl Ids {
+        /// Of pair `pair`.
+        #[inline(always)]
+        pub fn of(p: &RouteParams, pair: u32) -> Self {
+            if pair < p.pair_count {
+                Ids { slot: p.token_lora.at(p.top_k.quotient(pair)), expert: p.topk_ids.at(pair) }
+            } else {
+                Ids { slot: Global::NULL, expert: Global::NULL }
+            }
+        }
+
+        /// Slot and global expert; numbers that do not exist, if the pair does not.
+        ///
+        /// # Safety
+        /// The ids must be as the fields of the call's parameters say.
+        #[inline(always)]
+        unsafe fn load(self) -> [u32; 2] {
+            if self.expert.is_null() {
+                [u32::MAX; 2]
+            } else {
+                // SAFETY: as the caller promises.
+                unsafe { [self.slot.load(), self.expert.load()] }
+            }
         }
     }
 
@@ -377,15 +404,70 @@ mod kernel {
         }
     }
 
+    /// The lanes before `lane`.
+    #[inline(always)]
+    fn below(lane: u32) -> u32 {
+        (1 << lane) - 1
+    }
+
+    /// The segments of at most [`FEW`] pairs, in the registers of a warp, a pair a lane.
+    #[derive(Clone, Copy)]
+    pub struct Few {
+        bucket: u32,
+        slot: u32,
+        rank: u32,
+        /// The pairs of the segment, how many these are, and how many of them come before this one.
+        peers: u32,
+        size: u32,
+        before: u32,
+        /// The first pairs of tiles of active pairs, in the order of tiles.
+        leads: u32,
+        is_active: bool,
+    }
+
+    impl Few {
+        /// Finds them, cut into tiles of `ROWS` pairs. The whole warp must come here, each lane with the ids of the pair of its number. Nothing
+        /// has to be prepared.
+        ///
+        /// # Safety
+        /// Every tensor of `p` must be as its field says, and hold no more pairs.
+        #[inline(always)]
+        pub unsafe fn find<const ROWS: u32>(p: &RouteParams, own_ids: Ids) -> Self {
+            // SAFETY: as the caller promises.
+            let (bucket, slot, rank) = unsafe {
+                let [slot, global_expert] = own_ids.load();
+                let rank = Ranks::new(p).of(p, slot);
+                (bucket_by(p, slot, global_expert, |_| rank), slot, rank)
+            };
+            let is_active = bucket < p.slots * p.experts;
+            let peers = warp::match_any(bucket) & (u32::MAX >> (FEW - p.pair_count));
+            let (size, before) = (peers.count_ones(), (peers & below(thread::lane())).count_ones());
+            let leads = warp::ballot(is_active && before.is_multiple_of(ROWS));
+            Few { bucket, slot, rank, peers, size, before, leads, is_active }
+        }
+
+        /// Tile `number` without its pairs, if it is one of active pairs; otherwise an empty one. The whole warp must come here.
+        #[inline(always)]
+        pub fn tile<const ROWS: u32>(&self, p: &RouteParams, number: u32) -> Tile {
+            if number >= self.leads.count_ones() {
+                return Tile::EMPTY;
+            }
+            let is_its = self.is_active
+                && self.before.is_multiple_of(ROWS)
+                && (self.leads & below(thread::lane())).count_ones() == number;
+            let lead = warp::ballot(is_its).trailing_zeros();
+            let [bucket, slot, rank, left] = [self.bucket, self.slot, self.rank, self.size - self.before]
+                .map(|own| warp::shuffle(own, lead));
+            let expert = bucket - slot * p.experts;
+            Tile { slot, expert, first: 0, rows: left.min(ROWS), rank, reserved: [0; 3] }
+        }
+    }
+
     /// The segments of a call, cut into tiles, in a block's shared memory: all tiles of a call of few pairs, otherwise those
     /// of the cluster's units.
     #[derive(Clone, Copy)]
     pub struct Segments {
         start: Shared,
-        /// Tiles of active pairs: these come first.
-        pub active: u32,
-        /// All tiles.
-        pub tiles: u32,
     }
 
     impl Segments {
@@ -400,10 +482,25 @@ mod kernel {
             self.start.offset(4 * number)
         }
 
-        /// No segments.
+        /// Those that are, or will be, at `start`.
         #[inline(always)]
-        pub fn none(start: Shared) -> Self {
-            Segments { start, active: 0, tiles: 0 }
+        pub fn at(start: Shared) -> Self {
+            Segments { start }
+        }
+
+        /// Asks for a call's ids and ranks, of which nothing is read yet: once the launch before has ended they come sooner. One warp
+        /// must come here.
+        #[inline(always)]
+        pub fn ask_for_ids(p: &RouteParams) {
+            let pair = LINE * thread::lane();
+            if pair < p.pair_count {
+                p.topk_ids.at(pair).ask_for();
+                p.token_lora.at(p.top_k.quotient(pair)).ask_for();
+            }
+            if thread::lane() == 0 {
+                p.ranks.ask_for();
+                p.adapter_enabled.ask_for();
+            }
         }
 
         /// Empties what is in `scratch`. The whole block must come here, and meet before it comes to
@@ -427,31 +524,33 @@ mod kernel {
 
         /// Finds them, cut into tiles of `ROWS` pairs, and lists the units of the cluster, of which `own` says tile and slice. Those of
         /// slice 0 are also left where `route` would have left them, for later calls, if this block `keeps` them. The whole block
-        /// must come here, with the `scratch` and `room` of [`Segments::prepare`], and meet before it uses the result.
+        /// must come here, each thread with the ids of the pair of its number, with the `scratch` and `room` of [`Segments::prepare`], and meet before it uses the list.
+        ///
+        /// Returns the numbers of tiles, of active pairs, which come first, and of all. But warp [`AHEAD`], which lists none, does not know them; to it this
+        /// returns the tile of the cluster's first unit, whose pairs are not listed yet, or an empty one.
         ///
         /// # Safety
         /// Every tensor of `p` must be as its field says, and hold no more than there is room for; `start` and `scratch` must
         /// have room for them.
         #[inline(always)]
         pub unsafe fn find<const ROWS: u32>(
+            self,
             p: &RouteParams,
+            own_ids: Ids,
             own: impl Fn(u32) -> [u32; 2],
             keeps: bool,
-            start: Shared,
             scratch: Shared,
             room: &Room,
-        ) -> Self {
+        ) -> ([u32; 2], Tile) {
             let scratch = Scratch::new(p, scratch, room);
 
             // Each pair to the count of its segment. The next pair's ids are asked for before.
             // SAFETY: as the caller promises.
-            let ids = |pair: u32| unsafe { ids(p, pair) };
-            let mut next = ids(thread::index());
-            // SAFETY: as above.
-            let ranks = unsafe { Ranks::new(p) };
+            let (mut next, ranks) = unsafe { (own_ids.load(), Ranks::new(p)) };
             each_pair(p.pair_count, |pair, exists| {
                 let [slot, global_expert] = next;
-                next = ids(pair + THREADS);
+                // SAFETY: as above.
+                next = unsafe { Ids::of(p, pair + THREADS).load() };
                 // SAFETY: as above.
                 let rank = unsafe { ranks.of(p, slot) };
                 if exists {
@@ -490,10 +589,11 @@ mod kernel {
             }
 
             // Every warp goes through all segments, and lists every so many of the cluster's units.
-            let mut found = Self::none(start);
-            let mut entry = thread::warp();
+            let is_ahead = thread::warp() == AHEAD;
+            let mut entry = if is_ahead { 0 } else { thread::warp() - (thread::warp() > AHEAD) as u32 };
+            let mut first = Tile::EMPTY;
             // SAFETY: all counts are there.
-            unsafe {
+            let counts = unsafe {
                 let inactive = scratch.count(scratch.inactive()).load();
                 let mut sweep = Sweep::new::<ROWS>(&scratch, 0, 0);
                 loop {
@@ -502,12 +602,12 @@ mod kernel {
                     while number >= sweep.end >> 16 && sweep.start + SWEEP < scratch.places {
                         sweep = Sweep::new::<ROWS>(&scratch, sweep.start + SWEEP, sweep.end);
                     }
-                    found.active = sweep.end >> 16;
-                    found.tiles = found.active + inactive.div_ceil(ROWS);
-                    if number >= found.tiles {
-                        break;
+                    let active = sweep.end >> 16;
+                    let all = active + inactive.div_ceil(ROWS);
+                    if number >= all {
+                        break [active, all];
                     }
-                    let [place, count, before] = if number < found.active {
+                    let [place, count, before] = if number < active {
                         sweep.locate::<ROWS>(number)
                     } else {
                         [scratch.inactive(), inactive, sweep.end]
@@ -524,7 +624,11 @@ mod kernel {
                         rank: ranks.of(p, slot),
                         reserved: [0; 3],
                     };
-                    found.list::<ROWS>(room, &scratch, [place, skipped, entry], &tile, |row, pair| {
+                    if is_ahead {
+                        first = tile;
+                        break [active, all];
+                    }
+                    self.list::<ROWS>(room, &scratch, [place, skipped, entry], &tile, |row, pair| {
                         if keeps {
                             p.pairs.at(tile.first + row).store(pair);
                         }
@@ -532,10 +636,10 @@ mod kernel {
                     if keeps && thread::lane() == 0 {
                         p.tiles.at(number).store_tile(tile);
                     }
-                    entry += WARPS;
+                    entry += LISTERS;
                 }
-            }
-            found
+            };
+            (counts, first)
         }
 
         /// Lists a tile as unit `entry` of the cluster: of the segment of a place, whose first `skipped` pairs are in tiles before
@@ -553,7 +657,7 @@ mod kernel {
             keep: impl Fn(u32, u32),
         ) {
             let lane = thread::lane();
-            let below = (1 << lane) - 1;
+            let below = below(lane);
             let mut seen = 0;
             let mut at = 0;
             while seen < skipped + tile.rows {
@@ -590,37 +694,24 @@ mod kernel {
             }
         }
 
-        /// As [`Segments::find`], of at most [`FEW`] pairs, which one whole warp of the block finds in registers: all tiles are
-        /// listed. Nothing has to be prepared.
+        /// Lists all tiles of few pairs, and returns the numbers of tiles, of active pairs and of all. The whole warp must come here.
         ///
         /// # Safety
-        /// As for [`Segments::find`].
+        /// There must be room for them.
         #[inline(always)]
-        pub unsafe fn find_few<const ROWS: u32>(p: &RouteParams, start: Shared, room: &Room) -> Self {
+        pub unsafe fn list_few<const ROWS: u32>(self, p: &RouteParams, few: &Few, room: &Room) -> [u32; 2] {
+            let &Few { bucket, slot, rank, peers, size, before, leads, is_active } = few;
             let pair = thread::lane();
-            // SAFETY: as the caller promises.
-            let (bucket, slot, rank) = unsafe {
-                let [slot, global_expert] = ids(p, pair);
-                let rank = Ranks::new(p).of(p, slot);
-                (bucket_by(p, slot, global_expert, |_| rank), slot, rank)
-            };
-            let is_active = bucket < p.slots * p.experts;
-            let below = (1 << pair) - 1;
-            // The pairs of the segment, and which of them this one is.
-            let peers = warp::match_any(bucket) & (u32::MAX >> (FEW - p.pair_count));
-            let (size, before) = (peers.count_ones(), (peers & below).count_ones());
             let through = inclusive(if is_active && before == 0 { size } else { 0 });
             let start_of_active = warp::shuffle(through.wrapping_sub(size), peers.trailing_zeros());
-            let leads = warp::ballot(is_active && before.is_multiple_of(ROWS));
             let (active, all_active) = (leads.count_ones(), warp::shuffle(through, FEW - 1));
             let tiles = active + (p.pair_count - all_active).div_ceil(ROWS);
-            let found = Segments { start, active, tiles };
             if pair < p.pair_count {
                 let rows = (size - before).min(ROWS);
                 let (number, tile) = if is_active {
                     let first = start_of_active + before;
                     let expert = bucket - slot * p.experts;
-                    let number = (leads & below).count_ones();
+                    let number = (leads & below(pair)).count_ones();
                     (number, Tile { slot, expert, first, rows, rank, reserved: [0; 3] })
                 } else {
                     // Of one slot more, expert 0.
@@ -630,13 +721,13 @@ mod kernel {
                 };
                 // SAFETY: every pair has a place in the list, and there is room for the tiles.
                 unsafe {
-                    found.pair_at(tile.first).store(pair);
+                    self.pair_at(tile.first).store(pair);
                     if before.is_multiple_of(ROWS) {
-                        found.put_tile(room, number, &tile);
+                        self.put_tile(room, number, &tile);
                     }
                 }
             }
-            found
+            [active, tiles]
         }
 
         /// Stores a tile.
@@ -665,25 +756,25 @@ mod kernel {
             Tile { slot, expert, first, rows, rank, reserved: [0; 3] }
         }
 
-        /// Leaves the numbers of tiles where `route` would have left them, for later calls, and all pairs and tiles if all are
-        /// listed. The warp of the launch that found them must come here.
+        /// Leaves the numbers of tiles, of active pairs and of all, where `route` would have left them, for later calls, and all pairs and
+        /// tiles if all are listed. One warp must come here.
         ///
         /// # Safety
         /// The tensors of `p` must be as their fields say.
         #[inline(always)]
-        pub unsafe fn keep(&self, p: &RouteParams, room: &Room) {
+        pub unsafe fn keep(&self, p: &RouteParams, room: &Room, [active, tiles]: [u32; 2]) {
             let i = thread::lane();
             // SAFETY: there is room for all pairs and tiles, and for two counts.
             unsafe {
                 if room.lists_all() && i < p.pair_count {
                     p.pairs.at(i).store(self.pair_at(i).load());
                 }
-                if room.lists_all() && i < self.tiles {
+                if room.lists_all() && i < tiles {
                     p.tiles.at(i).store_tile(self.tile(room, i));
                 }
                 if i == 0 {
-                    p.counts.at(count::ACTIVE).store(self.active);
-                    p.counts.at(count::ALL).store(self.tiles);
+                    p.counts.at(count::ACTIVE).store(active);
+                    p.counts.at(count::ALL).store(tiles);
                 }
             }
         }

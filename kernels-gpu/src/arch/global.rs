@@ -60,6 +60,19 @@ scalar!(u16, reg16, u16, "ld.global.u16 {}, [{}];", "st.global.u16 [{}], {};");
 scalar!(u32, reg32, u32, "ld.global.u32 {}, [{}];", "st.global.u32 [{}], {};");
 scalar!(f32, reg32, f32, "ld.global.f32 {}, [{}];", "st.global.f32 [{}], {};");
 
+impl<T> Global<T> {
+    /// `prefetch.global.L2` (PTX ISA 9.7.9.15): asks for the line here to be in L2, and for the page's address. Nothing is read, so that it may
+    /// also be asked for what another launch still writes; the address may be any.
+    #[inline(always)]
+    pub fn ask_for(self) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: changes nothing that can be seen.
+        unsafe {
+            asm!("prefetch.global.L2 [{}];", in(reg64) self.address(), options(nostack))
+        }
+    }
+}
+
 impl<T: Scalar> Global<T> {
     /// Loads the element here.
     ///

@@ -70,6 +70,30 @@ pub fn ballot(vote: bool) -> u32 {
     }
 }
 
+/// `elect.sync`: true in one thread of the warp, whichever. The whole warp must come here.
+///
+/// What only this thread does is known to be one thread's: an instruction whose operands are uniform registers is not repeated
+/// until all threads have been served.
+#[cfg(any(feature = "sm_90", feature = "emulate"))]
+#[inline(always)]
+#[track_caller]
+pub fn elect() -> bool {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let elected: u32;
+        // SAFETY: exchanges registers; touches no memory.
+        unsafe {
+            asm!("{{ .reg .pred elected; elect.sync _|elected, {}; selp.u32 {}, 1, 0, elected; }}",
+                in(reg32) ALL, out(reg32) elected, options(nostack));
+        }
+        elected != 0
+    }
+    #[cfg(feature = "emulate")]
+    {
+        emulate::ballot(true).trailing_zeros() == super::thread::lane()
+    }
+}
+
 /// `match.any.sync`: bit i is set where thread i of the warp has this thread's value. The whole warp must come here.
 #[inline(always)]
 #[track_caller]
