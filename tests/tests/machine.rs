@@ -368,6 +368,15 @@ fn a_ballot_is_the_votes_of_a_warp() {
 }
 
 #[test]
+fn one_thread_of_each_warp_is_elected() {
+    let out = launch(1, 3, |_, out| unsafe {
+        out.at(thread::index()).store(warp::elect() as u32);
+    });
+    let out = out.expect("no fault");
+    assert_eq!(out.chunks(32).map(|warp| warp.iter().sum()).collect::<Vec<u32>>(), [1, 1, 1]);
+}
+
+#[test]
 fn a_match_names_the_lanes_of_the_same_value() {
     let out = launch(1, 3, |_, out| unsafe {
         out.at(thread::index()).store(warp::match_any(thread::index() % 3));

@@ -1,4 +1,4 @@
-//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9, 9.7.12.10).
+//! Exchange between the 32 threads of a warp (PTX ISA 9.7.8.6, 9.7.12.2, 9.7.12.9, 9.7.12.10, 9.7.12.14).
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -70,7 +70,7 @@ pub fn ballot(vote: bool) -> u32 {
     }
 }
 
-/// `elect.sync`: true in one thread of the warp, whichever. The whole warp must come here.
+/// `elect.sync` (PTX ISA 9.7.12.14): true in one thread of the warp, which may be any. The whole warp must come here.
 ///
 /// What only this thread does is known to be one thread's: an instruction whose operands are uniform registers is not repeated
 /// until all threads have been served.
