@@ -373,7 +373,7 @@ fn one_thread_of_each_warp_is_elected() {
         out.at(thread::index()).store(warp::elect() as u32);
     });
     let out = out.expect("no fault");
-    assert_eq!(out.chunks(32).map(|warp| warp.iter().sum()).collect::<Vec<u32>>(), [1, 1, 1]);
+    assert_eq!([&out[..32], &out[32..64]].map(|warp| warp.iter().sum::<u32>()), [1, 1]);
 }
 
 #[test]
