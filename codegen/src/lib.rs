@@ -77,8 +77,8 @@ pub fn kernel_sources() -> std::path::PathBuf {
     workspace_root().join("kernels-gpu/src")
 }
 
-/// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has
-/// marked as a cache. Build scripts ask for the one around `OUT_DIR`, programs for their own.
+/// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has marked as a cache, which it does where
+/// it makes the folder itself, or left what it knows of rustc in. Build scripts ask for the one around `OUT_DIR`, programs for their own.
 pub fn target_dir_around(path: &Path) -> Option<&Path> {
     let marks = ["CACHEDIR.TAG", ".rustc_info.json"];
     path.ancestors().find(|dir| marks.iter().any(|mark| dir.join(mark).is_file()))
