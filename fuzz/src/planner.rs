@@ -160,8 +160,10 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     }
     if let Some(PrefillPlan { launch, stages, under_way, shares: Some(shares), .. }) = plan.prefill {
         assert!(launch.cooperative && (1..=stages).contains(&under_way), "{plan}");
-        // Of all sums there are 16 MiB at most, h not counted.
-        assert!(shares.sums <= 4 << 20, "{plan}");
+        // Of h and all sums there are 16 MiB at most.
+        let depth = u64::from(shares.depth.count);
+        let sums = if depth > 1 { 2 * depth * shares.h_words } else { 0 };
+        assert!(shares.h_words + sums <= 4 << 20, "{plan}");
         for (shares, length) in [(shares.depth, sizes.in_dim), (shares.columns, sizes.out_dim)] {
             let (count, each) = (shares.count as usize, shares.each as usize);
             assert!(

@@ -200,14 +200,14 @@ fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::B
     if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
 }
 
-/// Where blocks of `prefill` that share passes leave sums, and after them h, for one another, and count one another.
+/// Where blocks of `prefill` that share passes leave h, and after it sums, for one another, and count one another.
 fn exchange(p: &PrefillParams) -> [emulate::Buffer; 3] {
-    let sums = (p.fragments.address() - p.sums.address()) / size_of::<u32>() as u64;
-    // Of a pass, the sums of each share, and two elements of h a word.
-    let h = sums / u64::from(p.depth.count) / 2;
+    let h = (p.sums.address() - p.fragments.address()) / size_of::<u32>() as u64;
+    // Two elements of h are a word, and so is each sum of them.
+    let sums = if p.depth.count > 1 { 2 * h * u64::from(p.depth.count) } else { 0 };
     [
-        buffer("sums", p.sums, sums),
         buffer("fragments", p.fragments, h),
+        buffer("sums", p.sums, sums),
         buffer("counters", p.counters, MAX_COUNTERS.into()),
     ]
 }

@@ -324,19 +324,19 @@ impl Prepared<'_> {
         };
         let h = if products == products::BOTH { 0 } else { h.address(parts) };
         let accumulates = tail.is_some_and(|tail| tail.accumulate);
-        let whole = Shares::new(1, sizes.out_dim as u32);
+        let whole = Shares { count: 1, each: sizes.out_dim as u32 };
         let [depth, columns] =
             shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
-        let sums = shares.map_or(Global::NULL, |_| parts.sums);
-        let fragments = sums.at(shares.map_or(0, |shares| shares.sums));
+        let fragments = shares.map_or(Global::NULL, |_| parts.sums);
+        let sums = fragments.at(shares.map_or(0, |shares| shares.h_words));
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
         let parameters = PrefillParams {
             x: Global::new(head.map_or(0, |(x, _)| x)),
             a: addresses(head.map_or(&[], |(_, a)| a)),
             h: Global::new(h),
-            sums,
             fragments,
+            sums,
             counters: parts.counters,
             b: addresses(tail.map_or(&[], |tail| tail.b)),
             out,

@@ -268,15 +268,15 @@ pub struct PassShares {
     pub depth: Shares,
     /// Shares of a slice's columns.
     pub columns: Shares,
-    /// Elements of the sums that shares of K may leave in the workspace; after them comes h.
-    pub sums: u64,
+    /// Words of the h of all passes that may be left in the workspace; after it come the sums of shares of K.
+    pub h_words: u64,
 }
 
 /// Up to `most` shares of `length` elements, in multiples of `unit`.
 fn shares_of(length: usize, most: u32, unit: u32) -> Shares {
     let length = length as u32;
     let each = length.div_ceil(most.clamp(1, Shares::MAX)).next_multiple_of(unit);
-    Shares::new(length.div_ceil(each), each)
+    Shares { count: length.div_ceil(each), each }
 }
 
 /// Everything that a call will launch. Prints as one line a launch.
@@ -364,7 +364,8 @@ fn sums_room(projection: &Projection, pairs: usize) -> u64 {
         let shape = prefill_shape(projection, tile).unwrap_or(widest);
         let passes = projection.sizes().slices as u64 * tiles(projection, pairs, shape.rows);
         let shares = (2 * MOST_SHARING * u64::from(shape.blocks())).min(passes * u64::from(Shares::MAX));
-        shares.max(passes) * prefill::exchange_bytes(shape, 1)
+        // Of a share the sums are twice as many bytes as h of a pass.
+        shares.max(passes) * 3 * prefill::exchange_bytes(shape, 1)
     };
     PrefillTile::ALL.map(of).into_iter().fold(0, u64::max).min(MAX_PARTIAL * size_of::<f32>() as u64)
 }
@@ -537,8 +538,8 @@ impl Plan {
                 let [depth, columns] = heuristics::prefill_shares(pairs, sizes, shape, passes, limits);
                 let depth = shares_of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
                 let columns = shares_of(sizes.out_dim, columns, shape.column_unit());
-                let sums = tiles * u64::from(passes * depth.count * shape.rows * shape.width);
-                PassShares { depth, columns, sums }
+                let h_words = tiles * u64::from(passes * shape.rows * shape.width / 2);
+                PassShares { depth, columns, h_words }
             });
             let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));
             let most = u64::from(limits.multiprocessors * shape.blocks());

@@ -56,8 +56,6 @@ pub struct Shares {
     pub count: u32,
     /// Elements of each, the last of which may have fewer: a multiple of what a step takes, or all of them.
     pub each: u32,
-    /// The number of a share over these gives its pass's.
-    pub over_count: Divider,
 }
 
 impl Shares {
@@ -65,15 +63,7 @@ impl Shares {
     pub const MAX: u32 = 64;
 
     /// None.
-    pub const NONE: Self = Shares { count: 0, each: 0, over_count: Divider::new(1) };
-
-    /// `count` shares of `each` elements.
-    ///
-    /// # Panics
-    /// As for [`Divider::new`].
-    pub const fn new(count: u32, each: u32) -> Self {
-        Shares { count, each, over_count: Divider::new(count) }
-    }
+    pub const NONE: Self = Shares { count: 0, each: 0 };
 }
 
 /// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the others.
@@ -456,14 +446,14 @@ impl DecodeParams {
     }
 }
 
-/// Which products `prefill` computes.
+/// What `prefill` does, or a block in one turn of it: bits.
 pub mod products {
-    /// Shrink and expand; h stays in registers.
-    pub const BOTH: u32 = 0;
-    /// Shrink, which writes h whole: zeros for inactive pairs and above the rank.
+    /// Shrink. A call that does nothing else writes h whole: zeros for inactive pairs and above the rank.
     pub const SHRINK: u32 = 1;
-    /// Expand, of the h of an earlier call.
+    /// Expand. A call that does nothing else takes the h of an earlier one.
     pub const EXPAND: u32 = 2;
+    /// Both; h stays in registers.
+    pub const BOTH: u32 = SHRINK | EXPAND;
 }
 
 /// Parameters of `prefill`.
@@ -477,10 +467,10 @@ pub struct PrefillParams {
     pub a: [Global<u16>; MAX_SLICES],
     /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
     pub h: Global<u16>,
-    /// `[passes, warps of a tile, shares of K, columns of h / 8, 32, 4]` of f32: where shares of K leave their sums; 0 before and after the launch.
-    pub sums: Global<u32>,
     /// `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as fragments; 0 before and after the launch.
     pub fragments: Global<u32>,
+    /// `[passes, warps of a tile, shares of K, columns of h / 8, 32, 4]` of f32: where shares of K leave their sums, if there are several; 0 before and after the launch.
+    pub sums: Global<u32>,
     /// `[passes, warps of a tile, 2]`: where the warps that share a pass count one another; 0 before and after the launch.
     pub counters: Global<u32>,
     /// S of `[L, E or 1, N, R]`.
@@ -527,7 +517,7 @@ pub struct PrefillParams {
     pub passes: u32,
     /// The number of a pass over these gives its part's.
     pub over_passes: Divider,
-    /// Shares of K that a pass begins with, each a turn; none where blocks do not share.
+    /// Most shares of K that a pass begins with, each a turn: fewer where all passes' are more than blocks; none where blocks do not share.
     pub depth: Shares,
     /// Shares of a slice's columns that it ends with, each a turn; one where blocks do not share.
     pub columns: Shares,

@@ -55,6 +55,11 @@ fn prefills() -> Vec<Options> {
     Options::every().into_iter().filter(prefill).collect()
 }
 
+/// Whether blocks share passes.
+fn is_shared(way: &Options) -> bool {
+    matches!(way.form, Some(PlanForm::SharedPrefill(_)))
+}
+
 /// Calls of `prefill` with every number of columns of h, in one pass and in several, with small ranks in large
 /// allocations, and with tiles of more than one segment and of several steps.
 fn wide() -> Vec<Case> {
@@ -148,8 +153,7 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     let width = |seed| Case { form: Form::Forward, block_size: None, ..width(seed) };
     let widths: Vec<_> = (0..SEEDS * 7 / 5).map(width).collect();
     // Where blocks share passes, a launch has as many more steps.
-    let (shared, whole): (Vec<_>, Vec<_>) =
-        prefills().into_iter().partition(|way| matches!(way.form, Some(PlanForm::SharedPrefill(_))));
+    let (shared, whole): (Vec<_>, Vec<_>) = prefills().into_iter().partition(is_shared);
     let tally = tally.plus(check_all(&widths, &whole)).plus(check_all(&widths[..24], &shared));
     tally.log();
     // Each launch has an order of its own.
@@ -175,6 +179,26 @@ fn ranks_of_any_number_of_groups_follow_one_another() {
     let decode = Options { form: Some(PlanForm::Decode), ..Options::default() };
     let ways = [4, 8].map(|cluster| Options { cluster: Some(cluster), ..decode });
     let cases: Vec<_> = (0..SEEDS / 2).map(case).collect();
+    check_all(&cases, &ways).log();
+}
+
+/// Passes that blocks of `prefill` share, where there are more of them than the planner expects: with as many shares of K as it wants a block would have two.
+#[test]
+fn passes_are_shared_whatever_their_number() {
+    let case = |seed: u64| Case {
+        tokens: 5 + seed as usize % 3,
+        top_k: 2,
+        experts: 6,
+        slots: 2,
+        in_dim: 1024,
+        out_dim: 136,
+        max_rank: 16,
+        loras: Loras::Random,
+        seed,
+        ..Case::default()
+    };
+    let ways: Vec<_> = ways_of(IndexWidth::I32).into_iter().filter(is_shared).collect();
+    let cases: Vec<_> = (0..SEEDS / 5).map(case).collect();
     check_all(&cases, &ways).log();
 }
 

@@ -56,7 +56,7 @@ struct Room {
     scratch_bytes: usize,
     /// Words of a table of route's exchange.
     exchange: usize,
-    /// Bytes in which blocks of prefill that share passes leave sums and h.
+    /// Bytes in which blocks of prefill that share passes leave h and sums.
     sums_bytes: usize,
 }
 
@@ -74,7 +74,7 @@ pub(crate) struct Parts {
     pub turn: Global<u32>,
     /// Where its warps that share a pass count one another.
     pub counters: Global<u32>,
-    /// Where they leave sums for one another, and h after them.
+    /// Where they leave h for one another, and sums after it.
     pub sums: Global<u32>,
     /// `h`, or its parts in f32.
     pub scratch: u64,

@@ -12,8 +12,8 @@
 //! warpgroups copies (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the
 //! sums of the first product to the rows of the second without leaving registers.
 //!
-//! Where passes are so few that many multiprocessors would have none, blocks share them. A turn is then a share of K of a pass, or a share of a slice's
-//! columns, and those of K come first. Blocks that have one leave their sums in f32 in device memory, add up a part of h each, in the order of K, and leave that; those
+//! Where passes are so few that many multiprocessors would have none, or half of them one more than others, blocks share them. A turn is then a share of K of a pass, or a share of a slice's
+//! columns, and those of K come first. Blocks that have one leave their sums in f32 in device memory, add up a part of h each, in the order of K, and leave that, or h itself where a share is all of K; those
 //! that expand wait for it (`exchange`). Meanwhile their producers copy what they expand, so the memory waits for none of this.
 //!
 //! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
@@ -60,11 +60,12 @@ pub const MAX_SHARED_WIDTH: u32 = 128;
 pub const WARP_ROWS: u32 = 16;
 
 /// Counters of passes that blocks share, for which a workspace has room.
-pub const MAX_COUNTERS: u32 = 4096;
+pub const MAX_COUNTERS: u32 = 16 << 10;
 
-/// Bytes of what blocks tell one another of a pass of `shares` shares of K: of each the sums in f32, and h.
+/// Bytes of what blocks tell one another of a pass with up to `shares` shares of K: h, and of each share the sums in f32, if there are several.
 pub const fn exchange_bytes(shape: Shape, shares: u32) -> u64 {
-    (shape.rows * shape.width) as u64 * (4 * shares as u64 + 2)
+    let sums = if shares > 1 { 4 * shares as u64 } else { 0 };
+    (shape.rows * shape.width) as u64 * (2 + sums)
 }
 
 /// Least columns of a slice in h: one fragment's.

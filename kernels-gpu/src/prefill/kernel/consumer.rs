@@ -3,7 +3,7 @@
 use super::exchange::Exchange;
 use super::ring::{Precedence, Ring};
 use super::steps::{K, MOST_PANELS, PANEL_COLUMNS, depth, expand_panels, rank_shift, shrink_panels, width};
-use super::turns::{Pass, Turn, Turns};
+use super::turns::{DepthShares, Pass, Turn, Turns};
 use crate::arch::mma::Element;
 use crate::arch::shared::Shared;
 use crate::arch::thread;
@@ -127,16 +127,16 @@ unsafe fn multiply_ranks<E: Element, const BLOCKS: usize, const SWEEPS: usize>(
     }
 }
 
-/// The pairs of this thread's two rows, `own_row` and eight further on; [`NO_PAIR`] past the tile's end.
+/// The pairs of this thread's two rows, `own_row` and eight further on, among the first `rows` of the tile; [`NO_PAIR`] past them.
 ///
 /// # Safety
-/// The tile must be one of `p`'s.
+/// The tile must be one of `p`'s, and have so many.
 #[inline(always)]
-unsafe fn own_pairs(p: &PrefillParams, tile: &Tile, own_row: u32) -> [u32; 2] {
+unsafe fn own_pairs(p: &PrefillParams, tile: &Tile, rows: u32, own_row: u32) -> [u32; 2] {
     let mut pairs = [NO_PAIR; 2];
     unroll::<2>(|half| {
         let row = own_row + 8 * half as u32;
-        if row < tile.rows {
+        if row < rows {
             // SAFETY: `first` + `rows` pairs are in the list.
             pairs[half] = unsafe { p.pairs.at(tile.first + row).load() };
         }
@@ -338,19 +338,20 @@ pub(super) unsafe fn compute<
         }
 
         let shift = rank_shift(tile.rank);
-        // SAFETY: the tile is one of p's.
-        let pairs = unsafe { own_pairs(p, &tile, own_row) };
-        let Pass { first: mut slice, end } = pass;
+        let Pass { first, end } = pass;
         let columns = pass.columns(tile.rank);
+        // A turn that does not expand goes on past the last slice, and not on to the next turn: of the products, ptxas then knows that all warps come to them.
+        let mut slice = if turn.does & products::EXPAND != 0 { first } else { end };
+        let exchanges = MORE == 0 && p.depth.count > 0 && tile.rank > 0;
 
         // Shrink.
         let (mut sums, mut more) = (<[f32; SUMS]>::zero(), [0.0; MORE]);
         if let Some(more) = more.first_chunk_mut::<64>() {
             *more = Sums::zero();
         }
-        let shrinks = tile.rank > 0 && turn.products != products::EXPAND;
-        let (begin, end_of_k) = turn.depth(p);
-        let mut place = if shrinks { begin } else { end_of_k };
+        // SAFETY: as the caller promises.
+        let (begin, end_of_k) = unsafe { turn.depth(p) };
+        let mut place = if turn.shrinks() { begin } else { end_of_k };
         while place < end_of_k {
             // SAFETY: the ring is ready, and this is a consumer.
             let stage = unsafe { ring.landed() };
@@ -382,18 +383,24 @@ pub(super) unsafe fn compute<
             unsafe { ring.leave() };
             place += depth(shrink_panels(Ring::<BLOCKS, SWEEPS>::SHAPE, columns));
         }
-        let is_shared = MORE == 0 && p.depth.count > 0;
-        if is_shared && turn.products == products::SHRINK {
-            if tile.rank > 0 {
-                let exchange = Exchange::new::<BLOCKS, SWEEPS>(p, &turn);
-                // SAFETY: what p has for the exchange is as its fields say.
-                unsafe {
-                    exchange.leave::<SUMS, BLOCKS>(p, &sums, turn.share, columns);
-                    exchange.add_up::<E, BLOCKS>(p, turn.share, columns);
+        if exchanges && slice == end {
+            let exchange = Exchange::new::<BLOCKS, SWEEPS>(p, &turn);
+            // SAFETY: as the caller promises.
+            let shares = unsafe { DepthShares::new(p) }.count(p);
+            // SAFETY: what p has for the exchange is as its fields say.
+            unsafe {
+                if shares > 1 {
+                    exchange.leave_sums::<SUMS, BLOCKS>(&sums, turn.share, shares, columns);
+                    exchange.add_up::<E, BLOCKS>(turn.share, shares, columns);
+                } else {
+                    exchange.leave_h::<E, SUMS, BLOCKS>(&sums, columns);
                 }
             }
-            continue;
         }
+        // A share of K needs none, and does not wait for any.
+        let rows = if exchanges && slice == end { 0 } else { tile.rows };
+        // SAFETY: the tile is one of p's.
+        let pairs = unsafe { own_pairs(p, &tile, rows, own_row) };
         let mut h = [[0u32; 4]; BLOCKS];
         unroll::<BLOCKS>(|block| {
             unroll::<4>(|i| {
@@ -406,10 +413,10 @@ pub(super) unsafe fn compute<
             });
         });
 
-        if is_shared && tile.rank > 0 {
+        if exchanges && slice < end {
             // SAFETY: as above.
             h = unsafe { Exchange::new::<BLOCKS, SWEEPS>(p, &turn).h::<BLOCKS>(columns) };
-        } else if p.products == products::EXPAND && tile.rank > 0 {
+        } else if turn.takes_h(p) {
             // SAFETY: as for shrink.
             let stage = unsafe { ring.landed() };
             unroll::<BLOCKS>(|block| {
@@ -424,8 +431,7 @@ pub(super) unsafe fn compute<
         }
         if p.products == products::SHRINK {
             // SAFETY: the pairs are of one of p's tiles, and the slices the pass's.
-            unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [slice, end], shift) };
-            slice = end;
+            unsafe { store_h::<I, BLOCKS>(p, &h, pairs, [first, end], shift) };
         }
 
         // Expand.
@@ -495,9 +501,9 @@ pub(super) unsafe fn compute<
             drop_slice(&mut h, shift);
             slice += 1;
         }
-        if is_shared && tile.rank > 0 {
+        if exchanges && turn.does & products::EXPAND != 0 {
             // SAFETY: as above.
-            unsafe { Exchange::new::<BLOCKS, SWEEPS>(p, &turn).leave_h::<BLOCKS>(p) };
+            unsafe { Exchange::new::<BLOCKS, SWEEPS>(p, &turn).forget_h::<BLOCKS>(p) };
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What blocks that share a pass tell one another: each the sums that its share of K has, then a part of h, added up from all of them.
+//! What blocks that share a pass tell one another: each the sums that its share of K has, then a part of h, added up from all of them; or h itself, where one block has all of K.
 //!
 //! A warp deals with the same warp of the other blocks alone, which has the same pairs, and the same places of each thread in the
 //! fragments: so nothing is in rows, and all of it is read and written 16 bytes a thread, side by side.
@@ -86,11 +86,11 @@ impl Exchange {
     /// What `p` has for the exchange must be as its fields say; the whole warp must come here.
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn leave<const SUMS: usize, const BLOCKS: usize>(
+    pub unsafe fn leave_sums<const SUMS: usize, const BLOCKS: usize>(
         &self,
-        p: &PrefillParams,
         sums: &[f32; SUMS],
         share: u32,
+        shares: u32,
         columns: u32,
     ) {
         unroll::<BLOCKS>(|block| {
@@ -108,38 +108,32 @@ impl Exchange {
             });
         });
         // SAFETY: as the caller promises.
-        unsafe { self.count_sharing(p) };
+        unsafe { self.count_sharing(shares) };
     }
 
     /// A share more has left its sums, or taken its part of all.
     ///
     /// # Safety
-    /// As for [`Exchange::leave`].
+    /// As for [`Exchange::leave_sums`].
     #[inline(always)]
     #[track_caller]
-    unsafe fn count_sharing(&self, p: &PrefillParams) {
+    unsafe fn count_sharing(&self, shares: u32) {
         // SAFETY: the counter is this warp's, and those of the same pairs.
-        unsafe { self.sharing.count_up_if(2 * p.depth.count - 1, thread::lane() == 0) };
+        unsafe { self.sharing.count_up_if(2 * shares - 1, thread::lane() == 0) };
     }
 
     /// Adds up this share's part of h, in the order of K, once all sums are there.
     ///
     /// # Safety
-    /// As for [`Exchange::leave`], which must have been before.
+    /// As for [`Exchange::leave_sums`], which must have been before.
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn add_up<E: Element, const BLOCKS: usize>(
-        &self,
-        p: &PrefillParams,
-        share: u32,
-        columns: u32,
-    ) {
-        let shares = p.depth.count;
+    pub unsafe fn add_up<E: Element, const BLOCKS: usize>(&self, share: u32, shares: u32, columns: u32) {
         // All ask, and go on together, since a branch that a warp's threads may take apart would hold up its products.
         // SAFETY: as the caller promises.
         while warp::ballot(unsafe { self.sharing.load_relaxed() } < shares) != 0 {}
         // SAFETY: as the caller promises.
-        unsafe { self.count_sharing(p) };
+        unsafe { self.count_sharing(shares) };
         let mut chunk = share;
         while 8 * chunk < columns {
             let mut sums = [0f32; CHUNK_SUMS];
@@ -182,10 +176,34 @@ impl Exchange {
         self.h.at(block as u32 * WARP_WORDS)
     }
 
+    /// Leaves the first `columns` columns of h, whose sums a block has all.
+    ///
+    /// # Safety
+    /// As for [`Exchange::leave_sums`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn leave_h<E: Element, const SUMS: usize, const BLOCKS: usize>(
+        &self,
+        sums: &[f32; SUMS],
+        columns: u32,
+    ) {
+        unroll::<BLOCKS>(|block| {
+            let mut words = [0; 4];
+            unroll::<4>(|i| {
+                let at = 8 * block + 2 * i;
+                if at < SUMS {
+                    words[i] = told(E::pack(sums[at], sums[at + 1]));
+                }
+            });
+            // SAFETY: it is one of the pass's.
+            unsafe { self.fragment(block).store16_relaxed_if(words, 16 * (block as u32) < columns) };
+        });
+    }
+
     /// The fragments of h of the first `columns` columns, once all of them are there.
     ///
     /// # Safety
-    /// As for [`Exchange::leave`].
+    /// As for [`Exchange::leave_sums`].
     #[inline(always)]
     #[track_caller]
     pub unsafe fn h<const BLOCKS: usize>(&self, columns: u32) -> [[u32; 4]; BLOCKS] {
@@ -207,10 +225,10 @@ impl Exchange {
     /// The warp needs [h](Exchange::h) no more: the last one makes it zero again.
     ///
     /// # Safety
-    /// As for [`Exchange::leave`].
+    /// As for [`Exchange::leave_sums`].
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn leave_h<const BLOCKS: usize>(&self, p: &PrefillParams) {
+    pub unsafe fn forget_h<const BLOCKS: usize>(&self, p: &PrefillParams) {
         let last = p.columns.count - 1;
         // SAFETY: the counter is this warp's, and those of the same pairs.
         let before = unsafe { self.reading.count_up_if(last, thread::lane() == 0) };

@@ -119,14 +119,14 @@ pub(super) unsafe fn copy<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
         let mut turn = turns.take::<true>(p);
         while turn.tile.rows > 0 {
             let Turn { tile, pass, .. } = turn;
-            if tile.rank > 0 && turn.products != products::EXPAND {
+            if turn.shrinks() {
                 copy_shrink::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn);
-            } else if tile.rank > 0 && p.products == products::EXPAND {
+            } else if turn.takes_h(p) {
                 copy_h::<I, BLOCKS, SWEEPS>(&mut ring, p, &tile, &pass);
             }
             turns.call(p);
             let mut out = Pairs::<SWEEPS>::of(p, &tile, share).out::<I>(p, share, pass.first);
-            let mut slice = if turn.products == products::SHRINK { pass.end } else { pass.first };
+            let mut slice = if turn.does & products::EXPAND != 0 { pass.first } else { pass.end };
             while slice < pass.end {
                 copy_expand::<I, BLOCKS, SWEEPS>(&mut ring, p, &turn, out, slice);
                 unroll::<SWEEPS>(|i| out[i] = out[i].at(p.out_dim));
@@ -149,7 +149,8 @@ unsafe fn copy_shrink<I: Index, const BLOCKS: usize, const SWEEPS: usize>(
 ) {
     let Turn { tile, pass, .. } = turn;
     let share = Share::of_this_thread(CHUNKS.ilog2());
-    let (begin, end_of_k) = turn.depth(p);
+    // SAFETY: as the caller promises.
+    let (begin, end_of_k) = unsafe { turn.depth(p) };
     // SAFETY: as the caller promises.
     let mut x = unsafe { Pairs::<SWEEPS>::of(p, tile, share) }.x::<I>(p, share);
     unroll::<SWEEPS>(|i| x[i] = x[i].at(begin));

@@ -1,10 +1,10 @@
-//! What a block takes, one after another: passes over tiles. Producer and consumers take the same.
+//! What a block takes, one after another: passes over tiles, or shares of them. Producer and consumers take the same.
 
 use super::steps::rank_shift;
 use crate::arch::mbarrier::{self, Mbarrier};
 use crate::arch::shared::Shared;
 use crate::arch::{thread, warp};
-use crate::params::{PrefillParams, Shares, Tile, products};
+use crate::params::{PrefillParams, Tile, products};
 use crate::prefill::{BARRIERS_BYTES, MIN_COLUMNS, Shape, WARPGROUP};
 
 /// Words that a block is told its turns by: one while the other is read.
@@ -24,35 +24,88 @@ pub(super) struct Turn {
     pub pass: Pass,
     /// The pass's number in the launch.
     pub number_of_pass: u32,
-    /// One of [`products`]: the first of a share of K, the second of a share of the columns.
-    pub products: u32,
-    /// Which share.
+    /// What is done: [`products`].
+    pub does: u32,
+    /// Which share of K, or of the columns.
     pub share: u32,
 }
 
 impl Turn {
     /// None.
-    const NONE: Self =
-        Turn { tile: Tile::EMPTY, pass: Pass::NONE, number_of_pass: 0, products: products::BOTH, share: 0 };
+    const NONE: Self = Turn { tile: Tile::EMPTY, pass: Pass::NONE, number_of_pass: 0, does: 0, share: 0 };
+
+    /// Whether x and `a` are multiplied.
+    #[inline(always)]
+    pub fn shrinks(&self) -> bool {
+        self.does & products::SHRINK != 0 && self.tile.rank > 0
+    }
+
+    /// Whether h comes from an earlier call.
+    #[inline(always)]
+    pub fn takes_h(&self, p: &PrefillParams) -> bool {
+        p.products == products::EXPAND && self.tile.rank > 0
+    }
 
     /// Elements of K that are shrunk: the first, and the end.
+    ///
+    /// # Safety
+    /// The route must be written.
     #[inline(always)]
-    pub fn depth(&self, p: &PrefillParams) -> (u32, u32) {
-        if p.depth.count == 0 { (0, p.in_dim) } else { part(self.share, p.depth, p.in_dim) }
+    pub unsafe fn depth(&self, p: &PrefillParams) -> (u32, u32) {
+        if p.depth.count == 0 {
+            (0, p.in_dim)
+        } else {
+            // SAFETY: as the caller promises.
+            let shares = unsafe { DepthShares::new(p) };
+            part(self.share, p.depth.each << shares.shift, p.in_dim)
+        }
     }
 
     /// Columns of a slice that are expanded.
     #[inline(always)]
     pub fn columns(&self, p: &PrefillParams) -> (u32, u32) {
-        part(self.share, p.columns, p.out_dim)
+        part(self.share, p.columns.each, p.out_dim)
     }
 }
 
-/// What share `share` has of `length` elements: the first, and the end.
+/// What share `share` has of `length` elements, `each` a share: the first, and the end.
 #[inline(always)]
-fn part(share: u32, shares: Shares, length: u32) -> (u32, u32) {
-    let first = share * shares.each;
-    (first, length.min(first + shares.each))
+fn part(share: u32, each: u32, length: u32) -> (u32, u32) {
+    let first = share * each;
+    (first, length.min(first + each))
+}
+
+/// How many shares of K the passes of a launch have: as many as the planner wants, or so few that no block has more than one.
+///
+/// A block adds up h once all shares of its pass have left their sums, and its producer has taken a turn ahead by then: if that were another share
+/// of the pass, it would wait for itself.
+#[derive(Clone, Copy)]
+pub(super) struct DepthShares {
+    /// So many are as one, as a power of two.
+    shift: u32,
+}
+
+impl DepthShares {
+    /// Those of this launch. To be asked for where they are needed: they take no registers elsewhere.
+    ///
+    /// # Safety
+    /// The route must be written.
+    #[inline(always)]
+    pub unsafe fn new(p: &PrefillParams) -> Self {
+        // SAFETY: as the caller promises.
+        let passes = unsafe { Turns::passes(p) };
+        let mut these = DepthShares { shift: 0 };
+        while passes * these.count(p) > p.blocks && these.count(p) > 1 {
+            these.shift += 1;
+        }
+        these
+    }
+
+    /// Shares of a pass; 0 where blocks do not share.
+    #[inline(always)]
+    pub fn count(self, p: &PrefillParams) -> u32 {
+        (p.depth.count + (1 << self.shift) - 1) >> self.shift
+    }
 }
 
 /// The turns of a block, one after another: the first by its number in the grid, then whichever comes next when the block has
@@ -128,7 +181,7 @@ impl Turns {
     #[inline(always)]
     unsafe fn count(p: &PrefillParams) -> u32 {
         // SAFETY: as the caller promises.
-        unsafe { Self::passes(p) * (p.depth.count + p.columns.count) }
+        unsafe { Self::passes(p) * (DepthShares::new(p).count(p) + p.columns.count) }
     }
 
     /// The next turn that has something to do. `CALLS`: in the producer, which must [call](Turns::call) before it comes here again.
@@ -220,23 +273,27 @@ impl Turns {
     /// As for [`Turns::take`]; the number must be below the launch's.
     #[inline(always)]
     unsafe fn turn(&self, p: &PrefillParams, number: u32) -> Turn {
-        // SAFETY: as the caller promises.
-        let first = if p.depth.count == 0 { 0 } else { unsafe { Self::passes(p) * p.depth.count } };
-        let (shares, number, products) = match p.depth.count {
-            0 => (p.columns, number, p.products),
-            _ if number < first => (p.depth, number, products::SHRINK),
-            _ => (p.columns, number - first, products::EXPAND),
-        };
-        let pass = shares.over_count.quotient(number);
-        let share = number - pass * shares.count;
+        let (mut number, mut does, mut shares) = (number, p.products, p.columns.count);
+        if p.depth.count > 0 {
+            // SAFETY: as the caller promises.
+            let (passes, of_depth) = unsafe { (Self::passes(p), DepthShares::new(p).count(p)) };
+            does = products::EXPAND;
+            if number < passes * of_depth {
+                (does, shares) = (products::SHRINK, of_depth);
+            } else {
+                number -= passes * of_depth;
+            }
+        }
+        let pass = number.checked_div(shares).unwrap_or(0);
+        let share = number - pass * shares;
+        let number_of_pass = pass;
         let part = p.over_passes.quotient(pass);
         let number_of_tile = p.over_parts.quotient(part);
         // SAFETY: the tile is one of those counted.
         let tile = unsafe { p.tiles.at(number_of_tile).load_tile() };
         let tile = tile.part(part - number_of_tile * p.tile_parts, self.shape.rows);
-        let number_of_pass = pass;
         let pass = Pass::of(p, tile.rank, pass - part * p.passes, self.shape.width);
-        let mut turn = Turn { tile, pass, number_of_pass, products, share };
+        let mut turn = Turn { tile, pass, number_of_pass, does, share };
         if turn.pass.first >= p.slices {
             turn.tile.rows = 0;
         }
