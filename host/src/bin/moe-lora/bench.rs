@@ -85,8 +85,10 @@ fn cases() -> Vec<Case> {
     cases.extend([64, 2048].map(case(&GPT_OSS_20B, Op::W13, 32, 4)));
     cases.extend([64].map(case(&OLMOE_1B, Op::W13, 16, 8)));
     // Few segments, whose tiles blocks share.
-    cases.extend([256, 1024, 4096].map(case(&MIXTRAL_8X7B, Op::W13, 64, 2)));
-    cases.extend([512, 2048, 4096].map(case(&MIXTRAL_8X7B, Op::W2, 64, 2)));
+    cases.extend([128, 256, 512, 1024, 2048, 4096, 8192].map(case(&MIXTRAL_8X7B, Op::W13, 64, 2)));
+    cases.extend([512, 1024, 2048, 4096, 8192].map(case(&MIXTRAL_8X7B, Op::W2, 64, 2)));
+    cases.extend([2048, 4096].map(case(&GPT_OSS_20B, Op::W13, 32, 2)));
+    cases.extend([2048, 4096].map(case(&GPT_OSS_20B, Op::W2, 32, 2)));
     // Large ranks, whose products are much of the work.
     for rank in [128, 256] {
         cases.extend([1024, 16384].map(case(&QWEN3_30B, Op::W13, rank, 2)));

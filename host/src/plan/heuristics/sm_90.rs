@@ -143,10 +143,11 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 ///
 /// A pass over a tile is one block's, so few of them leave multiprocessors idle. At three quarters of the multiprocessors it is the faster form whatever the
 /// tiles hold: of R = 192 8 tokens take w13, two passes over each of 57 tiles, 48.7 µs for 53.6, and w2, one over each, 39.2 for 31.3. Of fewer passes blocks take
-/// shares: the 16 segments of Mixtral-8x7B take w13 47.4 µs at 128 tokens (54.2 in two launches), 83.1 at 512 (in passes over tiles of 128 pairs 86.9), 135.1 at 1,024 (138.4, and
-/// 143.2 in whole passes), but 248.4 at 2,048 (231.9 in whole passes); w2 62.3 at 1,024 (61.9, 83.5), 93.0 at 2,048 (94.2, 99.4), but 160.4 at 4,096 (156.3). They
-/// also do where passes are long and blocks have one or two each: w13 430.9 at 4,096 tokens (in whole passes 518, over tiles of 128 454), 1,010 at 8,192 (1,045),
-/// w2 289.6 at 8,192 (377). With few columns the exchange of sums shows, at 16 pairs a segment: w2 33.4 at 128 tokens (30.0 in two launches). Where blocks cannot share, whole passes over
+/// shares: the 16 segments of Mixtral-8x7B take w13 47.4 µs at 128 tokens (54.2 in two launches), 80.4 at 512 (in passes over tiles of 128 pairs 86.9), 128 at 1,024 (138.4, and
+/// 143.2 in whole passes), w2 62.3 at 1,024 (61.9, 83.5), 93.0 at 2,048 (94.2, 99.4). They
+/// also do where turns are long and some blocks have one more than others, or some have none: w13 220 at 2,048 tokens (235 in whole passes), 401 at 4,096 (514, over tiles of 128 452), 778 at 8,192 (865, 1,046),
+/// w2 154 at 4,096 (156), 284 at 8,192 (279, 388); gpt-oss-20b with two adapters w13 104 at 2,048 (118), 189 at 4,096 (208, 227), w2 122 (141, 148). But with turns as short as those of Qwen3-30B-A3B, of one adapter, w13 takes 66 in shares at
+/// 1,024 tokens and 59 in whole passes over tiles of 128. With few columns the exchange of sums shows, at 16 pairs a segment: w2 33.4 at 128 tokens (30.0 in two launches). Where blocks cannot share, whole passes over
 /// tiles that are at least half full are the faster form from two fifths of the multiprocessors on.
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
@@ -177,10 +178,14 @@ pub(in crate::plan) fn prefill_tile(
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
     let leaves_idle = |tile: &PrefillTile| {
-        let turns = likely_tiles(pairs, segments, tile.rows()) * f64::from(passes(*tile));
+        let passes = passes(*tile);
+        let turns = likely_tiles(pairs, segments, tile.rows()) * f64::from(passes);
         let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
         let rounds = turns / f64::from(limits.multiprocessors * shape.blocks());
-        rounds > 1.0 && rounds < FULL_ROUNDS * rounds.ceil() && sizes.in_dim + sizes.out_dim >= LONG_TURN
+        // Of a pair: x, and old and new values of `out`.
+        let turn = sizes.in_dim + 2 * sizes.out_dim * sizes.slices / passes as usize;
+        let least = if rounds > 1.0 { LONG_TURN } else { VERY_LONG_TURN };
+        rounds < FULL_ROUNDS * rounds.ceil() && turn >= least
     };
     let whole = wanted.iter().find(|tile| is_enough(tile));
     let least_shared = if sizes.out_dim > sizes.in_dim { SHARED_SEGMENT } else { 2 * SHARED_SEGMENT };
@@ -191,9 +196,10 @@ pub(in crate::plan) fn prefill_tile(
 /// The tile of passes that blocks share.
 const SHARED_TILE: PrefillTile = PrefillTile::M64;
 
-/// Elements of K and columns of a turn so long that it matters when some blocks have one more than others, and which part of the turns that all
-/// could have is then enough.
-const LONG_TURN: usize = 12_800;
+/// Elements that a turn moves for a pair from which on it matters when some blocks have one more than others, or when some have none; and which part of the turns
+/// that all could have is then enough.
+const LONG_TURN: usize = 8_000;
+const VERY_LONG_TURN: usize = 20_000;
 const FULL_ROUNDS: f64 = 0.8;
 
 /// Pairs a segment from which on passes are shared, if there are more columns than elements of K: while h is summed the memory is busy with
@@ -254,8 +260,9 @@ pub(in crate::plan) fn prefill_under_way(shape: prefill::Shape, stages: u32, is_
     }
 }
 
-/// Shares of K, and of a slice's columns, of passes that blocks share: of K so many that each block gets one; of columns more, so that who is done early takes more of
-/// them. Mixtral-8x7B takes w13 at 128 tokens 47.3 µs with twice as many and 48.9 with four times, at 512 86.0 and 83.1, at 4,096 462 and 431.
+/// Shares of K, and of a slice's columns, of passes that blocks share: of K so many that each block gets one; of columns so many that none has more than [`SHARED_OUT`] elements, so that who is
+/// done early takes more of them. In tiles of 64 pairs Mixtral-8x7B takes w13 84.2 µs at 512 tokens in shares of 1,024 columns, 82.2 of 512 and 80.7 of 256, at 1,024 132, 127 and 129, at 4,096 408, 406 and 410; w2 at 1,024
+/// 69.3, 61.2 and 61.7.
 pub(in crate::plan) fn prefill_shares(
     pairs: usize,
     sizes: &ProjectionSizes,
@@ -267,9 +274,14 @@ pub(in crate::plan) fn prefill_shares(
     let likely = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
     let blocks = limits.multiprocessors * shape.blocks();
     let depth = ((f64::from(blocks) / likely) as u32).max(1);
-    let segment = pairs as u64 / segments;
-    [depth, if segment < LARGE_TILE { 2 } else { 4 } * depth]
+    let is_full = pairs as u64 / segments >= FULL_TILES;
+    let out = if is_full { SHARED_OUT } else { SHARED_OUT / 2 };
+    let columns = (sizes.out_dim as u64 * u64::from(shape.rows)).div_ceil(out);
+    [depth, u32::try_from(columns).unwrap_or(u32::MAX)]
 }
+
+/// Most elements of `out` of a slice that a turn of shared passes takes, of tiles that are full.
+const SHARED_OUT: u64 = 32 << 10;
 
 /// How many tiles of `rows` pairs uniform routing over all slots makes on average: of a segment of n pairs, n / rows rounded up.
 fn likely_tiles(pairs: usize, segments: u64, rows: u32) -> f64 {
