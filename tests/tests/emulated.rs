@@ -182,23 +182,24 @@ fn ranks_of_any_number_of_groups_follow_one_another() {
     check_all(&cases, &ways).log();
 }
 
-/// Passes that blocks of `prefill` share, where there are more of them than the planner expects: with as many shares of K as it wants a block would have two.
+/// Passes that blocks of `prefill` share, where there are more of them than the planner expects: in as many shares of K as it wants a block would have two, perhaps of one pass.
 #[test]
-fn passes_are_shared_whatever_their_number() {
+fn no_block_waits_for_a_share_of_its_own() {
     let case = |seed: u64| Case {
-        tokens: 5 + seed as usize % 3,
-        top_k: 2,
-        experts: 6,
-        slots: 2,
-        in_dim: 1024,
-        out_dim: 136,
+        // A pair a segment, which is more tiles than even routing makes on average.
+        tokens: 1,
+        top_k: 12,
+        experts: 12,
+        slots: 1,
+        loras: Loras::One,
+        in_dim: 520,
+        out_dim: 72,
         max_rank: 16,
-        loras: Loras::Random,
         seed,
         ..Case::default()
     };
     let ways: Vec<_> = ways_of(IndexWidth::I32).into_iter().filter(is_shared).collect();
-    let cases: Vec<_> = (0..SEEDS / 5).map(case).collect();
+    let cases: Vec<_> = (0..SEEDS / 20).map(case).collect();
     check_all(&cases, &ways).log();
 }
 
