@@ -327,7 +327,7 @@ impl Prepared<'_> {
         let whole = Shares { count: 1, each: sizes.out_dim as u32 };
         let [depth, columns] =
             shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
-        let fragments = shares.map_or(Global::NULL, |_| parts.sums);
+        let fragments = shares.map_or(Global::NULL, |_| parts.shared_passes);
         let sums = fragments.at(shares.map_or(0, |shares| shares.h_words));
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
         let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());

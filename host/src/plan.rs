@@ -2,6 +2,8 @@
 //! alone, before anything is launched. Nothing here touches a device.
 
 mod heuristics;
+#[cfg(test)]
+mod tests;
 
 use crate::call::Layout;
 use crate::dtype::DType;
@@ -351,14 +353,14 @@ pub(crate) fn scratch_bytes(projection: &Projection, tokens: usize) -> Result<us
 
 /// Bytes of memory that any call of up to `tokens` tokens needs for what blocks of `prefill` that share passes leave for one another.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
-pub(crate) fn sums_bytes(projection: &Projection, tokens: usize) -> Result<u64> {
-    Ok(sums_room(projection, projection.pairs(tokens)?))
+pub(crate) fn shared_pass_bytes(projection: &Projection, tokens: usize) -> Result<u64> {
+    Ok(shared_pass_room(projection, projection.pairs(tokens)?))
 }
 
 /// Bytes of memory in which blocks of `prefill` that share passes leave sums and h for one another, in any call of so many pairs: enough for
 /// a share of K a block if there are twice as many passes as is likely, up to as much as parts of h may take. As all that a workspace has room
 /// for, it does not depend on K and N, and is not less for larger ranks.
-fn sums_room(projection: &Projection, pairs: usize) -> u64 {
+fn shared_pass_room(projection: &Projection, pairs: usize) -> u64 {
     let of = |tile: PrefillTile| {
         let widest = prefill::Shape { rows: tile.rows(), width: prefill::MAX_WIDTH };
         let shape = prefill_shape(projection, tile).unwrap_or(widest);
@@ -849,7 +851,7 @@ fn most_shares(projection: &Projection, pairs: usize, route: RouteSource, tile: 
     if passes > u64::from(prefill::MAX_COUNTERS / shape.counters()) {
         return 0;
     }
-    let room = sums_room(projection, pairs);
+    let room = shared_pass_room(projection, pairs);
     let fits = |shares: &u32| passes * prefill::exchange_bytes(shape, *shares) <= room;
     (1..=Shares::MAX).rev().find(fits).unwrap_or(0)
 }

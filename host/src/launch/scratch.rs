@@ -57,7 +57,7 @@ struct Room {
     /// Words of a table of route's exchange.
     exchange: usize,
     /// Bytes in which blocks of prefill that share passes leave h and sums.
-    sums_bytes: usize,
+    shared_pass_bytes: usize,
 }
 
 /// Where the parts of a workspace are.
@@ -75,7 +75,7 @@ pub(crate) struct Parts {
     /// Where its warps that share a pass count one another.
     pub counters: Global<u32>,
     /// Where they leave h for one another, and sums after it.
-    pub sums: Global<u32>,
+    pub shared_passes: Global<u32>,
     /// `h`, or its parts in f32.
     pub scratch: u64,
 }
@@ -89,7 +89,7 @@ impl Room {
             tiles: plan::max_tiles(projection, tokens)? as usize,
             scratch_bytes: plan::scratch_bytes(projection, tokens)?,
             exchange: plan::exchange_words(projection, tokens)? as usize,
-            sums_bytes: plan::sums_bytes(projection, tokens)? as usize,
+            shared_pass_bytes: plan::shared_pass_bytes(projection, tokens)? as usize,
         })
     }
 
@@ -101,7 +101,7 @@ impl Room {
             tiles: self.tiles.max(other.tiles),
             scratch_bytes: self.scratch_bytes.max(other.scratch_bytes),
             exchange: self.exchange.max(other.exchange),
-            sums_bytes: self.sums_bytes.max(other.sums_bytes),
+            shared_pass_bytes: self.shared_pass_bytes.max(other.shared_pass_bytes),
         }
     }
 
@@ -113,7 +113,7 @@ impl Room {
             ("tiles", self.tiles, needed.tiles),
             ("bytes of h", self.scratch_bytes, needed.scratch_bytes),
             ("words of route's exchange", self.exchange, needed.exchange),
-            ("bytes of sums", self.sums_bytes, needed.sums_bytes),
+            ("bytes of shared passes", self.shared_pass_bytes, needed.shared_pass_bytes),
         ] {
             if got > limit {
                 return Err(Error::WorkspaceTooSmall { what, limit, got });
@@ -130,7 +130,7 @@ impl Room {
     /// Bytes of the parts that must be zero at first, which come first.
     fn zero_bytes(&self) -> usize {
         let (parts, _) = self.parts(0);
-        parts.sums.address() as usize + self.sums_bytes
+        parts.shared_passes.address() as usize + self.shared_pass_bytes
     }
 
     /// The parts from `base` on, and the bytes of all of them.
@@ -147,7 +147,7 @@ impl Room {
             exchange_room: self.exchange as u32,
             turn: Global::new(part(size_of::<u32>())),
             counters: Global::new(part(MAX_COUNTERS as usize * size_of::<u32>())),
-            sums: Global::new(part(self.sums_bytes)),
+            shared_passes: Global::new(part(self.shared_pass_bytes)),
             counts: Global::new(part(count::LEN * size_of::<u32>())),
             pairs: Global::new(part(self.listed * size_of::<u32>())),
             buckets: Global::new(part(self.pairs * size_of::<u32>())),
