@@ -17,7 +17,7 @@ use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{PrefillParams, RouteParams, Tile, count, products};
-use moe_lora_kernels::prefill::MAX_COUNTERS;
+use moe_lora_kernels::prefill::{MAX_COUNTERS, sums_words};
 use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
 use moe_lora_kernels::tile::TileShape;
 use std::cell::{Cell, RefCell};
@@ -203,11 +203,9 @@ fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::B
 /// Where blocks of `prefill` that share passes leave h, and after it sums, for one another, and count one another.
 fn exchange(p: &PrefillParams) -> [emulate::Buffer; 3] {
     let h = (p.sums.address() - p.fragments.address()) / size_of::<u32>() as u64;
-    // Two elements of h are a word, and so is each sum of them.
-    let sums = if p.depth.count > 1 { 2 * h * u64::from(p.depth.count) } else { 0 };
     [
         buffer("fragments", p.fragments, h),
-        buffer("sums", p.sums, sums),
+        buffer("sums", p.sums, sums_words(h, p.depth.count)),
         buffer("counters", p.counters, MAX_COUNTERS.into()),
     ]
 }

@@ -2,8 +2,6 @@
 //! alone, before anything is launched. Nothing here touches a device.
 
 mod heuristics;
-#[cfg(test)]
-mod tests;
 
 use crate::call::Layout;
 use crate::dtype::DType;
@@ -540,7 +538,7 @@ impl Plan {
                 let [depth, columns] = heuristics::prefill_shares(pairs, sizes, shape, passes, limits);
                 let depth = shares_of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
                 let columns = shares_of(sizes.out_dim, columns, shape.column_unit());
-                let h_words = tiles * u64::from(passes * shape.rows * shape.width / 2);
+                let h_words = tiles * u64::from(passes) * prefill::h_words(shape);
                 PassShares { depth, columns, h_words }
             });
             let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));

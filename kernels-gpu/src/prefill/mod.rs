@@ -62,10 +62,20 @@ pub const WARP_ROWS: u32 = 16;
 /// Counters of passes that blocks share, for which a workspace has room.
 pub const MAX_COUNTERS: u32 = 16 << 10;
 
-/// Bytes of what blocks tell one another of a pass with up to `shares` shares of K: h, and of each share the sums in f32, if there are several.
+/// Words of the h that blocks leave for one another of a pass, of two elements each.
+pub const fn h_words(shape: Shape) -> u64 {
+    (shape.rows * shape.width / 2) as u64
+}
+
+/// Words of the sums in f32 that up to `shares` shares of K leave beside so many words of h: none where one has all of K.
+pub const fn sums_words(h_words: u64, shares: u32) -> u64 {
+    if shares > 1 { 2 * h_words * shares as u64 } else { 0 }
+}
+
+/// Bytes of what blocks tell one another of a pass with up to `shares` shares of K.
 pub const fn exchange_bytes(shape: Shape, shares: u32) -> u64 {
-    let sums = if shares > 1 { 4 * shares as u64 } else { 0 };
-    (shape.rows * shape.width) as u64 * (2 + sums)
+    let h = h_words(shape);
+    4 * (h + sums_words(h, shares))
 }
 
 /// Least columns of a slice in h: one fragment's.

@@ -73,3 +73,85 @@ impl fmt::Display for Op {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! The form that the planner chooses on an H100, for calls at which the forms were timed: docs/PERFORMANCE.md has the times.
+
+    use super::*;
+    use moe_lora::Layout;
+    use moe_lora::plan::{DeviceLimits, Kernel, Options, Plan, PrefillPlan, RouteSource, Stage};
+
+    fn w13(model: &Model, slots: usize, rank: usize) -> Projection {
+        model.projection(Op::W13, rank, slots, DType::Bf16).expect("the sizes are right")
+    }
+
+    fn w2(model: &Model, slots: usize, rank: usize) -> Projection {
+        model.projection(Op::W2, rank, slots, DType::Bf16).expect("the sizes are right")
+    }
+
+    /// The form of a whole call of so many tokens, in the words of [`Options::name`].
+    fn form(projection: &Projection, tokens: usize) -> String {
+        let sizes = projection.sizes();
+        let layout = Layout {
+            tokens,
+            x_stride: sizes.in_dim,
+            out_stride: sizes.slices * sizes.out_dim,
+            offset: 0,
+            aligned: true,
+        };
+        let plan = Plan::new(
+            projection,
+            &layout,
+            Stage::Forward,
+            RouteSource::Made,
+            &DeviceLimits::H100,
+            &Options::default(),
+        );
+        let plan = plan.expect("no size is too large").expect("there are tokens");
+        match (plan.decode, plan.prefill) {
+            (Some(_), _) => "decode".to_owned(),
+            (None, Some(PrefillPlan { launch, shares, .. })) => {
+                let Kernel::Prefill(variant) = launch.entry.kernel else { panic!("{}", launch.entry.name) };
+                format!("{}prefill(m{})", if shares.is_some() { "shared" } else { "" }, variant.shape.rows)
+            }
+            (None, None) => "two launches".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_fastest_form_is_planned() {
+        let cases: &[(Projection, &[(usize, &str)])] = &[
+            (
+                w13(&QWEN3_30B, 2, 64),
+                &[(1, "decode"), (16, "decode"), (256, "prefill(m64)"), (1024, "prefill(m64)")],
+            ),
+            (w13(&QWEN3_30B, 2, 64), &[(4096, "prefill(m128)"), (16384, "prefill(m128)")]),
+            (w2(&QWEN3_30B, 2, 64), &[(1, "decode"), (80, "decode"), (1024, "prefill(m64)")]),
+            (w13(&QWEN3_30B, 2, 16), &[(80, "decode"), (2048, "prefill(m128)")]),
+            // Segments half as many: rounds of passes are one of what matters.
+            (w13(&QWEN3_30B, 1, 64), &[(1024, "prefill(m128)"), (4096, "prefill(m128)")]),
+            (w13(&OLMOE_1B, 1, 64), &[(4096, "prefill(m64)")]),
+            (w2(&OLMOE_1B, 1, 64), &[(4096, "prefill(m64)")]),
+            (w13(&GPT_OSS_20B, 4, 32), &[(64, "decode"), (2048, "prefill(m128)")]),
+            (
+                w13(&GPT_OSS_20B, 2, 32),
+                &[(1024, "prefill(m64)"), (2048, "sharedprefill(m64)"), (4096, "sharedprefill(m64)")],
+            ),
+            (w2(&GPT_OSS_20B, 2, 32), &[(2048, "prefill(m64)"), (4096, "sharedprefill(m64)")]),
+            (
+                w13(&MIXTRAL_8X7B, 2, 64),
+                &[(1, "two launches"), (128, "sharedprefill(m64)"), (2048, "sharedprefill(m64)")],
+            ),
+            (w13(&MIXTRAL_8X7B, 2, 64), &[(8192, "sharedprefill(m64)"), (12288, "sharedprefill(m64)")]),
+            (w2(&MIXTRAL_8X7B, 2, 64), &[(512, "sharedprefill(m64)"), (8192, "sharedprefill(m64)")]),
+            // Ranks for which `decode` has no room.
+            (w13(&QWEN3_30B, 2, 192), &[(16, "prefill(m64)")]),
+        ];
+        for (projection, forms) in cases {
+            for (tokens, expected) in *forms {
+                assert_eq!(form(projection, *tokens), *expected, "{tokens} tokens of {projection:?}");
+            }
+        }
+    }
+}

@@ -178,9 +178,9 @@ pub(in crate::plan) fn prefill_tile(
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
     let rounds = |tile: &PrefillTile| {
-        let turns = likely_tiles(pairs, segments, tile.rows()) * f64::from(passes(*tile));
         let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
-        turns / f64::from(limits.multiprocessors * shape.blocks())
+        let (passes, blocks) = passes_and_blocks(pairs, segments, shape, passes(*tile), limits);
+        passes / blocks
     };
     let leaves_idle = |tile: &PrefillTile| {
         let rounds = rounds(tile);
@@ -285,9 +285,8 @@ pub(in crate::plan) fn prefill_shares(
     limits: &DeviceLimits,
 ) -> [u32; 2] {
     let segments = (sizes.slots * sizes.experts) as u64;
-    let likely = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
-    let blocks = limits.multiprocessors * shape.blocks();
-    let depth = ((f64::from(blocks) / likely) as u32).max(1);
+    let (passes, blocks) = passes_and_blocks(pairs, segments, shape, passes, limits);
+    let depth = ((blocks / passes) as u32).max(1);
     let is_full = pairs as u64 / segments >= FULL_TILES;
     let out = if is_full { SHARED_OUT } else { SHARED_OUT / 2 };
     let columns = (sizes.out_dim as u64 * u64::from(shape.rows)).div_ceil(out);
@@ -296,6 +295,18 @@ pub(in crate::plan) fn prefill_shares(
 
 /// Most elements of `out` of a slice that a turn of shared passes takes, of tiles that are full.
 const SHARED_OUT: u64 = 32 << 10;
+
+/// How many passes uniform routing makes on average, with so many over a tile, and for how many blocks.
+fn passes_and_blocks(
+    pairs: usize,
+    segments: u64,
+    shape: prefill::Shape,
+    passes: u32,
+    limits: &DeviceLimits,
+) -> (f64, f64) {
+    let likely = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
+    (likely, f64::from(limits.multiprocessors * shape.blocks()))
+}
 
 /// How many tiles of `rows` pairs uniform routing over all slots makes on average: of a segment of n pairs, n / rows rounded up.
 fn likely_tiles(pairs: usize, segments: u64, rows: u32) -> f64 {
