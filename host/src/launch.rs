@@ -254,6 +254,7 @@ impl Prepared<'_> {
             over_experts: Divider::new(sizes.experts as u32),
             max_rank: sizes.max_rank as u32,
             tile_rows: plan.tile_rows,
+            over_tile_rows: Divider::new(plan.tile_rows),
             blocks: plan.sorting.blocks,
             run: plan.sorting.run,
             window: plan.sorting.window,

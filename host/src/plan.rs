@@ -286,7 +286,7 @@ pub struct Plan {
     pub index: IndexWidth,
     /// Tile of `shrink` and `expand`.
     pub tile: TileKind,
-    /// Pairs a tile of the route: the kernel's, or as many as the route came with.
+    /// Pairs a tile of the route: as many as the kernel takes or, for `prefill`, fewer; or as many as the route came with.
     pub tile_rows: u32,
     /// Most tiles that the route can have.
     pub route_tiles: u64,
@@ -468,15 +468,16 @@ impl Plan {
         let prefill =
             PrefillChoice::new(projection, pairs, stage, route, limits, options, decodes).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
-        let rows = match (&decode_shape, prefill) {
-            (Some(shape), _) => shape.rows.count(),
-            (None, Some(choice)) => choice.tile.rows(),
-            (None, None) => shape.rows(),
+        // Pairs of the kernel's tiles, and of those of a route that this call makes.
+        let (taken_rows, made_rows) = match (&decode_shape, prefill) {
+            (Some(shape), _) => (shape.rows.count(), shape.rows.count()),
+            (None, Some(choice)) => (choice.tile.rows(), choice.route_rows),
+            (None, None) => (shape.rows(), shape.rows()),
         };
         let prefill = prefill.filter(|_| stage != Stage::Route);
         let one_launch = decode_shape.is_some() || prefill.is_some();
         let RouteTiles { tile_rows, route_tiles, tile_parts } =
-            RouteTiles::new(projection, pairs, route, rows);
+            RouteTiles::new(projection, pairs, route.tile_rows().unwrap_or(made_rows), taken_rows);
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
         // tiles of a route of this call's own: these are what can fill the device.
@@ -530,7 +531,7 @@ impl Plan {
         let decode = decode_shape.map(|shape| shape.plan(projection, tiles * slices, element, index, limits));
         let decode = decode.transpose()?;
         let finds = decode.is_some_and(|decode| decode.finds);
-        let prefill_plan = |PrefillChoice { tile, most_shares }: PrefillChoice| {
+        let prefill_plan = |PrefillChoice { tile, most_shares, .. }: PrefillChoice| {
             let shape = prefill_shape(projection, tile).expect("chosen where it can be");
             let kernel = Kernel::Prefill(PrefillVariant { element, index, shape });
             let passes = prefill_passes(projection, shape);
@@ -544,7 +545,7 @@ impl Plan {
             let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));
             let most = u64::from(limits.multiprocessors * shape.blocks());
             let blocks = (tiles * u64::from(passes) * u64::from(turns)).min(most);
-            let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection));
+            let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection), tile_rows);
             let launch = launch(kernel, blocks, 1, shape.shared_bytes(stages))?;
             // Blocks that share a pass wait for one another.
             let launch = Launch { cooperative: shares.is_some(), ..launch };
@@ -786,6 +787,8 @@ fn prefill_passes(projection: &Projection, shape: prefill::Shape) -> u32 {
 #[derive(Clone, Copy)]
 struct PrefillChoice {
     tile: PrefillTile,
+    /// Pairs of the tiles of a route that the call makes: as many, or fewer.
+    route_rows: u32,
     /// Where blocks share passes, most shares of K of each; else 0.
     most_shares: u32,
 }
@@ -811,21 +814,21 @@ impl PrefillChoice {
         // The halves of the split form have a launch each.
         let can_share = !matches!(stage, Stage::Shrink | Stage::Expand);
         let most_shares = |tile| if can_share { most_shares(projection, pairs, route, tile) } else { 0 };
+        let passes =
+            |tile| prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape));
         let (tile, is_shared) = match (options.form, options.tile) {
             (Some(Form::Prefill(tile)), _) => Some((tile, false)),
             (Some(Form::SharedPrefill(tile)), _) => Some((tile, true)),
             (Some(_), _) | (None, Some(_)) => None,
             (None, None) => {
-                let passes = |tile| {
-                    prefill_shape(projection, tile).map_or(1, |shape| prefill_passes(projection, shape))
-                };
                 let shares = |tile| most_shares(tile) > 0;
                 heuristics::prefill_tile(pairs, sizes, decodes, shares, passes, limits)
             }
         }
         .filter(|_| possible)?;
         let fits = |tile: &PrefillTile| {
-            let in_route = route.tile_rows().is_none_or(|rows| tile.rows() <= rows);
+            // Tiles of a route may have been made somewhat smaller than the larger tile.
+            let in_route = route.tile_rows().is_none_or(|rows| tile.rows() < rows + PrefillTile::M64.rows());
             let shape = prefill_shape(projection, *tile);
             in_route
                 && shape.is_some_and(|shape| shape.shared_bytes(shape.max_stages()) <= limits.shared_bytes)
@@ -833,7 +836,11 @@ impl PrefillChoice {
         // A given route's tiles may be too small for the larger tile, and not for the smaller.
         let tile = [tile, PrefillTile::M64].into_iter().find(fits)?;
         let most_shares = if is_shared { Some(most_shares(tile)).filter(|most| *most > 0)? } else { 0 };
-        Some(PrefillChoice { tile, most_shares })
+        let route_rows = match most_shares {
+            0 => heuristics::prefill_rows(pairs, sizes, tile, passes(tile), limits),
+            _ => tile.rows(),
+        };
+        Some(PrefillChoice { tile, route_rows, most_shares })
     }
 }
 
@@ -844,7 +851,9 @@ fn most_shares(projection: &Projection, pairs: usize, route: RouteSource, tile: 
     else {
         return 0;
     };
-    let RouteTiles { route_tiles, tile_parts, .. } = RouteTiles::new(projection, pairs, route, shape.rows);
+    let tile_rows = route.tile_rows().unwrap_or(shape.rows);
+    let RouteTiles { route_tiles, tile_parts, .. } =
+        RouteTiles::new(projection, pairs, tile_rows, shape.rows);
     let passes = route_tiles * u64::from(tile_parts * prefill_passes(projection, shape));
     if passes > u64::from(prefill::MAX_COUNTERS / shape.counters()) {
         return 0;
@@ -865,10 +874,9 @@ struct RouteTiles {
 }
 
 impl RouteTiles {
-    /// For a kernel with tiles of `rows` pairs.
-    fn new(projection: &Projection, pairs: usize, route: RouteSource, rows: u32) -> Self {
-        let tile_rows = route.tile_rows().unwrap_or(rows);
-        // Every tile of a given route is taken in as many parts as a full one needs.
+    /// Of `tile_rows` pairs, for a kernel with tiles of `rows`.
+    fn new(projection: &Projection, pairs: usize, tile_rows: u32, rows: u32) -> Self {
+        // Every tile is taken in as many parts as a full one needs.
         let tile_parts = tile_rows.div_ceil(rows);
         RouteTiles { tile_rows, route_tiles: tiles(projection, pairs, tile_rows), tile_parts }
     }

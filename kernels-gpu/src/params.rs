@@ -165,8 +165,10 @@ pub struct RouteParams {
     pub global_experts: u32,
     /// R.
     pub max_rank: u32,
-    /// Pairs a tile: a power of two.
+    /// Pairs a tile.
     pub tile_rows: u32,
+    /// Pairs over these gives tiles.
+    pub over_tile_rows: Divider,
     /// One of [`enabled`].
     pub enabled_kind: u32,
     /// Blocks.

@@ -581,7 +581,7 @@ mod kernel {
     /// Tiles of a segment of `pairs` pairs.
     #[inline(always)]
     fn tiles_of(p: &RouteParams, pairs: u32) -> u32 {
-        (pairs + p.tile_rows - 1) >> p.tile_rows.trailing_zeros()
+        p.over_tile_rows.quotient(pairs + p.tile_rows - 1)
     }
 
     /// Calls `body` with `from`, … `to` − 1; unless the form is wide that is one number or none, and no loop.

@@ -2,7 +2,7 @@
 //! `h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c]`, then
 //! `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`.
 //!
-//! A tile of the route, of 64 or 128 pairs, is taken in *passes*, each of as many slices as the kernel has columns of h for, and the rank that
+//! A tile of the route, of up to 64 or 128 pairs, is taken in *passes*, each of as many slices as the kernel has columns of h for, and the rank that
 //! weights are allocated for asks for: a pass reads x, and keeps its h until its slices are written. The tile's own rank decides what it
 //! costs, not the allocation's. A column of h is a (slice, rank): a slice has a power of two of them, so that 16 of a slice's
 //! ranks are one fragment.

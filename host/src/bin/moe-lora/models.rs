@@ -90,7 +90,7 @@ mod tests {
         model.projection(Op::W2, rank, slots, DType::Bf16).expect("the sizes are right")
     }
 
-    /// The form of a whole call of so many tokens, in the words of [`Options::name`].
+    /// The form of a whole call of so many tokens, in the words of [`Options::name`], and the pairs of its tiles where the kernel has room for more.
     fn form(projection: &Projection, tokens: usize) -> String {
         let sizes = projection.sizes();
         let layout = Layout {
@@ -113,7 +113,9 @@ mod tests {
             (Some(_), _) => "decode".to_owned(),
             (None, Some(PrefillPlan { launch, shares, .. })) => {
                 let Kernel::Prefill(variant) = launch.entry.kernel else { panic!("{}", launch.entry.name) };
-                format!("{}prefill(m{})", if shares.is_some() { "shared" } else { "" }, variant.shape.rows)
+                let rows = variant.shape.rows;
+                let form = format!("{}prefill(m{rows})", if shares.is_some() { "shared" } else { "" });
+                if plan.tile_rows < rows { format!("{form} in {}", plan.tile_rows) } else { form }
             }
             (None, None) => "two launches".to_owned(),
         }
@@ -129,21 +131,29 @@ mod tests {
             (w13(&QWEN3_30B, 2, 64), &[(4096, "prefill(m128)"), (16384, "prefill(m128)")]),
             (w2(&QWEN3_30B, 2, 64), &[(1, "decode"), (80, "decode"), (1024, "prefill(m64)")]),
             (w13(&QWEN3_30B, 2, 16), &[(80, "decode"), (2048, "prefill(m128)")]),
-            // Segments half as many: rounds of passes are one of what matters.
-            (w13(&QWEN3_30B, 1, 64), &[(1024, "prefill(m128)"), (4096, "prefill(m128)")]),
-            (w13(&OLMOE_1B, 1, 64), &[(4096, "prefill(m64)")]),
-            (w2(&OLMOE_1B, 1, 64), &[(4096, "prefill(m64)")]),
+            // Segments half as many: tiles are as large as fills the last round of turns.
+            (w13(&QWEN3_30B, 1, 64), &[(1024, "prefill(m128)"), (2048, "prefill(m128) in 80")]),
+            (w13(&QWEN3_30B, 1, 64), &[(4096, "prefill(m128) in 96"), (8192, "prefill(m128) in 112")]),
+            (w2(&QWEN3_30B, 1, 64), &[(4096, "prefill(m128) in 96")]),
+            (
+                w13(&OLMOE_1B, 1, 64),
+                &[(512, "prefill(m64) in 40"), (1024, "prefill(m128) in 80"), (4096, "prefill(m128) in 96")],
+            ),
+            (w2(&OLMOE_1B, 1, 64), &[(4096, "prefill(m128) in 96")]),
             (w13(&GPT_OSS_20B, 4, 32), &[(64, "decode"), (2048, "prefill(m128)")]),
             (
                 w13(&GPT_OSS_20B, 2, 32),
-                &[(1024, "prefill(m64)"), (2048, "sharedprefill(m64)"), (4096, "sharedprefill(m64)")],
+                &[(1024, "prefill(m64) in 40"), (2048, "prefill(m128) in 80"), (4096, "sharedprefill(m128)")],
             ),
-            (w2(&GPT_OSS_20B, 2, 32), &[(2048, "prefill(m64)"), (4096, "sharedprefill(m64)")]),
+            (w2(&GPT_OSS_20B, 2, 32), &[(2048, "prefill(m128) in 80"), (4096, "sharedprefill(m64)")]),
             (
                 w13(&MIXTRAL_8X7B, 2, 64),
                 &[(1, "two launches"), (128, "sharedprefill(m64)"), (2048, "sharedprefill(m64)")],
             ),
-            (w13(&MIXTRAL_8X7B, 2, 64), &[(8192, "sharedprefill(m64)"), (12288, "sharedprefill(m64)")]),
+            (w13(&MIXTRAL_8X7B, 2, 64), &[(8192, "sharedprefill(m128)"), (16384, "sharedprefill(m128)")]),
+            // Passes that are about as many as blocks may be more.
+            (w13(&MIXTRAL_8X7B, 1, 64), &[(4096, "sharedprefill(m64)"), (8192, "sharedprefill(m128)")]),
+            (w13(&GPT_OSS_20B, 1, 32), &[(8192, "sharedprefill(m128)")]),
             (w2(&MIXTRAL_8X7B, 2, 64), &[(512, "sharedprefill(m64)"), (8192, "sharedprefill(m64)")]),
             // Ranks for which `decode` has no room.
             (w13(&QWEN3_30B, 2, 192), &[(16, "prefill(m64)")]),

@@ -146,7 +146,7 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 /// shares: the 16 segments of Mixtral-8x7B take w13 47.4 µs at 128 tokens (54.2 in two launches), 80.4 at 512 (in passes over tiles of 128 pairs 86.9), 128 at 1,024 (138.4, and
 /// 143.2 in whole passes), w2 62.3 at 1,024 (61.9, 83.5), 93.0 at 2,048 (94.2, 99.4). They
 /// also do where turns are long and some blocks have one more than others, or some have none: w13 220 at 2,048 tokens (235 in whole passes), 401 at 4,096 (514, over tiles of 128 452), 778 at 8,192 (865, 1,046),
-/// w2 154 at 4,096 (156), 284 at 8,192 (279, 388); gpt-oss-20b with two adapters w13 104 at 2,048 (118), 189 at 4,096 (208, 227), w2 122 (141, 148). But with turns as short as those of Qwen3-30B-A3B, of one adapter, w13 takes 66 in shares at
+/// w2 154 at 4,096 (156), 284 at 8,192 (279, 388); gpt-oss-20b with two adapters w13 189 at 4,096 (208, 227), w2 122 (141, 148). But with turns as short as those of Qwen3-30B-A3B, of one adapter, w13 takes 66 in shares at
 /// 1,024 tokens and 59 in whole passes over tiles of 128. With few columns the exchange of sums shows, at 16 pairs a segment: w2 33.4 at 128 tokens (30.0 in two launches). Where blocks cannot share, whole passes over
 /// tiles that are at least half full are the faster form from two fifths of the multiprocessors on.
 pub(in crate::plan) fn prefill_tile(
@@ -164,9 +164,27 @@ pub(in crate::plan) fn prefill_tile(
         true => prefill_segment(segments, sizes, limits),
         false => 1,
     };
-    let can_share = shares(SHARED_TILE);
     let multiprocessors = u64::from(limits.multiprocessors);
-    let turns = |tile: PrefillTile| tiles(pairs, segments, tile.rows()) * u64::from(passes(tile));
+    let turns = |tile: PrefillTile| {
+        let passes = passes(tile);
+        tiles(pairs, segments, prefill_rows(pairs, sizes, tile, passes, limits)) * u64::from(passes)
+    };
+    let rounds = |tile: PrefillTile| {
+        let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
+        let (likely, blocks) = passes_and_blocks(pairs, segments, shape, passes(tile), limits);
+        // Of segments with about as many tiles each, or one more, the deviation of their sum.
+        let each = likely / f64::from(passes(tile)) / segments as f64;
+        let deviation = (segments as f64 * each.fract() * (1.0 - each.fract())).sqrt();
+        (likely + deviation * f64::from(passes(tile))) / blocks
+    };
+    // In the larger tiles x is read once, where a pass over them has more slices; but there are fewer.
+    let reads_once = passes(PrefillTile::M128) < passes(PrefillTile::M64);
+    let are_many = segment >= LARGE_SHARED_SEGMENT && rounds(PrefillTile::M128) >= 1.0;
+    let shared_tile = match reads_once && are_many && shares(PrefillTile::M128) {
+        true => PrefillTile::M128,
+        false => PrefillTile::M64,
+    };
+    let can_share = shares(shared_tile);
     let is_enough = |tile: &PrefillTile| {
         let turns = turns(*tile);
         4 * turns >= 3 * multiprocessors
@@ -177,33 +195,20 @@ pub(in crate::plan) fn prefill_tile(
         ..LARGE_TILE => &[PrefillTile::M64][..],
         _ => &[PrefillTile::M128, PrefillTile::M64][..],
     };
-    let rounds = |tile: &PrefillTile| {
-        let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
-        let (passes, blocks) = passes_and_blocks(pairs, segments, shape, passes(*tile), limits);
-        passes / blocks
-    };
     let leaves_idle = |tile: &PrefillTile| {
-        let rounds = rounds(tile);
+        let rounds = rounds(*tile);
         // Of a pair: x, and old and new values of `out`.
         let turn = sizes.in_dim + 2 * sizes.out_dim * sizes.slices / passes(*tile) as usize;
         let least = if rounds > 1.0 { LONG_TURN } else { VERY_LONG_TURN };
         rounds < FULL_ROUNDS * rounds.ceil() && turn >= least
     };
-    let has_begun = |tile: &PrefillTile| {
-        let rounds = rounds(tile);
-        (1.0..MANY_ROUNDS).contains(&rounds) && rounds.fract() < BEGUN_ROUND
-    };
     let whole = wanted.iter().find(|tile| is_enough(tile));
     let least_shared = if sizes.out_dim > sizes.in_dim { SHARED_SEGMENT } else { 2 * SHARED_SEGMENT };
     if can_share && segment >= least_shared && whole.is_none_or(leaves_idle) {
-        return Some((SHARED_TILE, true));
+        return Some((shared_tile, true));
     }
-    let whole = if whole.is_some_and(has_begun) { &PrefillTile::M64 } else { whole? };
-    Some((*whole, false))
+    whole.map(|tile| (*tile, false))
 }
-
-/// The tile of passes that blocks share.
-const SHARED_TILE: PrefillTile = PrefillTile::M64;
 
 /// Elements that a turn moves for a pair from which on it matters when some blocks have one more than others, or when some have none; and which part of the turns
 /// that all could have is then enough.
@@ -211,20 +216,65 @@ const LONG_TURN: usize = 8_000;
 const VERY_LONG_TURN: usize = 20_000;
 const FULL_ROUNDS: f64 = 0.8;
 
-/// Part of a round that tiles of 128 may have begun, and before which round, for it to take longer than tiles of 64 do, whose rounds are shorter: OLMoE-1B-7B with one adapter, 2.2 rounds at
-/// 4,096 tokens, takes w13 157 µs for 171 and w2 143 for 151; Qwen3-30B-A3B with one, 2.4 rounds, takes w13 151 for 149 and w2 154 for 149.
-const BEGUN_ROUND: f64 = 0.25;
-const MANY_ROUNDS: f64 = 3.0;
-
 /// Pairs a segment from which on passes are shared, if there are more columns than elements of K: while h is summed the memory is busy with
 /// what is expanded.
 const SHARED_SEGMENT: u64 = 16;
+
+/// Pairs a segment from which on blocks share passes over tiles of 128, if x is read once in them, and not for each slice, and each block has a whole one: Mixtral-8x7B takes w13 1,505 µs at 16,384 tokens for 1,537
+/// in tiles of 64, 769 at 8,192 for 777, but with one adapter at 4,096, 64 passes, 404 for 388; gpt-oss-20b with one adapter 354 at 8,192 for 367, with four, 128 pairs a segment, 204 at 4,096 for 200.
+const LARGE_SHARED_SEGMENT: u64 = 256;
 
 /// Pairs a segment from which on tiles of 128 are wanted.
 const LARGE_TILE: u64 = 48;
 
 /// Pairs of half a tile of 64.
 const HALF_TILE: u64 = 32;
+
+/// Pairs of the tiles that a route is to have for whole passes of `prefill` over tiles of up to as many as `tile` has: those with which the last of the blocks' turns, all as long, are
+/// done first. Nearly all segments are then cut into tiles of like sizes.
+///
+/// Where a segment's pairs are just more than full tiles hold, another tile has few of them; and where full tiles have just begun a round of turns, most blocks are idle in it. In full tiles of 128,
+/// and in those of so many, Qwen3-30B-A3B with one adapter takes w13 96.1 and 86.1 µs at 2,048 tokens (80 pairs), 149.6 and 136.3 at 4,096 (96), 259.7 and 250.8 at 8,192 (112), w2 89.8 and 81.9, 149.2 and 142.7 at 2,048 and 4,096;
+/// OLMoE-1B-7B w13 107.4 and 88.8 at 2,048, 169.8 and 150.7 at 4,096; and of 57 cases none takes 1.2 % longer.
+pub(in crate::plan) fn prefill_rows(
+    pairs: usize,
+    sizes: &ProjectionSizes,
+    tile: PrefillTile,
+    passes: u32,
+    limits: &DeviceLimits,
+) -> u32 {
+    let segments = (sizes.slots * sizes.experts) as u64;
+    let mean = pairs as f64 / segments as f64;
+    // Of nearly all segments, where experts are chosen evenly.
+    let most = mean + 2.0 * mean.sqrt();
+    // Elements of a turn's weights, and of a pair in it.
+    let slices = sizes.slices.div_ceil(passes as usize);
+    let weights = (slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim)) as f64;
+    let pair = (sizes.in_dim + 2 * slices * sizes.out_dim) as f64;
+    let time = |(rows, tiles): &(u32, f64)| {
+        let shape = prefill::Shape { rows: *rows, width: prefill::MAX_SHARED_WIDTH };
+        let rounds = (tiles * f64::from(passes) / blocks(shape, limits)).ceil();
+        rounds * (WEIGHTS_FROM_L2 * weights + pairs as f64 / tiles * pair)
+    };
+    let full = (tile.rows(), likely_tiles(pairs, segments, tile.rows()));
+    let parts = ((most / f64::from(tile.rows())).ceil() as u32).max(2)..;
+    let evenly = parts.take(MOST_PARTS).map(|parts| {
+        let rows = (most / f64::from(parts)) as u32;
+        (rows.next_multiple_of(ROW_STEP), (segments * u64::from(parts)) as f64)
+    });
+    let evenly = evenly.take_while(|(rows, _)| 2 * rows > tile.rows());
+    let first = std::iter::once(full).chain(evenly).min_by(|one, other| time(one).total_cmp(&time(other)));
+    first.unwrap_or(full).0
+}
+
+/// Tiles of the route for `prefill` have multiples of so many pairs.
+const ROW_STEP: u32 = 8;
+
+/// Ways to cut segments evenly that are compared: of longer segments, the first few that their tiles are nearly full in.
+const MOST_PARTS: usize = 8;
+
+/// What an element of weights that a segment's other tiles read too costs, to one that comes from memory.
+const WEIGHTS_FROM_L2: f64 = 0.4;
 
 /// Columns of h that a pass of `prefill` is to take: those of all slices, so that x is asked for once, or of one.
 ///
@@ -250,9 +300,15 @@ const FULL_TILES: u64 = 96;
 /// 526 at 512; w2 156 and 167, 521 and 534 (of R = 128 578 and 604). With steps of more work it is the other way round: w2 of R = 256 takes 710 and 674, and
 /// w13, where h takes two passes, 675 and 621 of R = 128, 1,078 and 945 of R = 256. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four,
 /// 115.0.
-pub(in crate::plan) fn prefill_stages(shape: prefill::Shape, passes: u32, pairs: usize, buckets: u64) -> u32 {
+pub(in crate::plan) fn prefill_stages(
+    shape: prefill::Shape,
+    passes: u32,
+    pairs: usize,
+    buckets: u64,
+    tile_rows: u32,
+) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
-    let is_full = pairs as u64 / buckets >= FULL_TILES;
+    let is_full = tile_rows >= shape.rows && pairs as u64 / buckets >= FULL_TILES;
     match shape.width {
         ..=MOST_COLUMNS if is_large && is_full && passes == 1 => 2,
         64 if is_large => 3,
@@ -304,30 +360,34 @@ fn passes_and_blocks(
     passes: u32,
     limits: &DeviceLimits,
 ) -> (f64, f64) {
-    let likely = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
-    (likely, f64::from(limits.multiprocessors * shape.blocks()))
+    (likely_tiles(pairs, segments, shape.rows) * f64::from(passes), blocks(shape, limits))
+}
+
+/// Blocks of `prefill` that the device runs at a time.
+fn blocks(shape: prefill::Shape, limits: &DeviceLimits) -> f64 {
+    f64::from(limits.multiprocessors * shape.blocks())
 }
 
 /// How many tiles of `rows` pairs uniform routing over all slots makes on average: of a segment of n pairs, n / rows rounded up.
 fn likely_tiles(pairs: usize, segments: u64, rows: u32) -> f64 {
     let (segments, rows) = (segments as f64, f64::from(rows));
     let mean = pairs as f64 / segments;
-    // Beyond, what is above the last full tile is as likely to be much as little.
-    let half_full = mean / rows + 0.5;
-    if mean > MOST_COUNTED {
-        return segments * half_full;
-    }
-    // By Poisson's distribution, the sum over tiles of how likely a segment has more pairs than are in those before.
-    let (mut likely, mut below, mut n, mut tiles) = ((-mean).exp(), 0.0, 0.0, 0.0);
-    for tile in 0..(3.0 * half_full).ceil() as u32 {
-        while n <= f64::from(tile) * rows {
-            (below, n) = (below + likely, n + 1.0);
-            likely *= mean / n;
-        }
-        tiles += 1.0 - below;
+    let most_off = WHOLLY_UNLIKELY * mean.sqrt();
+    // The sum over tiles of how likely a segment has more pairs than are in those before: nearly always, in the first of many.
+    let sure = ((mean - most_off) / rows).floor().max(0.0);
+    let (mut tiles, mut before) = (sure, sure * rows);
+    while before < mean + most_off {
+        tiles += if before == 0.0 { 1.0 - (-mean).exp() } else { likely_more(mean, before) };
+        before += rows;
     }
     segments * tiles
 }
 
-/// Pairs a segment up to which tiles are counted.
-const MOST_COUNTED: f64 = 512.0;
+/// How likely a segment has more than `pairs` pairs, dozens, if it has `mean` on average: by the logistic function that is nearest to the normal
+/// distribution's, which is at most 0.01 from it.
+fn likely_more(mean: f64, pairs: f64) -> f64 {
+    1.0 / (1.0 + (1.702 * (pairs + 0.5 - mean) / mean.sqrt()).exp())
+}
+
+/// Deviations from the mean past which no segment is.
+const WHOLLY_UNLIKELY: f64 = 4.0;
