@@ -139,7 +139,10 @@ mod tests {
                 w13(&OLMOE_1B, 1, 64),
                 &[(512, "prefill(m64) in 40"), (1024, "prefill(m128) in 80"), (4096, "prefill(m128) in 96")],
             ),
-            (w2(&OLMOE_1B, 1, 64), &[(4096, "prefill(m128) in 96")]),
+            (
+                w2(&OLMOE_1B, 1, 64),
+                &[(192, "prefill(m64)"), (384, "prefill(m64)"), (4096, "prefill(m128) in 96")],
+            ),
             (w13(&GPT_OSS_20B, 4, 32), &[(64, "decode"), (2048, "prefill(m128)")]),
             (
                 w13(&GPT_OSS_20B, 2, 32),
