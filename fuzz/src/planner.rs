@@ -97,6 +97,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
         RouteSource::Kept { tile_rows: 16 },
         RouteSource::Kept { tile_rows: 32 },
         RouteSource::Kept { tile_rows: 64 },
+        RouteSource::Kept { tile_rows: 72 },
         RouteSource::Kept { tile_rows: 128 },
     ])?;
     let forced = bool::arbitrary(u)?;
@@ -157,6 +158,7 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
         assert!(limits.wgmma && plan.shrink.is_none() && plan.expand.is_none(), "{plan}");
         let Kernel::Prefill(variant) = entry.kernel else { panic!("{plan}") };
         assert!(variant.shape.width as usize >= sizes.max_rank, "{plan}");
+        assert!(plan.tile_parts * variant.shape.rows >= plan.tile_rows, "{plan}");
     }
     if let Some(PrefillPlan { launch, stages, under_way, shares: Some(shares), .. }) = plan.prefill {
         assert!(launch.cooperative && (1..=stages).contains(&under_way), "{plan}");

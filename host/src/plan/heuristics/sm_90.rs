@@ -182,10 +182,8 @@ pub(in crate::plan) fn prefill_tile(
     // In the larger tiles x is read once, where a pass over them has more slices; but there are fewer.
     let reads_once = passes(PrefillTile::M128) < passes(PrefillTile::M64);
     let are_many = segment >= LARGE_SHARED_SEGMENT && rounds(PrefillTile::M128) >= 1.0;
-    let shared_tile = match reads_once && are_many && shares(PrefillTile::M128) {
-        true => PrefillTile::M128,
-        false => PrefillTile::M64,
-    };
+    let is_large = reads_once && are_many && shares(PrefillTile::M128);
+    let shared_tile = if is_large { PrefillTile::M128 } else { PrefillTile::M64 };
     let can_share = shares(shared_tile);
     // Elements that a turn moves for a pair: x, and old and new values of `out`.
     let turn = |tile: &PrefillTile| sizes.in_dim + 2 * sizes.out_dim * sizes.slices / passes(*tile) as usize;
@@ -284,7 +282,7 @@ pub(in crate::plan) fn prefill_rows(
 /// Tiles of the route for `prefill` have multiples of so many pairs.
 const ROW_STEP: u32 = 8;
 
-/// Ways to cut segments evenly that are compared: of longer segments, the first few that their tiles are nearly full in.
+/// Ways to cut segments evenly that are compared: of longer segments those with the fullest tiles.
 const MOST_PARTS: usize = 8;
 
 /// What an element of weights that a segment's other tiles read too costs, to one that comes from memory.
@@ -386,6 +384,10 @@ fn blocks(shape: prefill::Shape, limits: &DeviceLimits) -> f64 {
 fn likely_tiles(pairs: usize, segments: u64, rows: u32) -> f64 {
     let (segments, rows) = (segments as f64, f64::from(rows));
     let mean = pairs as f64 / segments;
+    if mean.sqrt() > rows {
+        // Segments differ by more than a tile: what is above the last full one is as likely to be much as little.
+        return segments * (mean / rows + 0.5);
+    }
     let most_off = WHOLLY_UNLIKELY * mean.sqrt();
     // The sum over tiles of how likely a segment has more pairs than are in those before: nearly always, in the first of many.
     let sure = ((mean - most_off) / rows).floor().max(0.0);
