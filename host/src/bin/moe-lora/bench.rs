@@ -89,6 +89,14 @@ fn cases() -> Vec<Case> {
     cases.extend([512, 1024, 2048, 4096, 8192].map(case(&MIXTRAL_8X7B, Op::W2, 64, 2)));
     cases.extend([2048, 4096].map(case(&GPT_OSS_20B, Op::W13, 32, 2)));
     cases.extend([2048, 4096].map(case(&GPT_OSS_20B, Op::W2, 32, 2)));
+    cases.extend([12288, 16384].map(case(&MIXTRAL_8X7B, Op::W13, 64, 2)));
+    // One adapter: segments half as many, cut evenly where full tiles would have begun a round of turns.
+    cases.extend([2048, 4096, 8192].map(case(&QWEN3_30B, Op::W13, 64, 1)));
+    cases.extend([2048, 4096].map(case(&QWEN3_30B, Op::W2, 64, 1)));
+    cases.extend([1024, 2048, 4096].map(case(&OLMOE_1B, Op::W13, 64, 1)));
+    cases.extend([192, 384, 2048, 4096].map(case(&OLMOE_1B, Op::W2, 64, 1)));
+    cases.extend([8192].map(case(&MIXTRAL_8X7B, Op::W13, 64, 1)));
+    cases.extend([8192].map(case(&GPT_OSS_20B, Op::W13, 32, 1)));
     // Large ranks, whose products are much of the work.
     for rank in [128, 256] {
         cases.extend([1024, 16384].map(case(&QWEN3_30B, Op::W13, rank, 2)));
