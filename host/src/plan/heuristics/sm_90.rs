@@ -227,7 +227,7 @@ const FULL_ROUNDS: f64 = 0.8;
 /// what is expanded.
 const SHARED_SEGMENT: u64 = 16;
 
-/// Pairs a segment from which on blocks share passes over tiles of 128, if x is read once in them, and not for each slice, and each block has a whole one: Mixtral-8x7B takes w13 1,505 µs at 16,384 tokens for 1,537
+/// Pairs a segment from which on blocks share passes over tiles of 128, if x is read once in them, and not for each slice, and each block has a whole one: Mixtral-8x7B takes w13 1,509 µs at 16,384 tokens for 1,541
 /// in tiles of 64, 769 at 8,192 for 777, but with one adapter at 4,096, 64 passes, 404 for 388; gpt-oss-20b with one adapter 354 at 8,192 for 367, with four, 128 pairs a segment, 204 at 4,096 for 200.
 const LARGE_SHARED_SEGMENT: u64 = 256;
 
