@@ -468,16 +468,16 @@ impl Plan {
         let prefill =
             PrefillChoice::new(projection, pairs, stage, route, limits, options, decodes).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
-        // Pairs of the kernel's tiles, and of those of a route that this call makes.
-        let (taken_rows, made_rows) = match (&decode_shape, prefill) {
-            (Some(shape), _) => (shape.rows.count(), shape.rows.count()),
-            (None, Some(choice)) => (choice.tile.rows(), choice.route_rows),
-            (None, None) => (shape.rows(), shape.rows()),
+        let rows = match (&decode_shape, prefill) {
+            (Some(shape), _) => shape.rows.count(),
+            (None, Some(choice)) => choice.tile.rows(),
+            (None, None) => shape.rows(),
         };
+        let made_rows = prefill.map_or(rows, |choice| choice.route_rows);
         let prefill = prefill.filter(|_| stage != Stage::Route);
         let one_launch = decode_shape.is_some() || prefill.is_some();
         let RouteTiles { tile_rows, route_tiles, tile_parts } =
-            RouteTiles::new(projection, pairs, route.tile_rows().unwrap_or(made_rows), taken_rows);
+            RouteTiles::new(projection, pairs, route.tile_rows().unwrap_or(made_rows), rows);
         let tiles = route_tiles * u64::from(tile_parts);
         // Most of a given route's parts are empty where segments are short. Those with pairs are as many as the
         // tiles of a route of this call's own: these are what can fill the device.

@@ -172,12 +172,11 @@ pub(in crate::plan) fn prefill_tile(
         likely_tiles(pairs, segments, prefill_rows(pairs, sizes, tile, passes, limits)) * f64::from(passes)
     };
     let rounds = |tile: PrefillTile| {
-        let shape = prefill::Shape { rows: tile.rows(), width: prefill::MAX_SHARED_WIDTH };
-        let (likely, blocks) = passes_and_blocks(pairs, segments, shape, passes(tile), limits);
+        let likely = likely_tiles(pairs, segments, tile.rows());
         // Of segments with about as many tiles each, or one more, the deviation of their sum.
-        let each = likely / f64::from(passes(tile)) / segments as f64;
-        let deviation = (segments as f64 * each.fract() * (1.0 - each.fract())).sqrt();
-        (likely + deviation * f64::from(passes(tile))) / blocks
+        let more = (likely / segments as f64).fract();
+        let deviation = (segments as f64 * more * (1.0 - more)).sqrt();
+        (likely + deviation) * f64::from(passes(tile)) / blocks(tile.rows(), limits)
     };
     // In the larger tiles x is read once, where a pass over them has more slices; but there are fewer.
     let reads_once = passes(PrefillTile::M128) < passes(PrefillTile::M64);
@@ -185,8 +184,7 @@ pub(in crate::plan) fn prefill_tile(
     let is_large = reads_once && are_many && shares(PrefillTile::M128);
     let shared_tile = if is_large { PrefillTile::M128 } else { PrefillTile::M64 };
     let can_share = shares(shared_tile);
-    // Elements that a turn moves for a pair: x, and old and new values of `out`.
-    let turn = |tile: &PrefillTile| sizes.in_dim + 2 * sizes.out_dim * sizes.slices / passes(*tile) as usize;
+    let turn = |tile: &PrefillTile| pair_elements(sizes, sizes.slices as f64 / f64::from(passes(*tile)));
     let is_enough = |tile: &PrefillTile| {
         let turns = turns(*tile);
         let few_will_do = if can_share {
@@ -215,12 +213,17 @@ pub(in crate::plan) fn prefill_tile(
     whole.map(|tile| (*tile, false))
 }
 
+/// Elements that a turn of so many slices moves for a pair: x, and old and new values of `out`.
+fn pair_elements(sizes: &ProjectionSizes, slices: f64) -> f64 {
+    sizes.in_dim as f64 + 2.0 * slices * sizes.out_dim as f64
+}
+
 /// Elements that a turn moves for a pair from which on it matters when some blocks have one more than others, or when some have none; and which part of the turns
 /// that all could have is then enough.
-const LONG_TURN: usize = 8_000;
+const LONG_TURN: f64 = 8_000.0;
 /// And up to which it does not matter when half of the blocks have none: OLMoE-1B-7B's w13 of R = 16, 6,144 elements, takes 23.1 µs at 192 tokens for 18.6.
-const SHORT_TURN: usize = 6_000;
-const VERY_LONG_TURN: usize = 20_000;
+const SHORT_TURN: f64 = 6_000.0;
+const VERY_LONG_TURN: f64 = 20_000.0;
 const FULL_ROUNDS: f64 = 0.8;
 
 /// Pairs a segment from which on passes are shared, if there are more columns than elements of K: while h is summed the memory is busy with
@@ -262,10 +265,9 @@ pub(in crate::plan) fn prefill_rows(
     // Elements of a turn's weights, and of a pair in it.
     let slices = sizes.slices.div_ceil(passes as usize);
     let weights = (slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim)) as f64;
-    let pair = (sizes.in_dim + 2 * slices * sizes.out_dim) as f64;
-    let time = |(rows, tiles): &(u32, f64)| {
-        let shape = prefill::Shape { rows: *rows, width: prefill::MAX_SHARED_WIDTH };
-        let rounds = (tiles * f64::from(passes) / blocks(shape, limits)).ceil();
+    let pair = pair_elements(sizes, slices as f64);
+    let time = |(_, tiles): &(u32, f64)| {
+        let rounds = (tiles * f64::from(passes) / blocks(tile.rows(), limits)).ceil();
         rounds * (WEIGHTS_FROM_L2 * weights + pairs as f64 / tiles * pair)
     };
     let full = (tile.rows(), likely_tiles(pairs, segments, tile.rows()));
@@ -353,8 +355,8 @@ pub(in crate::plan) fn prefill_shares(
     limits: &DeviceLimits,
 ) -> [u32; 2] {
     let segments = (sizes.slots * sizes.experts) as u64;
-    let (passes, blocks) = passes_and_blocks(pairs, segments, shape, passes, limits);
-    let depth = ((blocks / passes) as u32).max(1);
+    let passes = likely_tiles(pairs, segments, shape.rows) * f64::from(passes);
+    let depth = ((blocks(shape.rows, limits) / passes) as u32).max(1);
     let is_full = pairs as u64 / segments >= FULL_TILES;
     let out = if is_full { SHARED_OUT } else { SHARED_OUT / 2 };
     let columns = (sizes.out_dim as u64 * u64::from(shape.rows)).div_ceil(out);
@@ -364,19 +366,9 @@ pub(in crate::plan) fn prefill_shares(
 /// Most elements of `out` of a slice that a turn of shared passes takes, of tiles that are full.
 const SHARED_OUT: u64 = 32 << 10;
 
-/// How many passes uniform routing makes on average, with so many over a tile, and for how many blocks.
-fn passes_and_blocks(
-    pairs: usize,
-    segments: u64,
-    shape: prefill::Shape,
-    passes: u32,
-    limits: &DeviceLimits,
-) -> (f64, f64) {
-    (likely_tiles(pairs, segments, shape.rows) * f64::from(passes), blocks(shape, limits))
-}
-
-/// Blocks of `prefill` that the device runs at a time.
-fn blocks(shape: prefill::Shape, limits: &DeviceLimits) -> f64 {
+/// Blocks that the device runs at a time, of passes over tiles of `rows` pairs that blocks can share, as most others.
+fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
+    let shape = prefill::Shape { rows, width: prefill::MAX_SHARED_WIDTH };
     f64::from(limits.multiprocessors * shape.blocks())
 }
 
