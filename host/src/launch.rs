@@ -316,7 +316,7 @@ impl Prepared<'_> {
         tail: Option<&ExpandTail<'_, S, T>>,
     ) -> (Launch, Parameters) {
         let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let &PrefillPlan { launch, passes, stages, under_way, shares } = prefill;
+        let &PrefillPlan { launch, passes, stages, under_way, ahead, shares } = prefill;
         let sizes = projection.sizes();
         let products = match (head, tail) {
             (Some(_), Some(_)) => products::BOTH,
@@ -367,6 +367,8 @@ impl Prepared<'_> {
             stages,
             under_way,
             products,
+            ahead,
+            reserved: 0,
         };
         (launch, Parameters::Prefill(parameters))
     }

@@ -257,6 +257,8 @@ pub struct PrefillPlan {
     pub stages: u32,
     /// Steps of expand that may be under way in it at a time.
     pub under_way: u32,
+    /// Bytes of each row of x that it asks for before it waits for the route.
+    pub ahead: u32,
     /// How blocks share a pass, where they do.
     pub shares: Option<PassShares>,
 }
@@ -550,7 +552,8 @@ impl Plan {
             // Blocks that share a pass wait for one another.
             let launch = Launch { cooperative: shares.is_some(), ..launch };
             let under_way = heuristics::prefill_under_way(shape, stages, shares.is_some());
-            Ok(PrefillPlan { launch, passes, stages, under_way, shares })
+            let ahead = if stage == Stage::Expand { 0 } else { heuristics::prefill_ahead(x, sizes.in_dim) };
+            Ok(PrefillPlan { launch, passes, stages, under_way, ahead, shares })
         };
         let prefill = prefill.map(prefill_plan).transpose()?;
         let sorting = sorting(projection, pairs, limits, options);

@@ -531,6 +531,10 @@ pub struct PrefillParams {
     pub under_way: u32,
     /// One of [`products`].
     pub products: u32,
+    /// Bytes of each row of `x` that are asked for before the launch waits for the route: a multiple of 16.
+    pub ahead: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 #[cfg(test)]

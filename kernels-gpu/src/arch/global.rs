@@ -71,6 +71,23 @@ impl<T> Global<T> {
             asm!("prefetch.global.L2 [{}];", in(reg64) self.address(), options(nostack))
         }
     }
+
+    /// `cp.async.bulk.prefetch.L2` (PTX ISA 9.7.9.27.1.2; since sm_90): asks for `bytes` bytes from here on to be in L2, a multiple of 16, from a multiple
+    /// of 16 on. As for [`Global::ask_for`], nothing is read; but there must be so many.
+    #[inline(always)]
+    #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+    pub fn ask_for_bytes(self, bytes: u32) {
+        #[cfg(target_arch = "nvptx64")]
+        // SAFETY: changes nothing that can be seen.
+        unsafe {
+            asm!(
+                "cp.async.bulk.prefetch.L2.global [{}], {};",
+                in(reg64) self.address(), in(reg32) bytes, options(nostack)
+            )
+        }
+        #[cfg(feature = "emulate")]
+        let _ = bytes;
+    }
 }
 
 impl<T: Scalar> Global<T> {

@@ -46,6 +46,7 @@ pub unsafe fn prefill<
     }
     barrier::sync();
     grid::let_next_start();
+    ask_for_x(&p, shape.threads());
     grid::wait_for_previous();
     let turns = Turns::new(shape);
     // SAFETY: as the caller promises; the launch before this one has ended, the barriers are ready, and each warpgroup has one role.
@@ -57,5 +58,17 @@ pub unsafe fn prefill<
             wgmma::give_registers::<COPYING>();
             producer::copy::<I, BLOCKS, SWEEPS>(&p, turns);
         }
+    }
+}
+
+/// Asks for the first bytes of every row of x to be in L2, while the route is made: whatever it says, most rows will be read.
+#[inline(always)]
+fn ask_for_x(p: &PrefillParams, threads: u32) {
+    let rows = p.x_row.quotient(p.pair_count - 1) + 1;
+    // Neighbouring rows by different blocks.
+    let mut row = thread::index_anew() * p.blocks + thread::block();
+    while p.ahead > 0 && row < rows {
+        p.x.at(row as u64 * p.x_stride).ask_for_bytes(p.ahead);
+        row += threads * p.blocks;
     }
 }
