@@ -50,7 +50,7 @@ struct Allocation {
 }
 
 /// The launches that last used a granule; 0 is the host.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Mark {
     written: u32,
     /// The last two that read it, the last first.
@@ -73,21 +73,33 @@ enum Page {
     Each(Box<[Mark; PAGE]>),
 }
 
+impl Page {
+    fn each(&mut self) -> &mut [Mark; PAGE] {
+        if let Page::Alike(mark) = self {
+            *self = Page::Each(Box::new([*mark; PAGE]));
+        }
+        match self {
+            Page::Each(marks) => marks,
+            Page::Alike(_) => unreachable!("it was told apart above"),
+        }
+    }
+}
+
 impl Marks {
     fn new(granules: usize) -> Self {
         let fresh = || Page::Alike(Mark { written: 0, read: [0; 2], forgotten: false });
         Marks(std::iter::repeat_with(fresh).take(granules.div_ceil(PAGE)).collect())
     }
 
-    fn at(&mut self, granule: usize) -> &mut Mark {
-        let page = &mut self.0[granule / PAGE];
-        if let Page::Alike(mark) = page {
-            *page = Page::Each(Box::new([*mark; PAGE]));
-        }
-        match page {
-            Page::Each(marks) => &mut marks[granule % PAGE],
-            Page::Alike(_) => unreachable!("it was told apart above"),
-        }
+    /// The marks of these granules, by pages, and the first granule of each.
+    fn of(&mut self, granules: Range<usize>) -> impl Iterator<Item = (usize, &mut [Mark])> {
+        let first = granules.start / PAGE;
+        let pages = self.0[first..granules.end.div_ceil(PAGE)].iter_mut().zip(first..);
+        pages.map(move |(page, number)| {
+            let inside = |granule: usize| granule.clamp(number * PAGE, (number + 1) * PAGE) - number * PAGE;
+            let (start, end) = (inside(granules.start), inside(granules.end));
+            (number * PAGE + start, &mut page.each()[start..end])
+        })
     }
 
     fn forget(&mut self, granules: Range<usize>) {
@@ -98,9 +110,11 @@ impl Marks {
                     mark.forgotten = true;
                     next += PAGE;
                 }
-                _ => {
-                    self.at(next).forgotten = true;
-                    next += 1;
+                page => {
+                    let end = granules.end.min((next / PAGE + 1) * PAGE);
+                    let marks = &mut page.each()[next % PAGE..][..end - next];
+                    marks.iter_mut().for_each(|mark| mark.forgotten = true);
+                    next = end;
                 }
             }
         }
@@ -216,25 +230,36 @@ impl Memory {
         has_waited: bool,
     ) -> Result<(), Clash> {
         let launch = self.last.as_ref().expect("a launch runs");
-        for granule in granules(&range) {
-            let mark = self.allocations[number].marks.at(granule);
-            let clash = |other: u32| {
-                let kernel = self.launches[other as usize - 1].clone();
-                Err(Clash::Overlap(granule * GRANULE, kernel))
-            };
-            if launch.may_run(mark.written, has_waited) {
-                return clash(mark.written);
-            }
-            let reader = mark.read.into_iter().find(|&reader| launch.may_run(reader, has_waited));
-            if let (true, Some(reader)) = (writes, reader) {
-                return clash(reader);
-            }
-            if writes {
-                (mark.written, mark.forgotten) = (launch.number, false);
-            } else if mark.forgotten {
-                return Err(Clash::Unwritten(granule * GRANULE));
-            } else if mark.read[0] != launch.number {
-                mark.read = [launch.number, mark.read[0]];
+        for (first, marks) in self.allocations[number].marks.of(granules(&range)) {
+            // What came of the last mark: it comes of each that is as that one was.
+            let mut last: Option<[Mark; 2]> = None;
+            for (mark, granule) in marks.iter_mut().zip(first..) {
+                if let Some([before, after]) = last
+                    && *mark == before
+                {
+                    *mark = after;
+                    continue;
+                }
+                let before = *mark;
+                let clash = |other: u32| {
+                    let kernel = self.launches[other as usize - 1].clone();
+                    Err(Clash::Overlap(granule * GRANULE, kernel))
+                };
+                if launch.may_run(mark.written, has_waited) {
+                    return clash(mark.written);
+                }
+                let reader = mark.read.into_iter().find(|&reader| launch.may_run(reader, has_waited));
+                if let (true, Some(reader)) = (writes, reader) {
+                    return clash(reader);
+                }
+                if writes {
+                    (mark.written, mark.forgotten) = (launch.number, false);
+                } else if mark.forgotten {
+                    return Err(Clash::Unwritten(granule * GRANULE));
+                } else if mark.read[0] != launch.number {
+                    mark.read = [launch.number, mark.read[0]];
+                }
+                last = Some([before, *mark]);
             }
         }
         Ok(())

@@ -167,6 +167,12 @@ impl Touch {
         }
     }
 
+    fn is_like(&self, other: &Touch) -> bool {
+        let key =
+            |touch: &Touch| (touch.stamp, touch.actor, touch.by, touch.epoch, touch.arrived, touch.kind);
+        key(self) == key(other) && std::ptr::eq(self.at, other.at)
+    }
+
     /// Stands for both accesses: `now` alone where it comes after `self`.
     fn merge(&mut self, now: &Now) {
         let before = *self;
@@ -293,6 +299,23 @@ struct Cell {
     read: Last,
 }
 
+impl Last {
+    fn is_like(&self, other: &Last) -> bool {
+        let same = match (&self.all, &other.all) {
+            (None, None) => true,
+            (Some(all), Some(other)) => Rc::ptr_eq(all, other),
+            _ => false,
+        };
+        same && self.touch.is_like(&other.touch)
+    }
+}
+
+impl Cell {
+    fn is_like(&self, other: &Cell) -> bool {
+        self.write.is_like(&other.write) && self.read.is_like(&other.read)
+    }
+}
+
 /// The cells of a stretch of memory.
 pub(super) struct Shadow {
     cells: Vec<Cell>,
@@ -365,8 +388,17 @@ impl Shadow {
     pub fn touch(&mut self, bytes: Range<usize>, now: &Now) -> Result<(), Conflict> {
         self.dirty = true;
         let kind = now.touch.kind;
-        for number in self.numbers(&bytes) {
+        let numbers = self.numbers(&bytes);
+        // Whether the cell before was like this one: what came of that comes of this.
+        let mut is_like_last = false;
+        for number in numbers.clone() {
             let byte = number * self.granule;
+            let was_like_last = is_like_last;
+            is_like_last = number + 1 < numbers.end && self.cells[number].is_like(&self.cells[number + 1]);
+            if was_like_last {
+                self.cells[number] = self.cells[number - 1].clone();
+                continue;
+            }
             let Cell { write, read } = &mut self.cells[number];
             if write.touch.kind.is_under_way() && kind != Kind::CopyEnd {
                 return Err(Conflict::CopyUnderWay(byte, write.touch));

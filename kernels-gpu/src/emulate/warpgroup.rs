@@ -7,7 +7,8 @@
 use super::block::State;
 use super::machine::{Id, Machine, execute, running, suspend, with};
 use super::report::Fault;
-use super::shadow::Kind;
+use super::shadow::{Kind, Now};
+use super::warp::LANES;
 use crate::ElementType;
 use half::{bf16, f16};
 use std::collections::{BTreeMap, VecDeque};
@@ -220,14 +221,19 @@ impl Machine {
         begins: bool,
     ) -> Result<(Vec<[f32; K]>, Vec<[f32; K]>), Fault> {
         let element = product.element;
-        let b = (0..product.columns)
-            .map(|row| self.matrix_row(id, element, product.b, row as u32, at, begins))
+        // Each warp reads all, since none may use what another has written, or let it be overwritten, before they have met.
+        let first = id.thread / THREADS as u32 * THREADS as u32;
+        let readers = [0, 1, 2, 3]
+            .map(|warp| self.now(Id { thread: first + LANES as u32 * warp, ..id }, Kind::Read, at));
+        let mut row = |matrix, row| self.matrix_row(id.rank, element, matrix, row, &readers, begins);
+        let b = (0..product.columns as u32)
+            .map(|column| row(product.b, column))
             .collect::<Result<Vec<_>, _>>()?;
         let mut a = vec![[0.0; K]; 4 * WARP_ROWS];
         match product.a[0] {
             Rows::Matrix(descriptor) => {
-                for (row, values) in a.iter_mut().enumerate() {
-                    *values = self.matrix_row(id, element, descriptor, row as u32, at, begins)?;
+                for (values, number) in a.iter_mut().zip(0..) {
+                    *values = row(descriptor, number)?;
                 }
             }
             Rows::Registers(_) => {
@@ -250,11 +256,11 @@ impl Machine {
     /// are those of the element's place, exclusive or bits 7 to 9.
     fn matrix_row(
         &mut self,
-        id: Id,
+        block: u32,
         element: ElementType,
         descriptor: u64,
         row: u32,
-        at: &'static Location<'static>,
+        readers: &[Now],
         begins: bool,
     ) -> Result<[f32; K], Fault> {
         let field = |shift: u32| ((descriptor >> shift & 0x3fff) << 4) as u32;
@@ -264,7 +270,7 @@ impl Machine {
         for (half, values) in values.chunks_exact_mut(K / 2).enumerate() {
             let place = start + row / 8 * stride + row % 8 * ROW_BYTES + half as u32 * CHUNK_BYTES;
             let address = place ^ ((place / ROW_BYTES % 8) * CHUNK_BYTES);
-            let bytes = self.read_async(id, address, at, begins)?;
+            let bytes = self.read_async(block, address, readers, begins)?;
             for (values, pair) in values.chunks_exact_mut(2).zip(bytes.as_chunks::<4>().0) {
                 values.copy_from_slice(&widen(element, u32::from_le_bytes(*pair)));
             }
@@ -272,26 +278,23 @@ impl Machine {
         Ok(values)
     }
 
-    /// Reads a chunk of shared memory by the async proxy.
+    /// Reads a chunk of a block's shared memory by the async proxy, for each of `readers`.
     fn read_async(
         &mut self,
-        id: Id,
+        block: u32,
         address: u32,
-        at: &'static Location<'static>,
+        readers: &[Now],
         begins: bool,
     ) -> Result<[u8; CHUNK_BYTES as usize], Fault> {
-        let first = id.thread / THREADS as u32 * THREADS as u32;
         let mut range = 0..0;
-        // For each warp, since none may use what another has written, or let it be overwritten, before they have met.
-        for warp in 0..4 {
-            let now = self.now(Id { thread: first + 32 * warp, ..id }, Kind::Read, at);
-            range = self.shared(id.rank, address, CHUNK_BYTES, &now)?;
-            if begins && let Some((byte, by)) = self.block(id).shadow.unfenced(&range, &now) {
+        for now in readers {
+            range = self.shared(block, address, CHUNK_BYTES, now)?;
+            if begins && let Some((byte, by)) = self.blocks[block as usize].shadow.unfenced(&range, now) {
                 let place = format!("byte {byte} of shared memory");
                 return Err(Fault::Unfenced { what: "wgmma of", place, by });
             }
         }
-        Ok(self.block(id).shared[range].try_into().expect("a range of a chunk"))
+        Ok(self.blocks[block as usize].shared[range].try_into().expect("a range of a chunk"))
     }
 }
 
