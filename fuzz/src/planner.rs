@@ -154,11 +154,12 @@ fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, plan: &
     if plan.index == IndexWidth::I32 {
         assert!(offsets.iter().all(|&elements| elements <= i32::MAX as u128), "{offsets:?}: {plan}");
     }
-    if let Some(PrefillPlan { launch: Launch { entry, .. }, .. }) = plan.prefill {
+    if let Some(PrefillPlan { launch: Launch { entry, .. }, ahead, .. }) = plan.prefill {
         assert!(limits.wgmma && plan.shrink.is_none() && plan.expand.is_none(), "{plan}");
         let Kernel::Prefill(variant) = entry.kernel else { panic!("{plan}") };
         assert!(variant.shape.width as usize >= sizes.max_rank, "{plan}");
         assert!(plan.tile_parts * variant.shape.rows >= plan.tile_rows, "{plan}");
+        assert!(ahead as usize <= 2 * sizes.in_dim && ahead.is_multiple_of(16), "{plan}");
     }
     if let Some(PrefillPlan { launch, stages, under_way, shares: Some(shares), .. }) = plan.prefill {
         assert!(launch.cooperative && (1..=stages).contains(&under_way), "{plan}");
