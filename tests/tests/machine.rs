@@ -127,6 +127,20 @@ fn a_misaligned_vector_load_is_reported() {
 }
 
 #[test]
+fn bytes_that_are_asked_for_must_be_there_and_are_not_read() {
+    reported("prefetch of 1024 bytes", 1, |input, _| input.at(4u32).ask_for_bytes(1024));
+    reported("1000 bytes from byte 0 of input on is not aligned for an access of 16 bytes", 1, |input, _| {
+        input.ask_for_bytes(1000);
+    });
+    // No race with who writes them, nor with the launch before.
+    let body = |_: Global<u32>, out: Global<u32>| unsafe {
+        out.ask_for_bytes(1024);
+        out.at(thread::index()).store(1);
+    };
+    assert!(launch(1, 1, body).is_ok());
+}
+
+#[test]
 fn a_missing_barrier_is_a_race() {
     reported("of shared memory after", 1, |_, out| unsafe {
         let me = thread::index();

@@ -72,9 +72,10 @@ impl<T> Global<T> {
         }
     }
 
-    /// `cp.async.bulk.prefetch.L2` (PTX ISA 9.7.9.27.1.2; since sm_90): asks for `bytes` bytes from here on to be in L2, a multiple of 16, from a multiple
+    /// `cp.async.bulk.prefetch.L2` (PTX ISA 9.7.9.25.4; since sm_90): asks for `bytes` bytes from here on to be in L2, a multiple of 16, from a multiple
     /// of 16 on. As for [`Global::ask_for`], nothing is read; but there must be so many.
     #[inline(always)]
+    #[track_caller]
     #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
     pub fn ask_for_bytes(self, bytes: u32) {
         #[cfg(target_arch = "nvptx64")]
@@ -86,7 +87,7 @@ impl<T> Global<T> {
             )
         }
         #[cfg(feature = "emulate")]
-        let _ = bytes;
+        emulate::ask_for_bytes(self.address(), bytes);
     }
 }
 

@@ -420,6 +420,12 @@ pub(crate) fn load_global<const N: usize>(address: u64) -> [u8; N] {
     })
 }
 
+/// `cp.async.bulk.prefetch.L2`: nothing is read, so nobody is raced with; but the bytes must be there.
+#[track_caller]
+pub(crate) fn ask_for_bytes(address: u64, bytes: u32) {
+    execute(Location::caller(), |machine, _| machine.asked_for(address, bytes.into(), 16));
+}
+
 /// `st.global` of `N` bytes.
 #[track_caller]
 pub(crate) fn store_global<const N: usize>(address: u64, bytes: [u8; N]) {

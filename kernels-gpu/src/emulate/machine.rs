@@ -478,13 +478,7 @@ impl Machine {
     ) -> Result<(usize, Range<usize>), Fault> {
         let has_waited = self.thread(id).has_waited;
         let what = now.touch.kind.name();
-        let inside = |region: &Region| {
-            let start = address.checked_sub(region.buffer.address);
-            start.is_some_and(|start| start + bytes <= region.buffer.bytes)
-        };
-        let Some(number) = self.regions.iter().position(inside) else {
-            return Err(Fault::OutOfBounds { what, address, bytes, near: self.near(address) });
-        };
+        let number = self.region(address, bytes, what)?;
         let Region { buffer, part, shadow } = &mut self.regions[number];
         let start = (address - buffer.address) as usize;
         let place = |byte: usize| format!("byte {byte} of {}", buffer.name);
@@ -506,6 +500,29 @@ impl Machine {
             Clash::Overlap(byte, kernel) => Fault::Overlap { what, place: place(byte), kernel },
         })?;
         Ok((allocation, range))
+    }
+
+    /// The number of the buffer in which these bytes are.
+    fn region(&self, address: u64, bytes: u64, what: &'static str) -> Result<usize, Fault> {
+        let inside = |region: &Region| {
+            let start = address.checked_sub(region.buffer.address);
+            start.is_some_and(|start| start + bytes <= region.buffer.bytes)
+        };
+        let near = || Fault::OutOfBounds { what, address, bytes, near: self.near(address) };
+        self.regions.iter().position(inside).ok_or_else(near)
+    }
+
+    /// Checks that bytes which are asked for, and not read, are there, at a multiple of `alignment`.
+    pub(super) fn asked_for(&self, address: u64, bytes: u64, alignment: u64) -> Result<(), Fault> {
+        let Buffer { name, address: start, .. } =
+            &self.regions[self.region(address, bytes, "prefetch")?].buffer;
+        match address.is_multiple_of(alignment) && bytes.is_multiple_of(alignment) {
+            true => Ok(()),
+            false => {
+                let place = format!("{bytes} bytes from byte {} of {name} on", address - start);
+                Err(Fault::Misaligned { place, bytes: alignment })
+            }
+        }
     }
 
     /// Where the buffer nearest to an address is.

@@ -40,10 +40,10 @@ mod warp;
 mod warpgroup;
 
 pub(crate) use instruction::{
-    arrive_cluster, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies, let_next_start,
-    load_global, load_matrices, load_relaxed, load_shared, map_shared, match_any, mma, overflow, shuffle,
-    shuffle_up, start_copy, store_global, store_relaxed, store_shared, sync_block, sync_warp, thread, trap,
-    update_global, update_shared, wait_cluster, wait_for_copies, wait_for_previous,
+    arrive_cluster, ask_for_bytes, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies,
+    let_next_start, load_global, load_matrices, load_relaxed, load_shared, map_shared, match_any, mma,
+    overflow, shuffle, shuffle_up, start_copy, store_global, store_relaxed, store_shared, sync_block,
+    sync_warp, thread, trap, update_global, update_shared, wait_cluster, wait_for_copies, wait_for_previous,
 };
 pub(crate) use mbarrier::{
     arrive_after_copies, arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store,
