@@ -74,6 +74,7 @@ enum Page {
 }
 
 impl Page {
+    /// Its marks, from now on told apart.
     fn each(&mut self) -> &mut [Mark; PAGE] {
         if let Page::Alike(mark) = self {
             *self = Page::Each(Box::new([*mark; PAGE]));
@@ -91,31 +92,22 @@ impl Marks {
         Marks(std::iter::repeat_with(fresh).take(granules.div_ceil(PAGE)).collect())
     }
 
-    /// The marks of these granules, by pages, and the first granule of each.
-    fn of(&mut self, granules: Range<usize>) -> impl Iterator<Item = (usize, &mut [Mark])> {
+    /// The pages of these granules: the first granule of each, and which of its marks are theirs.
+    fn pages(&mut self, granules: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>, &mut Page)> {
         let first = granules.start / PAGE;
         let pages = self.0[first..granules.end.div_ceil(PAGE)].iter_mut().zip(first..);
         pages.map(move |(page, number)| {
-            let inside = |granule: usize| granule.clamp(number * PAGE, (number + 1) * PAGE) - number * PAGE;
-            let (start, end) = (inside(granules.start), inside(granules.end));
-            (number * PAGE + start, &mut page.each()[start..end])
+            let start = number * PAGE;
+            let inside = |granule: usize| granule.clamp(start, start + PAGE) - start;
+            (start, inside(granules.start)..inside(granules.end), page)
         })
     }
 
     fn forget(&mut self, granules: Range<usize>) {
-        let mut next = granules.start;
-        while next < granules.end {
-            match &mut self.0[next / PAGE] {
-                Page::Alike(mark) if next.is_multiple_of(PAGE) && next + PAGE <= granules.end => {
-                    mark.forgotten = true;
-                    next += PAGE;
-                }
-                page => {
-                    let end = granules.end.min((next / PAGE + 1) * PAGE);
-                    let marks = &mut page.each()[next % PAGE..][..end - next];
-                    marks.iter_mut().for_each(|mark| mark.forgotten = true);
-                    next = end;
-                }
+        for (_, inside, page) in self.pages(granules) {
+            match page {
+                Page::Alike(mark) if inside == (0..PAGE) => mark.forgotten = true,
+                page => page.each()[inside].iter_mut().for_each(|mark| mark.forgotten = true),
             }
         }
     }
@@ -230,10 +222,11 @@ impl Memory {
         has_waited: bool,
     ) -> Result<(), Clash> {
         let launch = self.last.as_ref().expect("a launch runs");
-        for (first, marks) in self.allocations[number].marks.of(granules(&range)) {
+        for (first, inside, page) in self.allocations[number].marks.pages(granules(&range)) {
             // What came of the last mark: it comes of each that is as that one was.
             let mut last: Option<[Mark; 2]> = None;
-            for (mark, granule) in marks.iter_mut().zip(first..) {
+            let numbers = first + inside.start..;
+            for (mark, granule) in page.each()[inside].iter_mut().zip(numbers) {
                 if let Some([before, after]) = last
                     && *mark == before
                 {

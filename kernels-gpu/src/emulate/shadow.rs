@@ -236,6 +236,15 @@ struct Last {
 }
 
 impl Last {
+    fn is_like(&self, other: &Last) -> bool {
+        let is_same = match (&self.all, &other.all) {
+            (None, None) => true,
+            (Some(all), Some(other)) => Rc::ptr_eq(all, other),
+            _ => false,
+        };
+        is_same && self.touch.is_like(&other.touch)
+    }
+
     /// True when something puts all of them before `now`.
     fn precedes(&self, now: &Now) -> bool {
         self.touch.precedes(now)
@@ -297,17 +306,6 @@ impl From<Touch> for Last {
 struct Cell {
     write: Last,
     read: Last,
-}
-
-impl Last {
-    fn is_like(&self, other: &Last) -> bool {
-        let same = match (&self.all, &other.all) {
-            (None, None) => true,
-            (Some(all), Some(other)) => Rc::ptr_eq(all, other),
-            _ => false,
-        };
-        same && self.touch.is_like(&other.touch)
-    }
 }
 
 impl Cell {
