@@ -9,13 +9,12 @@ use crate::error::{Error, Result};
 use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
+use moe_lora_kernels::decode::segments::{self, Room};
 use moe_lora_kernels::params::Shares;
-use moe_lora_kernels::segments::Room;
 use moe_lora_kernels::tile::TileShape;
 pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
 use moe_lora_kernels::{
-    ENTRIES, ElementType, Entry, PrefillVariant, Variant, adopt, decode, expand, prefill, route, segments,
-    shrink,
+    ENTRIES, ElementType, Entry, PrefillVariant, Variant, adopt, decode, expand, prefill, route, shrink,
 };
 use std::fmt;
 

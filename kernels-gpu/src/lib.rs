@@ -32,7 +32,6 @@ pub mod prefill;
 pub mod route;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod scan;
-pub mod segments;
 pub mod shrink;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod slots;

@@ -2,8 +2,8 @@
 //!
 //! 16-bit floats are `u16` here: a block is the same for bf16 and f16, the entry point knows which.
 
+use crate::decode::segments::Room;
 use crate::memory::{Global, Index};
-use crate::segments::Room;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
