@@ -26,6 +26,8 @@ pub mod decode;
 pub mod emulate;
 pub mod entry;
 pub mod expand;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+mod ids;
 pub mod memory;
 pub mod params;
 pub mod prefill;

@@ -98,14 +98,13 @@ pub const fn max_tiles(pairs: u64, buckets: u64, tile_rows: u64) -> u64 {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use kernel::route;
-#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub(crate) use kernel::{bucket_by, slot_rank};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod kernel {
     use super::{EXCHANGE_HEAD, GRID_THREADS, STAGED, counter_stride};
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread, warp};
+    use crate::ids::{Ids, bucket, local_expert};
     use crate::memory::Global;
     use crate::params::{RouteParams, Tile, count};
     use crate::scan::scan;
@@ -123,45 +122,6 @@ mod kernel {
 
     /// A block's count of pairs, once it has come.
     const CAME: u32 = 1 << 31;
-
-    /// The rank in use of a slot, 0 when it is off or does not exist.
-    ///
-    /// # Safety
-    /// The tensors of `p` must be as their fields say.
-    #[inline(always)]
-    pub(crate) unsafe fn slot_rank(p: &RouteParams, slot: u32) -> u32 {
-        let &RouteParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = p;
-        // SAFETY: as the caller promises.
-        unsafe { Slots { adapter_enabled, enabled_kind, ranks, count, max_rank }.rank(slot) }
-    }
-
-    /// The bucket of a pair, given its slot, its global expert, and the rank of each slot. One unsigned comparison
-    /// a number catches −1 and everything else that is out of range.
-    ///
-    /// # Safety
-    /// As for [`slot_rank`].
-    #[inline(always)]
-    pub(crate) unsafe fn bucket_by(
-        p: &RouteParams,
-        slot: u32,
-        global_expert: u32,
-        rank: impl Fn(u32) -> u32,
-    ) -> u32 {
-        let inactive = p.slots * p.experts;
-        if global_expert >= p.global_experts {
-            return inactive;
-        }
-        let expert = if p.expert_map.is_null() {
-            global_expert
-        } else {
-            // SAFETY: the expert is one of `global_experts`.
-            unsafe { p.expert_map.at(global_expert).load() }
-        };
-        if expert >= p.experts || rank(slot) == 0 {
-            return inactive;
-        }
-        slot * p.experts + expert
-    }
 
     /// Where things are in shared memory.
     #[derive(Clone, Copy)]
@@ -255,48 +215,39 @@ mod kernel {
         }
     }
 
-    /// Slots and global experts of the pairs of some rows.
-    ///
-    /// # Safety
-    /// The pairs must be among P, and the tensors of `p` as their fields say.
+    /// Where the ids of the pairs of some rows are.
     #[inline(always)]
-    unsafe fn ids(p: &RouteParams, rows: Rows) -> ([u32; ROWS], [u32; ROWS]) {
-        let (mut slots, mut experts) = ([0; ROWS], [0; ROWS]);
-        unroll::<ROWS>(|r| {
-            if let Some(pair) = rows.pair(r) {
-                // SAFETY: the pair is one of P, its token one of T.
-                unsafe {
-                    slots[r] = p.token_lora.at(p.top_k.quotient(pair)).load();
-                    experts[r] = p.topk_ids.at(pair).load();
-                }
-            }
-        });
-        (slots, experts)
+    fn ids(p: &RouteParams, rows: Rows) -> [Ids; ROWS] {
+        core::array::from_fn(|row| {
+            let pair = rows.pair(row);
+            Ids::of(p, pair.unwrap_or(0), pair.is_some())
+        })
     }
 
-    /// The buckets of the pairs of some rows, given their ids.
+    /// The buckets of the pairs of some rows, given their slots and global experts.
     ///
     /// # Safety
-    /// As for [`ids`]; the ranks must have been staged.
+    /// The tensors of `p` must be as their fields say; the ranks must have been staged.
     #[inline(always)]
     unsafe fn buckets<const WIDE: bool>(
         p: &RouteParams,
         map: Map,
         rows: Rows,
-        (slots, experts): ([u32; ROWS], [u32; ROWS]),
+        ids: [[u32; 2]; ROWS],
     ) -> [u32; ROWS] {
+        // SAFETY: as the caller promises.
+        let experts = ids.map(|[_, global_expert]| unsafe { local_expert(p, global_expert) });
         let mut found = [NONE; ROWS];
         unroll::<ROWS>(|r| {
-            if rows.pair(r).is_some() {
-                // SAFETY: as the caller promises.
-                found[r] =
-                    unsafe { bucket_by(p, slots[r], experts[r], |slot| staged_rank::<WIDE>(p, map, slot)) };
-            }
+            let [slot, _] = ids[r];
+            // SAFETY: as the caller promises.
+            let bucket = bucket(p, slot, experts[r], unsafe { staged_rank::<WIDE>(p, map, slot) });
+            found[r] = if rows.pair(r).is_some() { bucket } else { NONE };
         });
         found
     }
 
-    /// [`slot_rank`], from shared memory where it is there.
+    /// The rank in use of a slot, 0 when it is off or does not exist, from shared memory where it is there.
     ///
     /// # Safety
     /// As for [`buckets`].
@@ -304,12 +255,11 @@ mod kernel {
     unsafe fn staged_rank<const WIDE: bool>(p: &RouteParams, map: Map, slot: u32) -> u32 {
         // SAFETY: as the caller promises.
         unsafe {
-            if slot >= p.slots {
-                0
-            } else if !WIDE || slot < STAGED {
-                map.rank(slot).load()
+            if WIDE && slot >= STAGED {
+                Slots::of(p).rank(slot)
             } else {
-                slot_rank(p, slot)
+                let rank = map.rank(slot.min(STAGED - 1)).load();
+                if slot < STAGED { rank } else { 0 }
             }
         }
     }
@@ -357,16 +307,21 @@ mod kernel {
         let is_kept = !WIDE || p.run <= 32 * ROWS as u32;
         let all_rows = Rows { at, end };
 
+        // Where things are is found before they may be read.
+        let slot = Slots::of(&p).slot(thread::index());
+        let first_ids = ids(&p, all_rows);
         clear_counters::<THREADS>(map);
         grid::wait_for_previous();
         grid::let_next_start();
 
-        // 1. Ask for the first ids, and for what all of the block will need.
+        // 1. Ask for what all of the block will need, and for the first ids.
+        // SAFETY: the tensors of `p` are as their fields say.
+        let state = unsafe { slot.load() };
         // SAFETY: the pairs are among P.
-        let first_ids = unsafe { ids(&p, all_rows) };
-        if thread::index() < p.slots.min(STAGED) {
-            // SAFETY: the tensors of `p` are as their fields say.
-            unsafe { map.rank(thread::index()).store(slot_rank(&p, thread::index())) };
+        let first_ids = first_ids.map(|ids| unsafe { ids.load() });
+        if thread::index() < STAGED {
+            // SAFETY: there is a place for each of so many slots.
+            unsafe { map.rank(thread::index()).store(state.rank()) };
         }
         if GRID && thread::index() < 2 {
             // SAFETY: the exchange begins with these words. One thread reads them for all of the block, so that
@@ -417,7 +372,7 @@ mod kernel {
                         found = self::buckets::<WIDE>(&p, map, rows, ids);
                         if !is_kept {
                             remember(&p, rows, found);
-                            ids = self::ids(&p, rows.next());
+                            ids = self::ids(&p, rows.next()).map(|ids| ids.load());
                         }
                     } else if !is_kept {
                         found = remembered(&p, rows);

@@ -16,6 +16,11 @@ pub trait Scalar: Copy {
     /// # Safety
     /// `address` must be valid for a read of `Self`, and aligned to it.
     unsafe fn load(address: u64) -> Self;
+    /// `@wanted ld.global`: `other` where it is not wanted.
+    ///
+    /// # Safety
+    /// If wanted, as for [`load`](Self::load).
+    unsafe fn load_or(address: u64, other: Self, wanted: bool) -> Self;
     /// `st.global`.
     ///
     /// # Safety
@@ -40,6 +45,23 @@ macro_rules! scalar {
                 {
                     <$type>::from_le_bytes(emulate::load_global(address))
                 }
+            }
+            #[inline(always)]
+            #[track_caller]
+            unsafe fn load_or(address: u64, other: Self, wanted: bool) -> Self {
+                #[cfg(target_arch = "nvptx64")]
+                {
+                    let mut value = other as $via;
+                    // SAFETY: as the caller promises.
+                    unsafe {
+                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ", $load, " }}"),
+                            in(reg32) wanted as u32, inout($class) value, in(reg64) address, options(nostack, readonly));
+                    }
+                    value as $type
+                }
+                #[cfg(feature = "emulate")]
+                // SAFETY: as the caller promises.
+                if wanted { unsafe { Self::load(address) } } else { other }
             }
             #[inline(always)]
             #[track_caller]
@@ -101,6 +123,17 @@ impl<T: Scalar> Global<T> {
     pub unsafe fn load(self) -> T {
         // SAFETY: as the caller promises.
         unsafe { T::load(self.address()) }
+    }
+
+    /// Loads the element here if it is `wanted`, otherwise gives `other`: a predicated instruction, so that many are under way at a time.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::load`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load_or(self, other: T, wanted: bool) -> T {
+        // SAFETY: as the caller promises.
+        unsafe { T::load_or(self.address(), other, wanted) }
     }
 
     /// Stores an element here.

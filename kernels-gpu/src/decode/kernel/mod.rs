@@ -16,9 +16,11 @@ use crate::arch::mbarrier;
 use crate::arch::mma::Element;
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, bulk, cluster, grid, thread, warp};
-use crate::decode::segments::{Few, Ids, Segments};
+use crate::decode::segments::{Few, Segments};
+use crate::ids::Ids;
 use crate::memory::Index;
 use crate::params::{DecodeParams, Tile, count};
+use crate::slots::Slots;
 use crate::tile::unroll;
 use barriers::{begun, landed, listed, read, tile_counts, unit_count};
 use expand::expand;
@@ -82,19 +84,25 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     if p.finds != 0 && thread::index_anew() / 32 == LIST {
         Segments::ask_for_ids(&p.route);
     }
-    barrier::sync();
+    // Where ids and ranks are is found before they may be read.
     let warp = thread::warp();
-    let ids = Ids::of(&p.route, if searches { thread::index() } else { thread::lane() });
+    let finds = searches || p.finds != 0 && (warp == FILL || warp == LIST);
+    let pair = if searches { thread::index() } else { thread::lane() };
+    let ids = Ids::of(&p.route, pair, finds && pair < p.route.pair_count);
+    let own_slot = Slots::of(&p.route).slot(if finds { thread::lane() } else { u32::MAX });
+    let first = context.first_unit();
+    let [first_tile, first_slice] = p.tile_and_slice(first);
+    barrier::sync();
     let mut shares = Shares::NONE;
     // What the search need not keep meanwhile.
     if !searches && warp == FILL {
         shares = Shares::new(&context, max_rank);
     }
     grid::wait_for_previous();
+    // SAFETY: as the caller promises.
+    let loaded = unsafe { (ids.load(), own_slot.load()) };
     grid::let_next_start();
 
-    let first = context.first_unit();
-    let [first_tile, first_slice] = p.tile_and_slice(first);
     // The number of tiles, and the tile of the cluster's first unit, whose pairs may not be listed yet.
     let (mut counts, mut tile) = ([0; 2], Tile::EMPTY);
     // SAFETY: as the caller promises; the rings are not in use yet.
@@ -102,10 +110,10 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
         if searches {
             let own = |entry| p.tile_and_slice(first + entry * p.clusters);
             (counts, tile) =
-                context.found.find::<ROWS>(&p.route, ids, own, block == 0, expand_ring.start, &p.room);
+                context.found.find::<ROWS>(&p.route, loaded, own, block == 0, expand_ring.start, &p.room);
         } else if warp == FILL || warp == LIST {
             if p.finds != 0 {
-                let few = Few::find::<ROWS>(&p.route, ids);
+                let few = Few::find::<ROWS>(&p.route, loaded);
                 if warp == FILL {
                     tile = few.tile::<ROWS>(&p.route, first_tile);
                 } else {

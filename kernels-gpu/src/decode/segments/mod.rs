@@ -36,7 +36,7 @@
 mod kernel;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub use kernel::{Few, Ids, Segments};
+pub use kernel::{Few, Segments};
 
 /// Most pairs.
 pub const MAX_PAIRS: u32 = 1024;

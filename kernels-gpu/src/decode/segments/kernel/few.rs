@@ -1,11 +1,12 @@
 //! Segments of few pairs.
 
 use super::below;
-use super::ids::{Ids, Ranks};
+use super::ranks::Ranks;
 use crate::arch::{thread, warp};
 use crate::decode::segments::FEW;
+use crate::ids::{bucket, local_expert};
 use crate::params::{RouteParams, Tile};
-use crate::route::bucket_by;
+use crate::slots::State;
 
 /// The segments of at most [`FEW`] pairs, in the registers of a warp, a pair a lane.
 #[derive(Clone, Copy)]
@@ -29,13 +30,13 @@ impl Few {
     /// # Safety
     /// Every tensor of `p` must be as its field says, and hold no more pairs.
     #[inline(always)]
-    pub unsafe fn find<const ROWS: u32>(p: &RouteParams, own_ids: Ids) -> Self {
+    pub unsafe fn find<const ROWS: u32>(
+        p: &RouteParams,
+        ([slot, global_expert], own_slot): ([u32; 2], State),
+    ) -> Self {
         // SAFETY: as the caller promises.
-        let (bucket, slot, rank) = unsafe {
-            let [slot, global_expert] = own_ids.load();
-            let rank = Ranks::new(p).of(p, slot);
-            (bucket_by(p, slot, global_expert, |_| rank), slot, rank)
-        };
+        let (rank, expert) = unsafe { (Ranks::new(own_slot).of(p, slot), local_expert(p, global_expert)) };
+        let bucket = bucket(p, slot, expert, rank);
         let is_active = bucket < p.slots * p.experts;
         let peers = warp::match_any(bucket) & (u32::MAX >> (FEW - p.pair_count));
         let (size, before) = (peers.count_ones(), (peers & below(thread::lane())).count_ones());

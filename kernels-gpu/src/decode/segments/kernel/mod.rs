@@ -1,19 +1,19 @@
 //! Finding and listing them.
 
 mod few;
-mod ids;
+mod ranks;
 mod scratch;
 
 use super::{AHEAD, FEW, LOOK, Room, SWEEP, THREADS, counts, places_at};
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
+use crate::ids::{Ids, bucket, local_expert};
 use crate::params::{RouteParams, Tile, count};
-use crate::route::bucket_by;
 use crate::scan::inclusive;
+use crate::slots::State;
 use crate::tile::unroll;
 pub use few::Few;
-pub use ids::Ids;
-use ids::Ranks;
+use ranks::Ranks;
 use scratch::{FREE, Scratch, Sweep};
 
 /// Threads of a warp.
@@ -96,7 +96,7 @@ impl Segments {
     pub unsafe fn find<const ROWS: u32>(
         self,
         p: &RouteParams,
-        own_ids: Ids,
+        (own_ids, own_slot): ([u32; 2], State),
         own: impl Fn(u32) -> [u32; 2],
         keeps: bool,
         scratch: Shared,
@@ -105,18 +105,17 @@ impl Segments {
         let scratch = Scratch::new(p, scratch, room);
 
         // Each pair to the count of its segment. The next pair's ids are asked for before.
-        // SAFETY: as the caller promises.
-        let (mut next, ranks) = unsafe { (own_ids.load(), Ranks::new(p)) };
+        let (mut next, ranks) = (own_ids, Ranks::new(own_slot));
         each_pair(p.pair_count, |pair, exists| {
             let [slot, global_expert] = next;
             // SAFETY: as above.
-            next = unsafe { Ids::of(p, pair + THREADS).load() };
+            next = unsafe { Ids::of(p, pair + THREADS, pair + THREADS < p.pair_count).load() };
             // SAFETY: as above.
             let rank = unsafe { ranks.of(p, slot) };
             if exists {
                 // SAFETY: as the caller promises.
                 unsafe {
-                    let bucket = bucket_by(p, slot, global_expert, |_| rank);
+                    let bucket = bucket(p, slot, local_expert(p, global_expert), rank);
                     if scratch.is_direct() {
                         let is_active = bucket < scratch.buckets;
                         scratch.enter(pair, if is_active { bucket } else { scratch.inactive() });
