@@ -37,3 +37,11 @@ pub fn select_slice<T: Copy>(tensors: [T; crate::params::MAX_SLICES], slice: u32
 pub fn quotient(n: u32, divisor: u32) -> u32 {
     n.checked_div(divisor).unwrap_or(0)
 }
+
+/// `n / OF`, rounded up, of numbers that are never near 2³²: two instructions, where `div_ceil`, which must not wrap, is four.
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+#[inline(always)]
+pub fn pieces<const OF: u32>(n: u32) -> u32 {
+    const { assert!(OF.is_power_of_two()) };
+    (n + (OF - 1)) >> const { OF.trailing_zeros() }
+}

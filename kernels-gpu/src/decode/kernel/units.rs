@@ -1,12 +1,13 @@
 //! The units of work, one after another, and how the blocks of a cluster share each.
 
-use super::barriers::unit_count;
+use super::barriers::{unit_count, usual_shares};
 use crate::arch::shared::Shared;
 use crate::arch::thread;
 use crate::decode::segments::Segments;
 use crate::decode::{B_STAGE, CHUNK, GROUP, MAX_COLUMNS, RUN, landing_bytes};
 use crate::memory::{Global, Index};
 use crate::params::{DecodeParams, Tile};
+use crate::tile::pieces;
 
 /// What all roles know of the launch.
 #[derive(Clone, Copy)]
@@ -122,18 +123,40 @@ impl Shares {
     #[inline(always)]
     pub fn new(context: &Context<'_>, rank: u32) -> Self {
         let &Context { p, block, blocks, .. } = context;
-        let groups = rank.div_ceil(GROUP);
+        let groups = pieces::<GROUP>(rank);
         let group_shares = groups.next_power_of_two().min(blocks);
         let shift = log2(group_shares);
-        let (first, end) = share_of(p.in_dim.div_ceil(RUN), block >> shift, blocks >> shift);
+        let (first, end) = share_of(pieces::<RUN>(p.in_dim), block >> shift, blocks >> shift);
         let k = (RUN * first, p.in_dim.min(RUN * end));
         Shares { rank, group_shares, k }
+    }
+
+    /// Leaves those of units of the largest rank where [`Shares::usual`] finds them.
+    ///
+    /// # Safety
+    /// One thread must come here, before the block meets.
+    #[inline(always)]
+    pub unsafe fn make_usual(context: &Context<'_>) {
+        let Shares { rank, group_shares, k: (first, end) } = Self::new(context, context.p.route.max_rank);
+        // SAFETY: as the caller promises; the words are nobody else's.
+        unsafe { usual_shares().store16([rank, group_shares, first, end]) };
+    }
+
+    /// Those of units of the largest rank, which most have: found before there were any units.
+    ///
+    /// # Safety
+    /// They must have been [made](Shares::make_usual).
+    #[inline(always)]
+    pub unsafe fn usual() -> Self {
+        // SAFETY: as the caller promises.
+        let [rank, group_shares, first, end] = unsafe { usual_shares().load16() };
+        Shares { rank, group_shares, k: (first, end) }
     }
 
     /// Groups of 16 ranks.
     #[inline(always)]
     pub fn groups(&self) -> u32 {
-        self.rank.div_ceil(GROUP)
+        pieces::<GROUP>(self.rank)
     }
 
     /// This block's first group.
@@ -180,7 +203,7 @@ impl Columns {
     #[inline(always)]
     pub fn new(context: &Context<'_>) -> Self {
         let &Context { p, block, blocks, .. } = context;
-        let (first, end) = share_of(p.out_dim.div_ceil(GROUP), block, blocks);
+        let (first, end) = share_of(pieces::<GROUP>(p.out_dim), block, blocks);
         Columns { first: GROUP * first, end: p.out_dim.min(GROUP * end), rank: 0, step: MAX_COLUMNS }
     }
 

@@ -11,7 +11,7 @@ use crate::ids::{Ids, bucket, local_expert};
 use crate::params::{RouteParams, Tile, count};
 use crate::scan::inclusive;
 use crate::slots::State;
-use crate::tile::unroll;
+use crate::tile::{pieces, unroll};
 pub use few::Few;
 use ranks::Ranks;
 use scratch::{FREE, Scratch, Sweep};
@@ -162,7 +162,7 @@ impl Segments {
                     sweep = Sweep::new::<ROWS>(&scratch, sweep.start + SWEEP, sweep.end);
                 }
                 let active = sweep.end >> 16;
-                let all = active + inactive.div_ceil(ROWS);
+                let all = active + pieces::<ROWS>(inactive);
                 if number >= all {
                     break [active, all];
                 }
@@ -264,7 +264,7 @@ impl Segments {
         let through = inclusive(if is_active && before == 0 { size } else { 0 });
         let start_of_active = warp::shuffle(through.wrapping_sub(size), peers.trailing_zeros());
         let (active, all_active) = (leads.count_ones(), warp::shuffle(through, FEW - 1));
-        let tiles = active + (p.pair_count - all_active).div_ceil(ROWS);
+        let tiles = active + pieces::<ROWS>(p.pair_count - all_active);
         if pair < p.pair_count {
             let rows = (size - before).min(ROWS);
             let (number, tile) = if is_active {

@@ -6,7 +6,7 @@ use crate::arch::{thread, warp};
 use crate::decode::segments::{Room, SWEEP, counts, inactive_place, places_at};
 use crate::params::RouteParams;
 use crate::scan::inclusive;
-use crate::tile::unroll;
+use crate::tile::{pieces, unroll};
 
 /// No segment: no bucket and no place are this number.
 pub(super) const FREE: u32 = u32::MAX;
@@ -192,5 +192,5 @@ impl Sweep {
 /// Tiles and pairs of a segment, in halves of a word.
 #[inline(always)]
 fn tiles_and_pairs<const ROWS: u32>(pairs: u32) -> u32 {
-    pairs.div_ceil(ROWS) << 16 | pairs
+    (pieces::<ROWS>(pairs) << 16) + pairs
 }
