@@ -440,12 +440,6 @@ impl DecodeParams {
         tiles * self.tile_parts * self.slices
     }
 
-    /// Whether each block searches for the segments of its cluster's units: of few pairs one warp finds all, and routes are given.
-    #[inline(always)]
-    pub fn searches(&self) -> bool {
-        self.finds != 0 && !self.room.lists_all()
-    }
-
     /// Tile, or part of one, and slice of a unit: which of all of the launch.
     #[inline(always)]
     pub fn tile_and_slice(&self, unit: u32) -> [u32; 2] {

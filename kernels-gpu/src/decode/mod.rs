@@ -29,7 +29,7 @@
 //!
 //! | bytes | what |
 //! |---|---|
-//! | 384 | barriers, the usual shares, and the numbers of tiles and units |
+//! | 384 | barriers, and the number of units |
 //! | [`Room::shared_bytes`] | the segments |
 //! | 2 × ROWS × `row_bytes(R)` | h, in turns |
 //! | 4 × ROWS × 80 | the shrink warps' sums of 16 ranks |
@@ -81,9 +81,9 @@ const RUN: u32 = 32;
 const GROUP: u32 = 16;
 
 /// Bytes of the barriers: two a stage of each ring, two for each turn of h, one for the first stages of shrink, and one for the
-/// segments; and of the usual shares, and the numbers of tiles and of units.
+/// segments; and of the numbers of tiles and of units.
 const BARRIER_BYTES: u32 = 384;
-const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 6) + 32);
+const _: () = assert!(BARRIER_BYTES >= 8 * (4 * MAX_STAGES + 6) + 12);
 
 /// Bytes from one row of `elements` elements of K or of ranks to the next: an odd multiple of 64, so that two quads
 /// that read two rows at once meet different banks.

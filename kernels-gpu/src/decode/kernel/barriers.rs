@@ -1,4 +1,4 @@
-//! What lies in the first bytes of shared memory: the barriers, by number, how many tiles and units there are, and the usual shares of them.
+//! What lies in the first bytes of shared memory: the barriers, by number, and how many tiles and units there are.
 
 use crate::arch::mbarrier::Mbarrier;
 use crate::arch::shared::Shared;
@@ -33,12 +33,6 @@ pub(super) fn begun() -> Mbarrier {
 #[inline(always)]
 pub(super) fn listed() -> Mbarrier {
     mbarrier(4 * MAX_STAGES + 5)
-}
-
-/// Where the shares of units of the largest rank are, in four words.
-#[inline(always)]
-pub(super) fn usual_shares() -> Shared {
-    Shared::base().offset(BARRIER_BYTES - 32)
 }
 
 /// Where the number of units of the launch is.

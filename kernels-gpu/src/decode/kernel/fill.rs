@@ -1,9 +1,9 @@
 //! The warps that fill the rings.
 
+use super::LANES;
 use super::barriers::{begun, listed, unit_count};
 use super::ring::{Ring, announce};
 use super::units::{Columns, Context, Shares, Unit, each_chunk, log2};
-use super::{LANES, be_listed};
 use crate::arch::{async_copy, bulk, thread, warp};
 use crate::decode::{B_STAGE, GROUP, old_row_bytes, row_bytes};
 use crate::memory::{Global, Index};
@@ -21,28 +21,25 @@ fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
     tile.matrix::<I>(experts).times(I::from_u32(rows))
 }
 
-/// Fills the ring for shrink with a: of `first`, the cluster's first unit if it has one, before pairs are listed. Where the
-/// block searches, this warp's part of that is still to be ended, once its first copies are under way.
+/// Fills the ring for shrink with a: of `first`, the cluster's first unit if it has one, before pairs are listed.
 ///
 /// # Safety
 /// As for [`decode`]; the whole warp must come here.
 #[inline(always)]
-pub(super) unsafe fn fill_a<I: Index>(context: &Context<'_>, mut ring: Ring, rows: u32, first: Unit) {
+pub(super) unsafe fn fill_a<I: Index>(
+    context: &Context<'_>,
+    mut shares: Shares,
+    mut ring: Ring,
+    rows: u32,
+    first: Unit,
+) {
     let p = context.p;
-    // SAFETY: the block has met since they were made.
-    let mut shares = unsafe { Shares::usual() };
     let (mut filled, stages) = (0, ring.stages);
     // The copies of b may follow.
     let begin = || {
         if thread::lane() == 0 {
             // SAFETY: the barrier is initialised.
             unsafe { begun().arrive() };
-        }
-    };
-    let catch_up = || {
-        if p.searches() {
-            // SAFETY: the whole warp comes here.
-            unsafe { be_listed(true) };
         }
     };
     let mut unit = first;
@@ -82,15 +79,8 @@ pub(super) unsafe fn fill_a<I: Index>(context: &Context<'_>, mut ring: Ring, row
                 filled += 1;
                 if filled == stages {
                     begin();
-                    if next == context.first_unit() {
-                        // A stage more is empty only once others work.
-                        catch_up();
-                    }
                 }
             });
-        }
-        if next == context.first_unit() && filled < stages {
-            catch_up();
         }
         next += p.clusters;
         // SAFETY: the barrier is initialised; after it the number of units can be read, and each of the cluster's.

@@ -76,17 +76,13 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     // No block may be sent anything before it has its barriers.
     cluster::arrive_relaxed();
     let context = Context { p: &p, found: Segments::at(found_at), block, blocks, h, sums, landings };
-    let searches = p.searches();
+    let searches = p.finds != 0 && !p.room.lists_all();
     if searches {
         // SAFETY: the rings are not in use yet.
         unsafe { Segments::prepare(&p.route, expand_ring.start, &p.room) };
     }
     if p.finds != 0 && thread::index_anew() / 32 == LIST {
         Segments::ask_for_ids(&p.route);
-    }
-    if thread::index() == 32 * FILL {
-        // SAFETY: one thread comes here.
-        unsafe { Shares::make_usual(&context) };
     }
     // Where ids and ranks are is found before they may be read.
     let warp = thread::warp();
@@ -97,6 +93,11 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     let first = context.first_unit();
     let [first_tile, first_slice] = p.tile_and_slice(first);
     barrier::sync();
+    let mut shares = Shares::NONE;
+    // What the search need not keep meanwhile.
+    if !searches && warp == FILL {
+        shares = Shares::new(&context, max_rank);
+    }
     grid::wait_for_previous();
     // SAFETY: as the caller promises.
     let loaded = unsafe { (ids.load(), own_slot.load()) };
@@ -133,16 +134,20 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
             (0..2).for_each(|i| tile_counts().offset(4 * i).store(counts[i as usize]));
         }
     }
-    // Where others list, this warp's copies come first.
-    if !searches || warp != FILL {
-        // SAFETY: the whole warp comes here.
-        unsafe { be_listed(searches) };
+    if searches {
+        // The ring for expand held the scratch.
+        bulk::fence();
+    }
+    warp::sync();
+    if thread::lane() == 0 {
+        // SAFETY: the barrier is initialised.
+        unsafe { listed().arrive() };
     }
 
     // SAFETY: the launch before this one has ended; the warps of each role are whole, and come to `listed` before they read what is.
     unsafe {
         if warp == FILL {
-            fill_a::<I>(&context, shrink_ring, ROWS, Unit { tile, slice: first_slice });
+            fill_a::<I>(&context, shares, shrink_ring, ROWS, Unit { tile, slice: first_slice });
         } else {
             listed().wait(0);
             if warp < EXPAND {
@@ -190,20 +195,4 @@ unsafe fn init_barriers(shrink: &Ring, expand: &Ring, blocks: u32) {
         listed().init(THREADS / LANES);
     }
     mbarrier::publish();
-}
-
-/// Ends this warp's part of the search; `searches`: which had its scratch in the ring for expand.
-///
-/// # Safety
-/// The whole warp must come here, once.
-#[inline(always)]
-unsafe fn be_listed(searches: bool) {
-    if searches {
-        bulk::fence();
-    }
-    warp::sync();
-    if thread::lane() == 0 {
-        // SAFETY: the barrier is initialised.
-        unsafe { listed().arrive() };
-    }
 }

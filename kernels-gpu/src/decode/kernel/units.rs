@@ -1,6 +1,6 @@
 //! The units of work, one after another, and how the blocks of a cluster share each.
 
-use super::barriers::{unit_count, usual_shares};
+use super::barriers::unit_count;
 use crate::arch::shared::Shared;
 use crate::arch::thread;
 use crate::decode::segments::Segments;
@@ -129,28 +129,6 @@ impl Shares {
         let (first, end) = share_of(pieces::<RUN>(p.in_dim), block >> shift, blocks >> shift);
         let k = (RUN * first, p.in_dim.min(RUN * end));
         Shares { rank, group_shares, k }
-    }
-
-    /// Leaves those of units of the largest rank where [`Shares::usual`] finds them.
-    ///
-    /// # Safety
-    /// One thread must come here, before the block meets.
-    #[inline(always)]
-    pub unsafe fn make_usual(context: &Context<'_>) {
-        let Shares { rank, group_shares, k: (first, end) } = Self::new(context, context.p.route.max_rank);
-        // SAFETY: as the caller promises; the words are nobody else's.
-        unsafe { usual_shares().store16([rank, group_shares, first, end]) };
-    }
-
-    /// Those of units of the largest rank, which most have: found before there were any units.
-    ///
-    /// # Safety
-    /// They must have been [made](Shares::make_usual).
-    #[inline(always)]
-    pub unsafe fn usual() -> Self {
-        // SAFETY: as the caller promises.
-        let [rank, group_shares, first, end] = unsafe { usual_shares().load16() };
-        Shares { rank, group_shares, k: (first, end) }
     }
 
     /// Groups of 16 ranks.
