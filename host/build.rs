@@ -86,17 +86,24 @@ mod cuda {
     }
 
     fn compile_modules(out: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {
-        // `core` is kept beside Cargo's own output, so that a rebuild does not compile it again.
+        // `core` and what was made of the kernels are kept beside Cargo's own output, so that a rebuild does not compile them again.
         let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
         let compiler = Compiler::new(Generator::from_env()?, &cache)?;
-        let compile = |arch| {
-            let module = compiler.compile(arch)?;
+        // rustc uses one core here: the architectures go side by side.
+        let modules = std::thread::scope(|scope| {
+            let compiler = &compiler;
+            let threads = Arch::EMBEDDED.map(|arch| scope.spawn(move || compiler.compile(arch)));
+            threads.map(|thread| thread.join().expect("compiling kernels does not panic"))
+        });
+        let mut compiled = Vec::new();
+        for module in modules {
+            let module = module?;
             for line in module.warnings.lines() {
                 println!("cargo::warning={line}");
             }
-            Ok((arch, module.ptx))
-        };
-        Arch::EMBEDDED.into_iter().map(compile).collect()
+            compiled.push((module.arch, module.ptx));
+        }
+        Ok(compiled)
     }
 
     fn read_modules(dir: &Path) -> Result<Vec<(Arch, String)>, Box<dyn Error>> {

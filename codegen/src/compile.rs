@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::entries;
 use moe_lora_kernels::Entry;
 
+use crate::kept::{Emitted, Kept};
 use crate::lint::{LintError, lint};
 use crate::stamp::stamp;
 use crate::toolchain::{Core, TARGET, Toolchain};
@@ -161,14 +162,14 @@ impl Compiler {
     ) -> Result<Module, CompileError> {
         let (asm, warnings, compilers) = match &self.generator {
             Generator::Llvm(toolchain) => {
-                let (asm, warnings) = self.rustc(toolchain, name, source, arch, "asm")?;
+                let Emitted { text, warnings } = self.rustc(toolchain, name, source, arch, "asm")?;
                 let Toolchain { release, llvm, .. } = toolchain;
-                (asm, warnings, format!("rustc {release}, LLVM {llvm}"))
+                (text, warnings, format!("rustc {release}, LLVM {llvm}"))
             }
             Generator::Nvvm(toolchain, nvvm) => {
-                let (ir, mut warnings) = self.rustc(toolchain, name, source, arch, "llvm-ir")?;
+                let Emitted { text, mut warnings } = self.rustc(toolchain, name, source, arch, "llvm-ir")?;
                 let compiled =
-                    nvvm.compile(&ir, arch).map_err(|source| CompileError::Nvvm { arch, source })?;
+                    nvvm.compile(&text, arch).map_err(|source| CompileError::Nvvm { arch, source })?;
                 warnings.push_str(compiled.log.trim());
                 (compiled.ptx, warnings, format!("rustc {}, libNVVM {}", toolchain.release, compiled.version))
             }
@@ -188,8 +189,8 @@ impl Compiler {
         }
     }
 
-    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`;
-    /// and its warnings.
+    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`. It is
+    /// kept beside `core`, for the next build of the same.
     fn rustc(
         &self,
         toolchain: &Toolchain,
@@ -197,10 +198,7 @@ impl Compiler {
         source: &Path,
         arch: Arch,
         emit: &str,
-    ) -> Result<(String, String), CompileError> {
-        // rustc names its own temporary files after the crate alone.
-        let scratch = Scratch::new(&self.cache)?;
-        let emitted = scratch.0.join("kernels");
+    ) -> Result<Emitted, CompileError> {
         let mut rustc = toolchain.command();
         rustc
             .args(["--crate-name", name, "--crate-type", "cdylib"])
@@ -210,8 +208,6 @@ impl Compiler {
             // One module, and nothing kept that no entry point uses.
             .args(["-Ccodegen-units=1", "-Clto=fat"])
             .arg(format!("--emit={emit}"))
-            .arg("-o")
-            .arg(&emitted)
             .args([
                 "--check-cfg",
                 "cfg(test)",
@@ -225,13 +221,28 @@ impl Compiler {
             rustc.arg("-L").arg(dir);
         }
 
-        let output = run(&mut rustc)?;
+        let Toolchain { release, commit, llvm, .. } = toolchain;
+        let file = self.cache.join(format!("{name}-{arch}.{emit}"));
+        let sources = source.parent().unwrap_or(source);
+        let kept = Kept::new(file, &format!("{rustc:?}, {release} {commit}, LLVM {llvm}"), sources);
+        if let Some(emitted) = kept.as_ref().and_then(Kept::read) {
+            return Ok(emitted);
+        }
+
+        // rustc names its own temporary files after the crate alone.
+        let scratch = Scratch::new(&self.cache)?;
+        let target = scratch.0.join("kernels");
+        let output = run(rustc.arg("-o").arg(&target))?;
         let stderr = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
             return Err(CompileError::Kernels { arch, message: stderr.trim_end().to_owned() });
         }
-        let emitted = std::fs::read_to_string(&emitted).map_err(io(&emitted))?;
-        Ok((emitted, warnings(&stderr)))
+        let text = std::fs::read_to_string(&target).map_err(io(&target))?;
+        let emitted = Emitted { text, warnings: warnings(&stderr) };
+        if let Some(kept) = kept {
+            kept.write(&emitted, &scratch.0);
+        }
+        Ok(emitted)
     }
 }
 

@@ -5,7 +5,8 @@
 //! toolchain   which rustc, and where `core` for nvptx64-nvidia-cuda comes from
 //! generator   what turns LLVM IR into PTX: rustc's own LLVM, `nvvm`, or `rust_cuda`
 //!    ↓
-//! compile     rustc → LLVM IR → PTX, one architecture at a time; `core` is built once and kept
+//! compile     rustc → LLVM IR → PTX, one architecture at a time; `core` is built once and kept, and so is what rustc
+//!             made of the kernels, until they change
 //!    ↓
 //! stamp       `.maxntid` and `.minnctapersm` from `moe_lora_kernels::ENTRIES`
 //!    ↓
@@ -36,6 +37,7 @@ pub mod budget;
 pub mod compile;
 pub mod cuda_tools;
 pub mod generator;
+mod kept;
 pub mod lint;
 pub mod nvvm;
 pub mod ptxas;

@@ -124,8 +124,9 @@ fn path_dependency() -> Result<()> {
         cargo()
             .args(["run", "--quiet", "--manifest-path"])
             .arg(dir.join("Cargo.toml"))
+            // Where `core` and the kernels are compiled already.
             .arg("--target-dir")
-            .arg(dir.join("target"))
+            .arg(target_dir()?)
             .env("CUDA_LIBRARY_PATH", root.join("host/cuda-stub"))
             // Away from the workspace, whose .cargo/config.toml would help.
             .current_dir(Path::new("/")),
