@@ -24,8 +24,8 @@ pub struct Few {
 }
 
 impl Few {
-    /// Finds them, cut into tiles of `ROWS` pairs. The whole warp must come here, each lane with the ids of the pair of its number. Nothing
-    /// has to be prepared.
+    /// Finds them, cut into tiles of `ROWS` pairs. The whole warp must come here, each lane with what it has loaded:
+    /// the ids of the pair of its number, and the state of that slot. Nothing has to be prepared.
     ///
     /// # Safety
     /// Every tensor of `p` must be as its field says, and hold no more pairs.

@@ -84,7 +84,7 @@ impl Segments {
 
     /// Finds them, cut into tiles of `ROWS` pairs, and lists the units of the cluster, of which `own` says tile and slice. Those of
     /// slice 0 are also left where `route` would have left them, for later calls, if this block `keeps` them. The whole block
-    /// must come here, each thread with the ids of the pair of its number, with the `scratch` and `room` of [`Segments::prepare`], and meet before it uses the list.
+    /// must come here, each thread with the ids of the pair of its number and the state of the slot of its lane's, with the `scratch` and `room` of [`Segments::prepare`], and meet before it uses the list.
     ///
     /// Returns the numbers of tiles, of active pairs, which come first, and of all. But warp [`AHEAD`], which lists none, does not know them; to it this
     /// returns the tile of the cluster's first unit, whose pairs are not listed yet, or an empty one.
