@@ -224,7 +224,10 @@ impl Compiler {
         let Toolchain { release, commit, llvm, .. } = toolchain;
         let file = self.cache.join(format!("{name}-{arch}.{emit}"));
         let sources = source.parent().unwrap_or(source);
-        let kept = Kept::new(file, &format!("{rustc:?}, {release} {commit}, LLVM {llvm}"), sources);
+        // Less the environment: what Cargo puts on the loader's path is another in each profile.
+        let (program, args) = (rustc.get_program(), rustc.get_args());
+        let command = format!("{program:?} {args:?}, {release} {commit}, LLVM {llvm}");
+        let kept = Kept::new(file, &command, sources);
         if let Some(emitted) = kept.as_ref().and_then(Kept::read) {
             return Ok(emitted);
         }

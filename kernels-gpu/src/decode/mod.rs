@@ -53,10 +53,10 @@ const WORKERS: u32 = 4;
 const FILLERS: u32 = 2;
 /// The first of them, with a: it needs no pairs, only a tile.
 const FILL: u32 = 2 * WORKERS;
-const _: () = assert!(FILL == segments::AHEAD);
+/// Lanes of a warp.
+const LANES: u32 = 32;
 /// Threads of a block.
-pub const THREADS: u32 = 32 * (2 * WORKERS + FILLERS + 1);
-const _: () = assert!(THREADS == segments::THREADS);
+pub const THREADS: u32 = LANES * (2 * WORKERS + FILLERS + 1);
 /// Largest R.
 pub const MAX_RANK: u32 = 512;
 /// Most blocks of a cluster that every device with clusters allows.

@@ -84,7 +84,7 @@ unsafe fn receive<E: Element, const ROWS: u32>(
 /// Expands.
 ///
 /// # Safety
-/// As for [`decode`]; all threads of the role must come here.
+/// As for [`decode`](super::decode); all threads of the role must come here.
 #[inline(always)]
 pub(super) unsafe fn expand<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u32>(
     context: &Context<'_>,

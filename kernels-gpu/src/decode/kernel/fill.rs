@@ -1,11 +1,10 @@
 //! The warps that fill the rings.
 
-use super::LANES;
 use super::barriers::{begun, listed, unit_count};
 use super::ring::{Ring, announce};
 use super::units::{Columns, Context, Shares, Unit, each_chunk, log2};
 use crate::arch::{async_copy, bulk, thread, warp};
-use crate::decode::{B_STAGE, GROUP, old_row_bytes, row_bytes};
+use crate::decode::{B_STAGE, GROUP, LANES, old_row_bytes, row_bytes};
 use crate::memory::{Global, Index};
 use crate::params::Tile;
 use crate::tile::{select_slice, unroll};
@@ -24,7 +23,7 @@ fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
 /// Fills the ring for shrink with a: of `first`, the cluster's first unit if it has one, before pairs are listed.
 ///
 /// # Safety
-/// As for [`decode`]; the whole warp must come here.
+/// As for [`decode`](super::decode); the whole warp must come here.
 #[inline(always)]
 pub(super) unsafe fn fill_a<I: Index>(
     context: &Context<'_>,

@@ -9,8 +9,8 @@ mod units;
 mod worker;
 
 use super::{
-    BARRIER_BYTES, FILL, FILLERS, GROUP, MAX_STAGES, RUN, SUM_ROW, THREADS, WORKERS, expand_stage_bytes,
-    fixed_bytes, row_bytes, shrink_stage_bytes,
+    BARRIER_BYTES, FILL, FILLERS, GROUP, LANES, MAX_STAGES, RUN, SUM_ROW, THREADS, WORKERS,
+    expand_stage_bytes, fixed_bytes, row_bytes, shrink_stage_bytes,
 };
 use crate::arch::mbarrier;
 use crate::arch::mma::Element;
@@ -33,8 +33,6 @@ use units::{Context, Shares, Unit};
 const EXPAND: u32 = WORKERS;
 /// The warp that fills the ring for shrink with x: it also lists few pairs, and knows how many tiles there are.
 const LIST: u32 = FILL + 1;
-/// Lanes of a warp: each comes to a stage for expand, with its copies, besides the warp.
-const LANES: u32 = 32;
 
 /// The kernel, launched in clusters of a power of two of blocks. `FRAGMENTS`: of eight pairs each, of a tile of
 /// `ROWS`.
@@ -185,6 +183,7 @@ unsafe fn init_barriers(shrink: &Ring, expand: &Ring, blocks: u32) {
     // SAFETY: the first bytes of shared memory are the barriers'.
     unsafe {
         shrink.init(FILLERS);
+        // The warp, and each lane with its copies.
         expand.init(1 + LANES);
         unroll::<2>(|turn| {
             // One thread that expands; and the warps that shrink, unless they send what the barrier counts.

@@ -24,7 +24,7 @@ impl Ring {
     /// Makes the barriers ready, for `arrivals` arrivals at a full stage.
     ///
     /// # Safety
-    /// As for [`init_barriers`].
+    /// As for [`init_barriers`](super::init_barriers).
     #[inline(always)]
     pub unsafe fn init(&self, arrivals: u32) {
         let mut stage = 0;

@@ -15,7 +15,7 @@ const MEETS: u32 = 1;
 /// Shrinks, and sends this block's parts of h to all blocks of the cluster.
 ///
 /// # Safety
-/// As for [`decode`]; all threads of the role must come here.
+/// As for [`decode`](super::decode); all threads of the role must come here.
 #[inline(always)]
 pub(super) unsafe fn shrink<E: Element, const FRAGMENTS: usize, const ROWS: u32>(
     context: &Context<'_>,

@@ -42,10 +42,8 @@ pub use kernel::{Few, Segments};
 pub const MAX_PAIRS: u32 = 1024;
 /// Pairs up to which one warp finds the segments on its own, a lane each.
 pub const FEW: u32 = 32;
-/// Threads of the block.
-pub const THREADS: u32 = 352;
-/// The warp that lists nothing, and is told the tile of the cluster's first unit while others list.
-pub const AHEAD: u32 = 8;
+/// The warp that lists nothing, and is told the tile of the cluster's first unit while others list: it needs no pairs.
+pub const AHEAD: u32 = super::FILL;
 /// Most buckets of active pairs that are counted at their own number.
 pub const MAX_DIRECT: u32 = 1024;
 /// Counts that a warp adds up at a time.

@@ -4,9 +4,10 @@ mod few;
 mod ranks;
 mod scratch;
 
-use super::{AHEAD, FEW, LOOK, Room, SWEEP, THREADS, counts, places_at};
+use super::{AHEAD, FEW, LOOK, Room, SWEEP, counts, places_at};
 use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
+use crate::decode::{LANES, THREADS};
 use crate::ids::{Ids, bucket, local_expert};
 use crate::params::{RouteParams, Tile, count};
 use crate::scan::inclusive;
@@ -16,8 +17,6 @@ pub use few::Few;
 use ranks::Ranks;
 use scratch::{FREE, Scratch, Sweep};
 
-/// Threads of a warp.
-const LANES: u32 = 32;
 /// Ids of a line of L2.
 const LINE: u32 = 32;
 /// Warps that list: all but [`AHEAD`].
@@ -108,7 +107,7 @@ impl Segments {
         let (mut next, ranks) = (own_ids, Ranks::new(own_slot));
         each_pair(p.pair_count, |pair, exists| {
             let [slot, global_expert] = next;
-            // SAFETY: as above.
+            // SAFETY: as the caller promises.
             next = unsafe { Ids::of(p, pair + THREADS, pair + THREADS < p.pair_count).load() };
             // SAFETY: as above.
             let rank = unsafe { ranks.of(p, slot) };

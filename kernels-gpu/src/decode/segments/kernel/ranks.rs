@@ -1,7 +1,7 @@
 //! The slots' ranks, in the registers of a warp.
 
-use super::LANES;
 use crate::arch::warp;
+use crate::decode::LANES;
 use crate::params::RouteParams;
 use crate::slots::{Slots, State};
 

@@ -1,8 +1,8 @@
 //! What is in shared memory while segments are found: the counts of pairs, by place, and the place of each pair.
 
-use super::LANES;
 use crate::arch::shared::Shared;
 use crate::arch::{thread, warp};
+use crate::decode::LANES;
 use crate::decode::segments::{Room, SWEEP, counts, inactive_place, places_at};
 use crate::params::RouteParams;
 use crate::scan::inclusive;
