@@ -60,7 +60,7 @@ struct Mark {
 }
 
 /// Granules of a [`Page`].
-const PAGE: usize = 2048;
+const PAGE: usize = 256;
 
 /// The marks of an allocation, of which most are never touched.
 #[derive(Debug)]
@@ -70,19 +70,26 @@ struct Marks(Vec<Page>);
 enum Page {
     /// All marks are alike.
     Alike(Mark),
-    Each(Box<[Mark; PAGE]>),
+    /// [`PAGE`] of them.
+    Each(Box<[Mark]>),
 }
 
 impl Page {
     /// Its marks, from now on told apart.
-    fn each(&mut self) -> &mut [Mark; PAGE] {
-        if let Page::Alike(mark) = self {
-            *self = Page::Each(Box::new([*mark; PAGE]));
+    fn each(&mut self) -> &mut [Mark] {
+        if let Page::Alike(mark) = *self {
+            self.tell_apart(mark);
         }
         match self {
             Page::Each(marks) => marks,
             Page::Alike(_) => unreachable!("it was told apart above"),
         }
+    }
+
+    /// Apart from [`Page::each`], which is called at every access.
+    #[cold]
+    fn tell_apart(&mut self, mark: Mark) {
+        *self = Page::Each(vec![mark; PAGE].into());
     }
 }
 
