@@ -26,6 +26,11 @@ pub trait Scalar: Copy {
     /// # Safety
     /// `address` must be valid for a write of `Self`, and aligned to it.
     unsafe fn store(address: u64, value: Self);
+    /// `@wanted st.global`.
+    ///
+    /// # Safety
+    /// If wanted, as for [`store`](Self::store).
+    unsafe fn store_if(address: u64, value: Self, wanted: bool);
 }
 
 macro_rules! scalar {
@@ -73,6 +78,21 @@ macro_rules! scalar {
                 };
                 #[cfg(feature = "emulate")]
                 emulate::store_global(address, value.to_le_bytes());
+            }
+            #[inline(always)]
+            #[track_caller]
+            unsafe fn store_if(address: u64, value: Self, wanted: bool) {
+                #[cfg(target_arch = "nvptx64")]
+                // SAFETY: as the caller promises.
+                unsafe {
+                    asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ", $store, " }}"),
+                        in(reg32) wanted as u32, in(reg64) address, in($class) value as $via, options(nostack))
+                };
+                #[cfg(feature = "emulate")]
+                if wanted {
+                    // SAFETY: as the caller promises.
+                    unsafe { Self::store(address, value) }
+                }
             }
         }
     };
@@ -145,6 +165,17 @@ impl<T: Scalar> Global<T> {
     pub unsafe fn store(self, value: T) {
         // SAFETY: as the caller promises.
         unsafe { T::store(self.address(), value) }
+    }
+
+    /// Stores an element here if it is `wanted`: a predicated instruction, so that many stand in a row.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Global::store`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store_if(self, value: T, wanted: bool) {
+        // SAFETY: as the caller promises.
+        unsafe { T::store_if(self.address(), value, wanted) }
     }
 }
 

@@ -10,7 +10,7 @@ use core::arch::{asm, global_asm};
 global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
 
 /// A byte address in shared memory.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shared(u32);
 
 impl Shared {
@@ -63,6 +63,28 @@ impl Shared {
             let [value] = emulate::load_shared(self.0);
             value
         }
+    }
+
+    /// Loads four bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
+    ///
+    /// # Safety
+    /// If wanted, as for [`Shared::load`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load_if(self, wanted: bool) -> u32 {
+        #[cfg(target_arch = "nvptx64")]
+        {
+            let mut value = 0u32;
+            // SAFETY: as the caller promises.
+            unsafe {
+                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.shared.u32 {}, [{}]; }}",
+                    in(reg32) wanted as u32, inout(reg32) value, in(reg32) self.0, options(nostack, readonly));
+            }
+            value
+        }
+        #[cfg(feature = "emulate")]
+        // SAFETY: as the caller promises.
+        if wanted { unsafe { self.load() } } else { 0 }
     }
 
     /// `st.shared.u32`.

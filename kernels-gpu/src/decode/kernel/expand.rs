@@ -30,9 +30,18 @@ unsafe fn receive<E: Element, const ROWS: u32>(
     let rank = shares.rank;
     let row_bytes = row_bytes(context.p.route.max_rank.next_multiple_of(RUN));
     let h = context.h.offset(turn * ROWS * row_bytes);
-    let landing = context.landing::<ROWS>(turn);
     let part_row = 4 * GROUP * shares.landing_groups();
     let k_shares = shares.k_shares(context.blocks);
+    // Four ranks of a pair a thread, the same of all its pairs; a power of two of threads takes a row, so that no thread divides.
+    let width = rank.next_multiple_of(RUN) / 4;
+    let room = width.next_power_of_two();
+    let (first_row, four) = (worker() >> log2(room), worker() & (room - 1));
+    let step = ROLE_THREADS >> log2(room);
+    // Ranks above the last are zero, whatever the part holds.
+    let ranks = rank.saturating_sub(4 * four);
+    let mut row = if four < width { first_row } else { rows };
+    let mut place = context.landing::<ROWS>(turn).offset(first_row * part_row + 16 * four);
+    let mut target = h.offset(first_row * row_bytes + 8 * four);
     // SAFETY: the barrier is initialised.
     unsafe {
         if worker() == 0 {
@@ -41,37 +50,24 @@ unsafe fn receive<E: Element, const ROWS: u32>(
         }
         landed(turn).wait(parity);
     }
-    // Four ranks of a pair a thread; a power of two of threads takes a row, so that no thread divides.
-    let width = rank.next_multiple_of(RUN) / 4;
-    let room = width.next_power_of_two();
-    let (shift, mask) = (log2(room), room - 1);
-    let mut item = worker();
-    while item < rows << shift {
-        let (row, four) = (item >> shift, item & mask);
-        item += ROLE_THREADS;
-        if four >= width {
-            continue;
-        }
+    while row < rows {
         let mut sum = [0.0f32; 4];
-        if 4 * four < rank {
-            let mut place = landing.offset(row * part_row + 16 * four);
-            let mut share = 0;
-            while share < k_shares {
-                // SAFETY: the part has landed.
-                let values = unsafe { place.load16() };
-                unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
-                place = place.offset(ROWS * part_row);
-                share += 1;
-            }
-            // Ranks above the last are zero, whatever the part holds.
-            unroll::<4>(|i| sum[i] = if 4 * four + (i as u32) < rank { sum[i] } else { 0.0 });
+        let (mut part, end) = (place, place.offset(k_shares * ROWS * part_row));
+        while part != end {
+            // SAFETY: the part has landed; of ranks that no block has, there is room in it.
+            let values = unsafe { part.load16_if(ranks > 0) };
+            unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
+            part = part.offset(ROWS * part_row);
         }
-        let place = h.offset(row * row_bytes + 8 * four);
+        unroll::<4>(|i| sum[i] = if (i as u32) < ranks { sum[i] } else { 0.0 });
         // SAFETY: there is room for every pair and every run of ranks.
         unsafe {
-            place.store(E::pack(sum[0], sum[1]));
-            place.offset(4).store(E::pack(sum[2], sum[3]));
+            target.store(E::pack(sum[0], sum[1]));
+            target.offset(4).store(E::pack(sum[2], sum[3]));
         }
+        row += step;
+        place = place.offset(step * part_row);
+        target = target.offset(step * row_bytes);
     }
     barrier::sync_some::<MEETS, ROLE_THREADS>();
     if worker() < context.blocks {
@@ -118,20 +114,18 @@ pub(super) unsafe fn expand<E: Element, I: Index, const FRAGMENTS: usize, const 
                 }
             });
         });
-        // Stores two columns of a pair, if it exists.
-        let store = |f: usize, i: usize, column: u32, values: u32| {
-            if !out[f][i].is_null() {
-                let place = Global::<u32>::new(out[f][i].at(column).address());
-                // SAFETY: two columns are inside the row; sizes are multiples of 8.
-                unsafe { place.store(values) };
-            }
+        // Stores two columns of a pair, if they are wanted and the pair exists.
+        let store_if = |f: usize, i: usize, column: u32, values: u32, wanted: bool| {
+            let place = Global::<u32>::new(out[f][i].at(column).address());
+            // SAFETY: two columns are inside the row; sizes are multiples of 8.
+            unsafe { place.store_if(values, wanted & !out[f][i].is_null()) };
         };
         if tile.rank == 0 {
             // Inactive pairs: untouched, or overwritten by zeros.
             let me = thread::index_anew() % ROLE_THREADS;
             let mut column = columns.first + GROUP * (me / 32) + 2 * (me % 32 / 4);
             while column < columns.end && !accumulate {
-                unroll::<FRAGMENTS>(|f| unroll::<2>(|i| store(f, i, column, 0)));
+                unroll::<FRAGMENTS>(|f| unroll::<2>(|i| store_if(f, i, column, 0, true)));
                 column += GROUP * WORKERS;
             }
             return;
@@ -149,26 +143,39 @@ pub(super) unsafe fn expand<E: Element, I: Index, const FRAGMENTS: usize, const 
             let mut group = GROUP * warp;
             while group < count {
                 let column_of = |i: usize| group + i as u32 * GROUP * WORKERS + 2 * g;
+                let exists = |i: usize| column_of(i) < count;
+                // The old values first: what is added to them takes longer.
+                let mut old = [[[0; 2]; FRAGMENTS]; CHAINS];
+                unroll::<CHAINS>(|chain| {
+                    unroll::<FRAGMENTS>(|f| {
+                        unroll::<2>(|i| {
+                            let row = 8 * f as u32 + 2 * c + i as u32;
+                            let place =
+                                stage.offset(B_STAGE + row * old_row_bytes(count) + 2 * column_of(chain));
+                            let wanted = accumulate & (row < tile.rows) & exists(chain);
+                            // SAFETY: the stage holds the old values of these columns.
+                            old[chain][f][i] = unsafe { place.load_if(wanted) };
+                        });
+                    });
+                });
                 let mut sum = [[[0.0f32; 4]; FRAGMENTS]; CHAINS];
                 let mut rank = 0;
                 while rank < shares.rank {
                     let mut rows = [[[0; 4]; 2]; CHAINS];
                     unroll::<CHAINS>(|i| {
-                        let column = column_of(i);
-                        let exists = column < count && rank + 8 * c < columns.rank;
+                        let exists = exists(i) & (rank + 8 * c < columns.rank);
                         unroll::<2>(|row| {
-                            let place =
-                                stage.offset(2 * ((column + row as u32) * columns.rank + rank) + 16 * c);
+                            let column = column_of(i) + row as u32;
+                            let place = stage.offset(2 * (column * columns.rank + rank) + 16 * c);
                             // SAFETY: the stage holds these columns up to the rank.
-                            let elements = unsafe { place.load16_if(exists) };
-                            // Above the rank the row may hold anything, NaN too.
-                            rows[i][row] = if shares.rank.is_multiple_of(8) {
-                                elements
-                            } else {
-                                keep_first(elements, shares.rank.saturating_sub(rank + 8 * c))
-                            };
+                            rows[i][row] = unsafe { place.load16_if(exists) };
                         });
                     });
+                    if !shares.rank.is_multiple_of(8) {
+                        // Above the rank a row may hold anything, NaN too.
+                        let left = shares.rank.saturating_sub(rank + 8 * c);
+                        rows.as_flattened_mut().iter_mut().for_each(|row| *row = keep_first(*row, left));
+                    }
                     unroll::<FRAGMENTS>(|f| {
                         if f == 0 || 8 * (f as u32) < tile.rows {
                             // Pairs past the last are computed from it, and never stored.
@@ -181,24 +188,14 @@ pub(super) unsafe fn expand<E: Element, I: Index, const FRAGMENTS: usize, const 
                     rank += RUN;
                 }
                 unroll::<CHAINS>(|chain| {
-                    let column = column_of(chain);
-                    if column < count {
-                        unroll::<FRAGMENTS>(|f| {
-                            unroll::<2>(|i| {
-                                let mut old = 0;
-                                let row = 8 * f as u32 + 2 * c + i as u32;
-                                if accumulate && row < tile.rows {
-                                    let row = stage.offset(B_STAGE + row * old_row_bytes(count));
-                                    // SAFETY: the stage holds the old values of these columns.
-                                    old = unsafe { row.offset(2 * column).load() };
-                                }
-                                let [low, high] = E::unpack(old);
-                                let (sum, weight) = (sum[chain][f], weight[f][i]);
-                                let values = E::pack(sum[i] * weight + low, sum[i + 2] * weight + high);
-                                store(f, i, at + column, values);
-                            });
+                    unroll::<FRAGMENTS>(|f| {
+                        unroll::<2>(|i| {
+                            let [low, high] = E::unpack(old[chain][f][i]);
+                            let (sum, weight) = (sum[chain][f], weight[f][i]);
+                            let values = E::pack(sum[i] * weight + low, sum[i + 2] * weight + high);
+                            store_if(f, i, at + column_of(chain), values, exists(chain));
                         });
-                    }
+                    });
                 });
                 group += CHAINS as u32 * GROUP * WORKERS;
             }

@@ -7,10 +7,8 @@ use crate::arch::{async_copy, bulk, thread, warp};
 use crate::decode::{B_STAGE, GROUP, LANES, old_row_bytes, row_bytes};
 use crate::memory::{Global, Index};
 use crate::params::Tile;
-use crate::tile::{select_slice, unroll};
+use crate::tile::select_slice;
 
-/// Rows of a that are asked for at a time: their addresses are formed together.
-const TOGETHER: usize = 8;
 /// Elements of b that a lane copies at a time, where ranks are not used whole.
 const PIECE: u32 = 8;
 
@@ -59,19 +57,11 @@ pub(super) unsafe fn fill_a<I: Index>(
                     let (mut target, full) = ring.claim();
                     announce(full, 2 * length * ranks);
                     if warp::elect() {
-                        let mut copy = || {
+                        let end = target.offset(ranks * row_bytes(length));
+                        while target != end {
                             bulk::copy(target, source, 2 * length, full);
                             source = source.at(p.in_dim);
                             target = target.offset(row_bytes(length));
-                        };
-                        let mut left = ranks;
-                        while left >= TOGETHER as u32 {
-                            unroll::<TOGETHER>(|_| copy());
-                            left -= TOGETHER as u32;
-                        }
-                        while left > 0 {
-                            copy();
-                            left -= 1;
                         }
                     }
                 }

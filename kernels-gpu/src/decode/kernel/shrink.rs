@@ -3,7 +3,7 @@
 use super::barriers::{landed, read};
 use super::ring::Ring;
 use super::units::{Context, Shares, Unit, log2};
-use super::worker::{CHAINS, ROLE_THREADS, multiply, worker};
+use super::worker::{CHAINS, ROLE_THREADS, multiply};
 use crate::arch::mma::Element;
 use crate::arch::{barrier, thread, warp};
 use crate::decode::{CHUNK, GROUP, RUN, SUM_ROW, WORKERS, row_bytes};
@@ -111,21 +111,23 @@ pub(super) unsafe fn shrink<E: Element, const FRAGMENTS: usize, const ROWS: u32>
 unsafe fn send<const ROWS: u32>(context: &Context<'_>, shares: &Shares, rows: u32, group: u32, sent: u32) {
     const FOURS: u32 = GROUP / 4;
     let (turn, parity) = (sent & 1, sent >> 1 & 1);
+    // Four ranks, and a block to send them to, a thread: the same of all its pairs.
     let shift = log2(context.blocks);
-    let mut item = worker();
-    while item < (rows * FOURS) << shift {
-        let (four, block, row) =
-            (item % FOURS, (item / FOURS) & (context.blocks - 1), (item / FOURS) >> shift);
-        item += ROLE_THREADS;
+    let me = thread::index_anew() % ROLE_THREADS;
+    let (four, block) = (me % FOURS, (me / FOURS) & (context.blocks - 1));
+    let mut row = (me / FOURS) >> shift;
+    let step = (ROLE_THREADS / FOURS) >> shift;
+    let part_row = 4 * GROUP * shares.landing_groups();
+    let part = (shares.k_shares(context.block) * ROWS + row) * part_row + 4 * (group * GROUP + 4 * four);
+    let mut place = context.landing::<ROWS>(turn).offset(part);
+    let mut sums = context.sums.offset(row * SUM_ROW + 16 * four);
+    while row < rows {
         let mut sum = [0.0f32; 4];
         unroll::<{ WORKERS as usize }>(|w| {
-            let place = context.sums.offset((w as u32 * ROWS + row) * SUM_ROW + 16 * four);
             // SAFETY: as the caller promises.
-            let values = unsafe { place.load16() };
+            let values = unsafe { sums.offset(w as u32 * ROWS * SUM_ROW).load16() };
             unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
         });
-        let part = (shares.k_shares(context.block) * ROWS + row) * shares.landing_groups() + group;
-        let place = context.landing::<ROWS>(turn).offset(4 * (part * GROUP + 4 * four));
         // SAFETY: the barrier is initialised: what was sent in this turn before was read by all. There is room
         // for every part; nobody reads there before the phase has ended. (Only who sends may wait here: for others
         // nobody waits, and the barrier may be two phases on when they come.)
@@ -137,5 +139,8 @@ unsafe fn send<const ROWS: u32>(context: &Context<'_>, shares: &Shares, rows: u3
                 place.in_block(block).store4_async(sum, landed(turn).in_block(block));
             }
         }
+        row += step;
+        place = place.offset(step * part_row);
+        sums = sums.offset(step * SUM_ROW);
     }
 }
