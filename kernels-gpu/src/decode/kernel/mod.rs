@@ -99,7 +99,6 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     grid::wait_for_previous();
     // SAFETY: as the caller promises.
     let loaded = unsafe { (ids.load(), own_slot.load()) };
-    grid::let_next_start();
 
     // The number of tiles, and the tile of the cluster's first unit, whose pairs may not be listed yet.
     let (mut counts, mut tile) = ([0; 2], Tile::EMPTY);
@@ -125,11 +124,15 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
             }
         }
     }
-    if warp == LIST && thread::lane() == 0 {
-        // SAFETY: the words are nobody else's.
-        unsafe {
-            unit_count().store(p.units(counts));
-            (0..2).for_each(|i| tile_counts().offset(4 * i).store(counts[i as usize]));
+    if warp == LIST {
+        // Not sooner: while blocks of the next launch arrive, what runs on the multiprocessor stands still.
+        grid::let_next_start();
+        if thread::lane() == 0 {
+            // SAFETY: the words are nobody else's.
+            unsafe {
+                unit_count().store(p.units(counts));
+                (0..2).for_each(|i| tile_counts().offset(4 * i).store(counts[i as usize]));
+            }
         }
     }
     if searches {
