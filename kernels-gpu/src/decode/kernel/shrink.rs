@@ -118,16 +118,17 @@ unsafe fn send<const ROWS: u32>(context: &Context<'_>, shares: &Shares, rows: u3
     let mut row = (me / FOURS) >> shift;
     let step = (ROLE_THREADS / FOURS) >> shift;
     let part_row = 4 * GROUP * shares.landing_groups();
-    let part = (shares.k_shares(context.block) * ROWS + row) * part_row + 4 * (group * GROUP + 4 * four);
-    let mut place = context.landing::<ROWS>(turn).offset(part);
-    let mut sums = context.sums.offset(row * SUM_ROW + 16 * four);
+    let first_row = shares.k_shares(context.block) * ROWS;
+    let ranks_at = 4 * (group * GROUP + 4 * four);
     while row < rows {
         let mut sum = [0.0f32; 4];
         unroll::<{ WORKERS as usize }>(|w| {
+            let place = context.sums.offset((w as u32 * ROWS + row) * SUM_ROW + 16 * four);
             // SAFETY: as the caller promises.
-            let values = unsafe { sums.offset(w as u32 * ROWS * SUM_ROW).load16() };
+            let values = unsafe { place.load16() };
             unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
         });
+        let place = context.landing::<ROWS>(turn).offset((first_row + row) * part_row + ranks_at);
         // SAFETY: the barrier is initialised: what was sent in this turn before was read by all. There is room
         // for every part; nobody reads there before the phase has ended. (Only who sends may wait here: for others
         // nobody waits, and the barrier may be two phases on when they come.)
@@ -140,7 +141,5 @@ unsafe fn send<const ROWS: u32>(context: &Context<'_>, shares: &Shares, rows: u3
             }
         }
         row += step;
-        place = place.offset(step * part_row);
-        sums = sums.offset(step * SUM_ROW);
     }
 }
