@@ -54,7 +54,7 @@ unsafe fn receive<E: Element, const ROWS: u32>(
         let mut sum = [0.0f32; 4];
         let (mut part, end) = (place, place.offset(k_shares * ROWS * part_row));
         while part != end {
-            // SAFETY: the part has landed; of ranks that no block has, there is room in it.
+            // SAFETY: the part has landed.
             let values = unsafe { part.load16_if(ranks > 0) };
             unroll::<4>(|i| sum[i] += f32::from_bits(values[i]));
             part = part.offset(ROWS * part_row);

@@ -220,11 +220,17 @@ impl Sorter {
         }
     }
 
+    /// Numbers in a window of the buckets in registers.
+    #[inline(always)]
+    fn numbers(&self, window: &Window) -> [u32; ROWS] {
+        self.found.map(|bucket| window.number(bucket))
+    }
+
     /// Finds out which lanes have pairs of the same bucket, if the run is kept. The whole warp must come here.
     #[inline(always)]
     pub fn find_peers(&mut self, window: &Window) {
         if self.is_kept {
-            self.lanes = self.rows.peers(self.found.map(|bucket| window.number(bucket)), window.bits());
+            self.lanes = self.rows.peers(self.numbers(window), window.bits());
         }
     }
 
@@ -239,11 +245,10 @@ impl Sorter {
             if !self.is_kept {
                 // SAFETY: this thread stored them.
                 self.found = unsafe { rows.remembered(p) };
-                self.lanes = rows.peers(self.found.map(|bucket| window.number(bucket)), window.bits());
+                self.lanes = rows.peers(self.numbers(window), window.bits());
             }
-            let numbers = self.found.map(|bucket| window.number(bucket));
             // SAFETY: the counters are this warp's, and hold positions.
-            unsafe { rows.place(p, map, numbers, self.lanes, window.counters) };
+            unsafe { rows.place(p, map, self.numbers(window), self.lanes, window.counters) };
             if self.is_kept {
                 break;
             }
