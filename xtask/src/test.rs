@@ -122,7 +122,7 @@ fn path_dependency() -> Result<()> {
     std::fs::copy(root.join("Cargo.lock"), dir.join("Cargo.lock"))?;
     run_command(
         cargo()
-            .args(["run", "--quiet", "--manifest-path"])
+            .args(["run", "--quiet", "--release", "--manifest-path"])
             .arg(dir.join("Cargo.toml"))
             // Where `core` and the kernels are compiled already.
             .arg("--target-dir")
