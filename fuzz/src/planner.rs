@@ -57,7 +57,8 @@ fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
     let with_clusters = bool::arbitrary(u)?;
     let decode_clusters = if with_clusters { DeviceLimits::H100.decode_clusters } else { [0; 4] };
     let wgmma = with_clusters && bool::arbitrary(u)?;
-    Ok(DeviceLimits { multiprocessors: u.int_in_range(1..=256)?, shared_bytes, decode_clusters, wgmma })
+    let (multiprocessors, memory_rate) = (u.int_in_range(1..=256)?, u.arbitrary()?);
+    Ok(DeviceLimits { multiprocessors, shared_bytes, decode_clusters, wgmma, memory_rate })
 }
 
 /// A call of these sizes on memory that nobody looks at: as much as any call may need.

@@ -126,6 +126,8 @@ pub struct DeviceInfo {
     pub l2_bytes: usize,
     /// Bytes of memory.
     pub memory_bytes: usize,
+    /// Bytes a microsecond that its memory's clock and width allow.
+    pub memory_rate: u32,
     /// Most shared memory that a block may be given, in bytes.
     pub shared_bytes: u32,
     /// Newest CUDA version that the driver knows: major, minor.
@@ -156,11 +158,22 @@ impl DeviceInfo {
             ),
             multiprocessors: attribute(DeviceAttribute::MultiprocessorCount)?,
             l2_bytes: attribute(DeviceAttribute::L2CacheSize)? as usize,
+            memory_rate: memory_rate(
+                attribute(DeviceAttribute::MemoryClockRate)?,
+                attribute(DeviceAttribute::GlobalMemoryBusWidth)?,
+            ),
             memory_bytes: device.total_memory().map_err(failed("cuDeviceTotalMem"))?,
             shared_bytes: shared_bytes as u32,
             driver: (version as u32 / 1000, version as u32 % 1000 / 10),
         })
     }
+}
+
+/// Bytes a microsecond of a memory with this clock, in kHz, and so many bits, which come twice a cycle. Where the driver keeps either to itself, as in
+/// a virtual machine it may, an H100's.
+fn memory_rate(clock: u32, bits: u32) -> u32 {
+    let rate = u64::from(clock) * u64::from(bits) / 8 * 2 / 1000;
+    u32::try_from(rate).ok().filter(|rate| *rate > 0).unwrap_or(DeviceLimits::H100.memory_rate)
 }
 
 impl fmt::Display for DeviceInfo {
@@ -315,6 +328,7 @@ impl Gpu {
             shared_bytes: self.info.shared_bytes,
             decode_clusters: self.decode_clusters,
             wgmma: self.embedded.sm == WGMMA_ON,
+            memory_rate: self.info.memory_rate,
         }
     }
 

@@ -193,7 +193,8 @@ impl fmt::Display for Machine {
         match &self.gpu {
             Ok(gpu) => {
                 let (info, module) = (gpu.info(), gpu.embedded());
-                writeln!(f, "cuda     {info}, {} MiB L2", info.l2_bytes >> 20)?;
+                let rate = f64::from(info.memory_rate) / 1e6;
+                writeln!(f, "cuda     {info}, {} MiB L2, memory of {rate:.2} TB/s", info.l2_bytes >> 20)?;
                 let from = match gpu.loaded_from() {
                     LoadedFrom::Cubin => "from their cubin".to_owned(),
                     LoadedFrom::Ptx { cubin_refused: None } => {
@@ -269,14 +270,11 @@ impl Timed for Cpu {
 /// The GPU replays its work this often.
 #[cfg(feature = "cuda")]
 const GPU_REPEATS: usize = 50;
-/// What an H100's memory moves when it only reads, measured; any other device's is not known here.
-#[cfg(feature = "cuda")]
-const H100_BANDWIDTH: f64 = 3.0e12;
 
 #[cfg(feature = "cuda")]
 impl Timed for Queue<'_> {
     fn bandwidth(&self) -> Option<f64> {
-        self.gpu().info().name.contains("H100").then_some(H100_BANDWIDTH)
+        Some(self.gpu().limits().streamed() * 1e6)
     }
 
     fn kernel<T: Element>(

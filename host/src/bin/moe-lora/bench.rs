@@ -16,8 +16,9 @@ time   of shrink and expand: the median over replays of a CUDA graph that calls 
        weights after another, together larger than the L2 cache, as the layers of a model would
 route  what routing adds to that
 host   what a call with its routing costs the thread that makes it, outside a graph
-floor  the bytes that must move (each touched weight once, x once, out read and written) at 3.0 TB/s, or the
-       operations at 790 TFLOP/s, whichever takes longer: an H100's
+floor  the bytes that must move (each touched weight once, x once, out read and written) at nine tenths of what
+       the memory's clock and width allow (3.0 TB/s on an H100, 4.3 on an H200), or the operations at
+       790 TFLOP/s, whichever takes longer
 error  distance from float64 at randomly drawn pairs; a wrong result is not timed
 
 Examples:

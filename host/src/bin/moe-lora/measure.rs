@@ -1,6 +1,7 @@
 //! Times calls on a GPU: right first, then over graphs of many calls on weights that no cache holds.
 
 use moe_lora::cuda::{DeviceBuffer, Queue};
+use moe_lora::plan::DeviceLimits;
 use moe_lora::{
     Backend, Buffer, DType, Device, Element, Enabled, Expand, Forward, Projection, Route, RoutingTensors,
     Rows, Shrink, View, XRows,
@@ -11,11 +12,9 @@ use rand::{Rng, SeedableRng};
 use rand_distr::StandardNormal;
 use std::time::Instant;
 
-/// Bytes a second that a stream reaches on an H100.
-const BANDWIDTH: f64 = 3.0e12;
-/// 16-bit operations a second that a large matrix product reaches on an H100.
-const OPERATIONS: f64 = 790e12;
-/// Bytes of weights that the calls on all sets touch: several times an H100's 50 MB of L2.
+/// 16-bit operations a microsecond that a large matrix product reaches on an H100 or H200.
+const OPERATIONS: f64 = 790e6;
+/// Bytes of weights that the calls on all sets touch: several times an H100's 50 MB of L2, or an H200's 60.
 const ROTATION_BYTES: usize = 200_000_000;
 /// Most bytes of all sets.
 const MAX_BYTES: usize = 8_000_000_000;
@@ -161,14 +160,14 @@ fn touched<T: Element>(&Workload { projection, rank, .. }: &Workload, inputs: &I
     segments.len() * rank * (s.in_dim + s.out_dim) * s.slices
 }
 
-/// Time that no implementation can go below.
-fn floor<T: Element>(workload: &Workload, inputs: &Inputs<T>) -> f64 {
+/// Microseconds that no implementation can go below on a device of these limits.
+fn floor<T: Element>(workload: &Workload, inputs: &Inputs<T>, limits: &DeviceLimits) -> f64 {
     let &Workload { projection, rank, .. } = workload;
     let s = projection.sizes();
     let pairs = inputs.topk_ids.len();
     let elements = touched(workload, inputs) + inputs.x.len() + 2 * pairs * s.out_dim * s.slices;
     let operations = 2 * pairs * rank * (s.in_dim + s.out_dim) * s.slices;
-    ((elements * DType::SIZE) as f64 / BANDWIDTH).max(operations as f64 / OPERATIONS) * 1e6
+    ((elements * DType::SIZE) as f64 / limits.streamed()).max(operations as f64 / OPERATIONS)
 }
 
 /// Times of a call run on each of `queues`, after each of which `done` is called.
@@ -263,7 +262,13 @@ pub fn time<T: Element>(
         }
         let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
         let host = host_time(queue, || call(queue, &mut out, 0, false))?;
-        times.push(Times { kernels, routed, host, floor: floor(workload, &inputs), error });
+        times.push(Times {
+            kernels,
+            routed,
+            host,
+            floor: floor(workload, &inputs, &queue.gpu().limits()),
+            error,
+        });
         done();
     }
     Ok(times)

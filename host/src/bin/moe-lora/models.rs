@@ -76,7 +76,7 @@ impl fmt::Display for Op {
 
 #[cfg(test)]
 mod tests {
-    //! The form that the planner chooses on an H100, for calls at which the forms were timed: docs/PERFORMANCE.md has the times.
+    //! The form that the planner chooses, and the cluster of `decode`, for calls at which these were timed: docs/PERFORMANCE.md has the times.
 
     use super::*;
     use moe_lora::Layout;
@@ -90,8 +90,8 @@ mod tests {
         model.projection(Op::W2, rank, slots, DType::Bf16).expect("the sizes are right")
     }
 
-    /// The form of a whole call of so many tokens, in the words of [`Options::name`], and the pairs of its tiles where the kernel has room for more.
-    fn form(projection: &Projection, tokens: usize) -> String {
+    /// A whole call of so many tokens.
+    fn plan(projection: &Projection, tokens: usize, limits: &DeviceLimits) -> Plan {
         let sizes = projection.sizes();
         let layout = Layout {
             tokens,
@@ -100,15 +100,14 @@ mod tests {
             offset: 0,
             aligned: true,
         };
-        let plan = Plan::new(
-            projection,
-            &layout,
-            Stage::Forward,
-            RouteSource::Made,
-            &DeviceLimits::H100,
-            &Options::default(),
-        );
-        let plan = plan.expect("no size is too large").expect("there are tokens");
+        let plan =
+            Plan::new(projection, &layout, Stage::Forward, RouteSource::Made, limits, &Options::default());
+        plan.expect("no size is too large").expect("there are tokens")
+    }
+
+    /// The form of a whole call of so many tokens, in the words of [`Options::name`], and the pairs of its tiles where the kernel has room for more.
+    fn form(projection: &Projection, tokens: usize, limits: &DeviceLimits) -> String {
+        let plan = plan(projection, tokens, limits);
         match (plan.decode, plan.prefill) {
             (Some(_), _) => "decode".to_owned(),
             (None, Some(PrefillPlan { launch, shares, .. })) => {
@@ -163,7 +162,43 @@ mod tests {
         ];
         for (projection, forms) in cases {
             for (tokens, expected) in *forms {
-                assert_eq!(form(projection, *tokens), *expected, "{tokens} tokens of {projection:?}");
+                let form = form(projection, *tokens, &DeviceLimits::H100);
+                assert_eq!(form, *expected, "{tokens} tokens of {projection:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn with_fast_memory_decode_is_the_form_of_more_calls() {
+        let cases: &[(Projection, usize, [&str; 2])] = &[
+            (w13(&QWEN3_30B, 2, 64), 80, ["prefill(m64)", "decode"]),
+            (w13(&QWEN3_30B, 2, 64), 128, ["prefill(m64)", "decode"]),
+            (w13(&QWEN3_30B, 2, 64), 192, ["prefill(m64)"; 2]),
+            (w13(&QWEN3_30B, 2, 32), 128, ["prefill(m64)", "decode"]),
+            (w13(&GPT_OSS_20B, 4, 32), 192, ["prefill(m64)", "decode"]),
+        ];
+        for (projection, tokens, expected) in cases {
+            let forms =
+                [&DeviceLimits::H100, &DeviceLimits::H200].map(|limits| form(projection, *tokens, limits));
+            assert_eq!(forms, *expected, "{tokens} tokens of {projection:?}");
+        }
+    }
+
+    #[test]
+    fn the_fastest_cluster_is_planned() {
+        let cases: &[(Projection, &[(usize, u32)])] = &[
+            (w13(&QWEN3_30B, 2, 64), &[(1, 8), (2, 4), (4, 4), (6, 8), (12, 4), (40, 4)]),
+            (w13(&QWEN3_30B, 2, 16), &[(1, 4), (4, 2), (16, 2), (32, 2)]),
+            (w2(&QWEN3_30B, 2, 64), &[(1, 8), (4, 4), (8, 4), (48, 8)]),
+            (w2(&QWEN3_30B, 2, 16), &[(16, 2)]),
+            (w13(&GPT_OSS_20B, 4, 32), &[(1, 8), (24, 8), (48, 8)]),
+            (w13(&MIXTRAL_8X7B, 2, 16), &[(4, 8)]),
+        ];
+        for (projection, clusters) in cases {
+            for (tokens, expected) in *clusters {
+                let plan = plan(projection, *tokens, &DeviceLimits::H200);
+                let cluster = plan.decode.expect("few pairs a segment").launch.cluster;
+                assert_eq!(cluster, *expected, "{tokens} tokens of {projection:?}");
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Rules of the forms that sm_90's kernels alone have, `decode` and `prefill`, measured on an H100.
+//! Rules of the forms that sm_90's kernels alone have, `decode` and `prefill`, measured on an H100 unless said.
 
 use crate::dtype::DType;
 use crate::plan::{DecodeRows, DeviceLimits, PrefillTile};
@@ -14,18 +14,25 @@ const DECODE_SEGMENT: u64 = 7;
 const DECODE_RANK: usize = 128;
 
 /// Bytes of a segment's weights, of all slices and ranks, from which on `prefill` is the faster form at fewer pairs a segment, and at how many.
-/// With routing, µs in `decode` and in `prefill`: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 74.1 and 71.7 at four, 80.9 and 72.2 at five;
+/// With routing, µs in `decode` and in `prefill` on an H100: w13 of R = 64 (704 KiB) takes 65.7 and 65.0 at two pairs, 74.1 and 71.7 at four, 80.9 and 72.2 at five;
 /// of R = 32 43.9 and 43.0 at four, and w2 of R = 64 38.5 and 39.3 at two and a half, 43.1 and 42.3 at four, 49.0 and 44.0 at five; w13 of R = 16
 /// 27.2 and 28.8 at four.
-const PREFILL_SEGMENTS: [(usize, u64); 2] = [(512 << 10, 2), (256 << 10, 4)];
+const PREFILL_SEGMENTS: &[(usize, u64)] = &[(512 << 10, 2), (256 << 10, 4)];
+
+/// Bytes a microsecond from which on a memory is fast, an H200's 4.8 TB/s and not an H100's 3.35; and the same for those, where the bytes that both forms read cost less, and the start
+/// of `route` and `prefill` as much. On an H200: w13 of R = 64 44.3 and 48.6 at two pairs, 50.9 and 54.0 at four, 54.5 and 54.8 at five (where experts are chosen by Zipf's law 35.9 and 46.9,
+/// 50.8 and 49.4, 56.8 and 52.2); of R = 128 93.5 and 95.9 at four, 104 and 98.5 at six; of R = 32 29.3 and 37.5, 34.1 and 38.8; w2 of R = 64 29.7 and 32.1, 34.7 and 33.9; adapters of rank 8 in
+/// an allocation of 128 17.9 and 30.6 at two, 20.4 and 32.9 at four.
+const FAST_MEMORY: u32 = 4_000_000;
+const PREFILL_SEGMENTS_FAST: &[(usize, u64)] = &[(512 << 10, 5)];
 
 /// Pairs a segment from which on `prefill` is the faster form. Its tiles being one block's, it takes more where there are few segments: the 128 of gpt-oss-20b with
-/// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four.
+/// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four; on an H200 27.0 and 38.9, 31.9 and 39.9, 36.2 and 40.7 at six.
 fn prefill_segment(segments: u64, sizes: &ProjectionSizes, limits: &DeviceLimits) -> u64 {
     let bytes = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE;
     let are_few = 2 * segments < 3 * u64::from(limits.multiprocessors);
-    let mut fitting =
-        PREFILL_SEGMENTS.into_iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| segment);
+    let rules = if limits.memory_rate >= FAST_MEMORY { PREFILL_SEGMENTS_FAST } else { PREFILL_SEGMENTS };
+    let mut fitting = rules.iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| *segment);
     fitting.nth(are_few.into()).unwrap_or(DECODE_SEGMENT)
 }
 
@@ -40,10 +47,11 @@ pub(in crate::plan) fn wants_decode(
     buckets: u64,
     sizes: &ProjectionSizes,
     tile_rows: Option<u32>,
+    limits: &DeviceLimits,
 ) -> bool {
     let in_parts = tile_rows.is_some_and(|rows| rows > DecodeRows::M8.count());
     let is_short = (pairs as u64) < DECODE_SEGMENT * buckets && (!in_parts || pairs <= DECODE_IN_PARTS);
-    is_short && sizes.max_rank <= DECODE_RANK && !leaves_most_idle(pairs, sizes)
+    is_short && sizes.max_rank <= DECODE_RANK && !leaves_most_idle(pairs, sizes, limits)
 }
 
 /// Microseconds that two launches take beside what their bytes do.
@@ -51,21 +59,22 @@ const TWO_LAUNCHES: f64 = 9.5;
 
 /// Whether units of `decode` are so few and so large that two launches, whose blocks share K and columns further than a cluster can, are done before
 /// one unit is: one token of Mixtral-8x7B takes w13 14.8 µs in `decode` and 11.6 in two launches, w2 13.7 and 12.2; four tokens w13 19.8 and 20.0.
-fn leaves_most_idle(pairs: usize, sizes: &ProjectionSizes) -> bool {
-    let units = units(pairs, DecodeRows::M8.count(), sizes) as f64;
-    let [a, b] = unit_bytes(sizes);
-    let rate = STREAM_OF_ONE * f64::from(decode::MAX_CLUSTER);
-    UNIT_TIME + (a + b + END * b) / rate > TWO_LAUNCHES + units * (a + b) / STREAM
-}
-
-/// Units of `decode`: slices of tiles.
-fn units(pairs: usize, rows: u32, sizes: &ProjectionSizes) -> u64 {
-    tiles(pairs, (sizes.slots * sizes.experts) as u64, rows) * sizes.slices as u64
+fn leaves_most_idle(pairs: usize, sizes: &ProjectionSizes, limits: &DeviceLimits) -> bool {
+    let segments = (sizes.slots * sizes.experts) as u64;
+    let read = likely_segments(pairs, segments) * sizes.slices as f64 * unit_bytes(sizes).iter().sum::<f64>();
+    let unit =
+        DECODE_START + unit_time(sizes, decode::MAX_CLUSTER, 0.0) + last_time(sizes, decode::MAX_CLUSTER);
+    unit > TWO_LAUNCHES + read / limits.streamed()
 }
 
 /// Bytes of a unit's weights: of `a`, and of `b`.
 fn unit_bytes(sizes: &ProjectionSizes) -> [f64; 2] {
     [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64)
+}
+
+/// Segments that uniform routing over `buckets` leaves with a pair or more.
+fn likely_segments(pairs: usize, buckets: u64) -> f64 {
+    buckets as f64 * (1.0 - (-(pairs as f64) / buckets as f64).exp())
 }
 
 /// Pairs of a tile of `decode`: the smallest that holds most segments whole, as for [`tile`](super::tile). At 8 pairs a segment w13
@@ -78,31 +87,38 @@ pub(in crate::plan) fn decode_rows(pairs: usize, buckets: u64) -> DecodeRows {
     }
 }
 
-/// Tiles of `rows` pairs that take their weights from memory: the segments that uniform routing over all slots leaves without an empty one, or as many as all pairs
-/// fill. With those that are likely besides, whose weights then lie in L2, the cluster that is planned
-/// takes 4 to 7 % longer in five cases and 14 % less in one.
-fn tiles(pairs: usize, buckets: u64, rows: u32) -> u64 {
-    let (pairs, buckets) = (pairs as f64, buckets as f64);
-    let segments = buckets * (1.0 - (-pairs / buckets).exp());
-    segments.max(pairs / f64::from(rows)).ceil() as u64
-}
-
-/// Bytes a microsecond that a device of the H100's kind streams from memory, and that one block of `decode` takes when
-/// nothing keeps it from it: the 101 units of w2 at 16 tokens take 23.0 µs in clusters of 1, 19.7 of 2 and 18.5 of 4.
-const STREAM: f64 = 3.0e6;
-const STREAM_OF_ONE: f64 = 22e3;
-/// Microseconds that each unit costs a block beside its bytes: R = 16 at 80 tokens takes 23.9, 24.0, 25.8 and 30.6 µs
-/// with 2, 4, 8 and 16 units a block.
-const UNIT_TIME: f64 = 0.6;
-/// Part of a unit's expand that a call ends with, with nothing left to shrink meanwhile: w2, most of whose weights are b,
-/// takes 0.8 µs less at 80 tokens in clusters of 2 than of 1, and w13 as long.
+/// Bytes a microsecond that one block of `decode` takes when nothing keeps it from it.
+const STREAM_OF_ONE: f64 = 32e3;
+/// Microseconds that each unit costs a block beside its bytes, and more for each block of its cluster: they tell one another h.
+const UNIT_TIME: f64 = 0.16;
+const EXCHANGE_TIME: f64 = 0.096;
+/// Part of a unit's expand that a call ends with, with nothing left to shrink meanwhile.
 const END: f64 = 0.26;
 /// Microseconds that it costs to begin with two blocks a multiprocessor: the next launch finds no room before one ends.
-/// Four tokens take 16.4 µs in 252 blocks and 14.1 in 126.
-const CROWD_TIME: f64 = 1.5;
+const CROWD_TIME: f64 = 1.07;
+/// Microseconds that a call takes beside: the launch, the segments, the first copy's latency.
+const DECODE_START: f64 = 3.6;
+
+/// Microseconds of a unit in a cluster of so many blocks, while memory is busy for `memory` microseconds with those of all clusters: what is asked for at once is
+/// done later than the longest would be alone.
+fn unit_time(sizes: &ProjectionSizes, cluster: u32, memory: f64) -> f64 {
+    let [a, b] = unit_bytes(sizes);
+    let cluster = f64::from(cluster);
+    memory.hypot((a + b) / (STREAM_OF_ONE * cluster)).hypot(UNIT_TIME + EXCHANGE_TIME * cluster)
+}
+
+/// Microseconds by which the last unit's expand is later than its copies.
+fn last_time(sizes: &ProjectionSizes, cluster: u32) -> f64 {
+    let [_, b] = unit_bytes(sizes);
+    END * b / (STREAM_OF_ONE * f64::from(cluster))
+}
 
 /// Blocks of a cluster of `decode`, with up to `blocks` blocks a multiprocessor: those with which the last unit is done
 /// first.
+///
+/// Clusters take one unit after another, so a call is as many rounds of units as are full, and a last one in which fewer clusters have one: those are done as soon as a cluster
+/// alone is, so large clusters have short last rounds, and small ones less to tell. The constants are those by which 129 calls (one to 160 tokens of four models, ranks 16 to 128, one to
+/// eight adapters) take 1.2 % longer on an H200 than with the best cluster of each; the worst takes 18 %.
 pub(in crate::plan) fn decode_cluster(
     pairs: usize,
     rows: u32,
@@ -114,16 +130,21 @@ pub(in crate::plan) fn decode_cluster(
     if let Some(asked) = asked {
         return 1 << asked.clamp(1, decode::MAX_CLUSTER).ilog2();
     }
-    let units = units(pairs, rows, sizes);
-    let [a, b] = unit_bytes(sizes);
+    let segments = (sizes.slots * sizes.experts) as u64;
+    let read = likely_segments(pairs, segments);
+    let tiles = likely_tiles(pairs, segments, rows).max(read);
+    let units = (tiles * sizes.slices as f64).ceil().max(1.0) as u64;
+    // A segment's second tile finds its weights in L2.
+    let memory = read / tiles * unit_bytes(sizes).iter().sum::<f64>() / limits.streamed();
     let time = |cluster: u32| {
         let clusters = decode_clusters(units, cluster, blocks, limits);
-        let blocks = clusters * u64::from(cluster);
-        let rounds = units.div_ceil(clusters) as f64;
-        let rate = STREAM_OF_ONE * f64::from(cluster);
-        let streamed = (units as f64 * (a + b) / STREAM).max(rounds * (a + b) / rate);
-        let crowd = if blocks > u64::from(limits.multiprocessors) { CROWD_TIME } else { 0.0 };
-        streamed + rounds * UNIT_TIME + END * b / rate + crowd
+        let round = |units: u64| match units {
+            0 => 0.0,
+            _ => unit_time(sizes, cluster, units as f64 * memory),
+        };
+        let rounds = (units / clusters) as f64 * round(clusters) + round(units % clusters);
+        let crowded = clusters * u64::from(cluster) > u64::from(limits.multiprocessors);
+        rounds + last_time(sizes, cluster) + if crowded { CROWD_TIME } else { 0.0 }
     };
     let clusters = (0..=decode::MAX_CLUSTER.ilog2()).map(|log| 1 << log);
     clusters.min_by(|one, other| time(*one).total_cmp(&time(*other))).unwrap_or(1)
