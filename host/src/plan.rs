@@ -558,11 +558,12 @@ impl Plan {
             let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));
             let most = u64::from(limits.multiprocessors * shape.blocks());
             let blocks = (tiles * u64::from(passes) * u64::from(turns)).min(most);
-            let stages = heuristics::prefill_stages(shape, passes, pairs, buckets(projection), tile_rows);
+            let is_full = heuristics::prefill_is_full(shape, pairs, buckets(projection), tile_rows);
+            let stages = heuristics::prefill_stages(shape, passes, is_full, limits);
             let launch = launch(kernel, blocks, 1, shape.shared_bytes(stages))?;
             // Blocks that share a pass wait for one another.
             let launch = Launch { cooperative: shares.is_some(), ..launch };
-            let under_way = heuristics::prefill_under_way(shape, stages, shares.is_some());
+            let under_way = heuristics::prefill_under_way(shape, stages, shares.is_some(), is_full, limits);
             let ahead = if stage == Stage::Expand { 0 } else { heuristics::prefill_ahead(x, sizes.in_dim) };
             Ok(PrefillPlan { launch, passes, stages, under_way, ahead, shares })
         };

@@ -328,24 +328,34 @@ const MOST_COLUMNS: u32 = 128;
 /// Pairs a segment from which on most tiles of 128 are full.
 const FULL_TILES: u64 = 96;
 
+/// Whether most tiles of a route in tiles of `tile_rows` pairs fill those of the kernel.
+pub(in crate::plan) fn prefill_is_full(
+    shape: prefill::Shape,
+    pairs: usize,
+    buckets: u64,
+    tile_rows: u32,
+) -> bool {
+    tile_rows >= shape.rows && pairs as u64 / buckets >= FULL_TILES
+}
+
 /// Stages of the ring of `prefill`: as many as there is room for, unless memory does better with fewer bytes under way.
 ///
 /// Full tiles have enough under way in two stages, and with more the same bytes take longer, as do more of them: what is under way takes
 /// room in L2 from rows of x that would be found there. w13 takes 161 µs in two and 177 in three at 128 pairs a segment, 494 and
-/// 526 at 512; w2 156 and 167, 521 and 534 (of R = 128 578 and 604). With steps of more work it is the other way round: w2 of R = 256 takes 710 and 674, and
+/// 526 at 512; w2 156 and 167, 521 and 534 (of R = 128 578 and 604). On an H200, whose memory gives what was driven out sooner, it is the other way round: 135.6 and 126.4, 414 and 382, w2 119.5 and 116.9, 376.2 and 376.3 (R = 128
+/// 419 and 411). With steps of more work it is the other way round: w2 of R = 256 takes 710 and 674, and
 /// w13, where h takes two passes, 675 and 621 of R = 128, 1,078 and 945 of R = 256. Of the half empty tiles of gpt-oss-20b three are best: 115.6, 113.0 and, of four,
 /// 115.0.
 pub(in crate::plan) fn prefill_stages(
     shape: prefill::Shape,
     passes: u32,
-    pairs: usize,
-    buckets: u64,
-    tile_rows: u32,
+    is_full: bool,
+    limits: &DeviceLimits,
 ) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
-    let is_full = tile_rows >= shape.rows && pairs as u64 / buckets >= FULL_TILES;
+    let is_fast = limits.memory_rate >= FAST_MEMORY;
     match shape.width {
-        ..=MOST_COLUMNS if is_large && is_full && passes == 1 => 2,
+        ..=MOST_COLUMNS if is_large && is_full && passes == 1 && !is_fast => 2,
         64 if is_large => 3,
         _ => shape.max_stages(),
     }
@@ -368,9 +378,18 @@ pub(in crate::plan) fn prefill_ahead(rows: u64, in_dim: usize) -> u32 {
 /// alike; bytes that have landed wait as well for h, in the ring. Mixtral-8x7B takes w13 at 1,024 tokens, in tiles of 64, 135.0 µs with one, 143.6 with two and 145.8 with
 /// three, at 256 56.5, 57.5 and 58.5, but of R = 16, whose steps are half as long, 39.8, 36.8 and 40.0; Qwen3-30B-A3B w13 at 1,024 90.2, 90.0 and 90.9, of R = 128
 /// 150.8, 152.4 and 152.5, but in tiles of 128 at 4,096 169.4, 164.7 and, of two stages, 164.7.
-pub(in crate::plan) fn prefill_under_way(shape: prefill::Shape, stages: u32, is_shared: bool) -> u32 {
+///
+/// On an H200 Mixtral-8x7B takes w13 46.5 µs with one at 256, 48.1 with two and 47.9 with three, but 101.8, 100.0 and 101.5 at 1,024, and 315.3 with one and 303.5 with three at 4,096.
+pub(in crate::plan) fn prefill_under_way(
+    shape: prefill::Shape,
+    stages: u32,
+    is_shared: bool,
+    is_full: bool,
+    limits: &DeviceLimits,
+) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
     match shape.width {
+        64 | 128 if is_shared && !is_large && is_full && limits.memory_rate >= FAST_MEMORY => stages,
         64 | 128 if is_shared && !is_large => 1,
         128 if !is_large => 1,
         ..=128 => stages.min(2),
