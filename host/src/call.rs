@@ -121,6 +121,8 @@ pub struct Layout {
     pub offset: usize,
     /// True when every 16-bit tensor starts on a 16-byte boundary.
     pub aligned: bool,
+    /// True when the call finds its route, and slots have ranks of their own, which may be smaller than that which weights are allocated for.
+    pub ranked: bool,
 }
 
 /// Bytes of the vector accesses of the fast kernels.
@@ -242,6 +244,11 @@ impl<S: Space> Route<'_, S> {
             Route::Kept => Ok(()),
         }
     }
+
+    /// Whether the call finds it, with ranks of the slots' own.
+    fn is_ranked(&self) -> bool {
+        matches!(self, Route::From(RoutingTensors { ranks: Some(_), .. }))
+    }
 }
 
 impl<S: Space> RoutingTensors<'_, S> {
@@ -337,7 +344,14 @@ impl<S: Space, T: Element> Forward<'_, S, T> {
         let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
         let weights = self.a.iter().chain(self.b).map(View::address);
         let aligned = all_aligned(weights.chain([self.x.data.address(), self.out.data.address()]));
-        Ok(Layout { tokens: self.tokens, x_stride, out_stride, offset: self.offset, aligned })
+        Ok(Layout {
+            tokens: self.tokens,
+            x_stride,
+            out_stride,
+            offset: self.offset,
+            aligned,
+            ranked: self.route.is_ranked(),
+        })
     }
 }
 
@@ -355,7 +369,14 @@ impl<S: Space, T: Element> Shrink<'_, S, T> {
         check_h(projection, (self.h.address(), self.h.len()), pairs)?;
         let addresses = self.a.iter().map(View::address);
         let aligned = all_aligned(addresses.chain([self.x.data.address(), self.h.address()]));
-        Ok(Layout { tokens: self.tokens, x_stride, out_stride: 0, offset: 0, aligned })
+        Ok(Layout {
+            tokens: self.tokens,
+            x_stride,
+            out_stride: 0,
+            offset: 0,
+            aligned,
+            ranked: self.route.is_ranked(),
+        })
     }
 }
 
@@ -374,6 +395,13 @@ impl<S: Space, T: Element> Expand<'_, S, T> {
         let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
         let addresses = self.b.iter().map(View::address);
         let aligned = all_aligned(addresses.chain([self.h.address(), self.out.data.address()]));
-        Ok(Layout { tokens: self.tokens, x_stride: 0, out_stride, offset: self.offset, aligned })
+        Ok(Layout {
+            tokens: self.tokens,
+            x_stride: 0,
+            out_stride,
+            offset: self.offset,
+            aligned,
+            ranked: self.route.is_ranked(),
+        })
     }
 }

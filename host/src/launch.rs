@@ -90,7 +90,7 @@ impl Planner<'_> {
     ) -> Result<Launches> {
         routing.check(projection, tokens)?;
         // The tile of a fast call: any call can use its route, in parts if need be.
-        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true };
+        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked: false };
         let route = Route::From(routing);
         let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Route, &route)? else {
             return Ok(NOTHING);

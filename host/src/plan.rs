@@ -478,8 +478,11 @@ impl Plan {
         };
         // A route made alone is made for the calls that will use it.
         let decodes = decode_shape.is_some() || stage != Stage::Forward;
+        // A call before that found its route as `decode` does had ranks that said so.
+        let ranked = layout.ranked || route.tile_rows() == Some(DecodeRows::M8.count());
+        let least = heuristics::prefill_least(sizes, decodes, ranked, limits);
         let prefill =
-            PrefillChoice::new(projection, pairs, stage, route, limits, options, decodes).filter(|_| fast);
+            PrefillChoice::new(projection, pairs, stage, route, limits, options, least).filter(|_| fast);
         let decode_shape = decode_shape.filter(|_| prefill.is_none());
         let rows = match (&decode_shape, prefill) {
             (Some(shape), _) => shape.rows.count(),
@@ -812,7 +815,7 @@ struct PrefillChoice {
 
 impl PrefillChoice {
     /// For a call with sizes and addresses in multiples of 8 elements; `None` where the call is not `prefill`'s.
-    /// `decodes`: whether it would be `decode`'s, or is a part of a call that would.
+    /// `least`: pairs a segment from which on it is the faster form.
     fn new(
         projection: &Projection,
         pairs: usize,
@@ -820,7 +823,7 @@ impl PrefillChoice {
         route: RouteSource,
         limits: &DeviceLimits,
         options: &Options,
-        decodes: bool,
+        least: u64,
     ) -> Option<Self> {
         let sizes = projection.sizes();
         // Elements of one matrix are counted in 32 bits, whatever the index width.
@@ -839,7 +842,7 @@ impl PrefillChoice {
             (Some(_), _) | (None, Some(_)) => None,
             (None, None) => {
                 let shares = |tile| most_shares(tile) > 0;
-                heuristics::prefill_tile(pairs, sizes, decodes, shares, passes, limits)
+                heuristics::prefill_tile(pairs, sizes, least, shares, passes, limits)
             }
         }
         .filter(|_| possible)?;

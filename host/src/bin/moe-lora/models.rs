@@ -91,7 +91,7 @@ mod tests {
     }
 
     /// A whole call of so many tokens.
-    fn plan(projection: &Projection, tokens: usize, limits: &DeviceLimits) -> Plan {
+    fn plan(projection: &Projection, tokens: usize, ranked: bool, limits: &DeviceLimits) -> Plan {
         let sizes = projection.sizes();
         let layout = Layout {
             tokens,
@@ -99,6 +99,7 @@ mod tests {
             out_stride: sizes.slices * sizes.out_dim,
             offset: 0,
             aligned: true,
+            ranked,
         };
         let plan =
             Plan::new(projection, &layout, Stage::Forward, RouteSource::Made, limits, &Options::default());
@@ -106,8 +107,8 @@ mod tests {
     }
 
     /// The form of a whole call of so many tokens, in the words of [`Options::name`], and the pairs of its tiles where the kernel has room for more.
-    fn form(projection: &Projection, tokens: usize, limits: &DeviceLimits) -> String {
-        let plan = plan(projection, tokens, limits);
+    fn form(projection: &Projection, tokens: usize, ranked: bool, limits: &DeviceLimits) -> String {
+        let plan = plan(projection, tokens, ranked, limits);
         match (plan.decode, plan.prefill) {
             (Some(_), _) => "decode".to_owned(),
             (None, Some(PrefillPlan { launch, shares, .. })) => {
@@ -162,7 +163,7 @@ mod tests {
         ];
         for (projection, forms) in cases {
             for (tokens, expected) in *forms {
-                let form = form(projection, *tokens, &DeviceLimits::H100);
+                let form = form(projection, *tokens, false, &DeviceLimits::H100);
                 assert_eq!(form, *expected, "{tokens} tokens of {projection:?}");
             }
         }
@@ -178,9 +179,18 @@ mod tests {
             (w13(&GPT_OSS_20B, 4, 32), 192, ["prefill(m64)", "decode"]),
         ];
         for (projection, tokens, expected) in cases {
-            let forms =
-                [&DeviceLimits::H100, &DeviceLimits::H200].map(|limits| form(projection, *tokens, limits));
+            let forms = [&DeviceLimits::H100, &DeviceLimits::H200]
+                .map(|limits| form(projection, *tokens, false, limits));
             assert_eq!(forms, *expected, "{tokens} tokens of {projection:?}");
+        }
+    }
+
+    #[test]
+    fn with_ranks_of_the_slots_own_decode_is_the_form_of_more_calls() {
+        for (tokens, expected) in [(80, ["prefill(m64)", "decode"]), (192, ["prefill(m64)"; 2])] {
+            let projection = w13(&QWEN3_30B, 2, 128);
+            let forms = [false, true].map(|ranked| form(&projection, tokens, ranked, &DeviceLimits::H100));
+            assert_eq!(forms, expected, "{tokens} tokens");
         }
     }
 
@@ -196,7 +206,7 @@ mod tests {
         ];
         for (projection, clusters) in cases {
             for (tokens, expected) in *clusters {
-                let plan = plan(projection, *tokens, &DeviceLimits::H200);
+                let plan = plan(projection, *tokens, false, &DeviceLimits::H200);
                 let cluster = plan.decode.expect("few pairs a segment").launch.cluster;
                 assert_eq!(cluster, *expected, "{tokens} tokens of {projection:?}");
             }

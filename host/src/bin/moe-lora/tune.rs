@@ -121,6 +121,7 @@ fn fastest(gpu: &Gpu, workload: &Workload) -> anyhow::Result<Tuned> {
         out_stride: projection.out_width(),
         offset: 0,
         aligned: true,
+        ranked: false,
     };
     // Ways that come to the same plan are timed once.
     let (mut tried, mut plans) = (Vec::new(), Vec::new());

@@ -5,7 +5,8 @@ mod sm_90;
 
 pub(super) use sm_90::{
     decode_cluster, decode_clusters, decode_rows, prefill_ahead, prefill_columns, prefill_is_full,
-    prefill_rows, prefill_shares, prefill_stages, prefill_tile, prefill_under_way, wants_decode,
+    prefill_least, prefill_rows, prefill_shares, prefill_stages, prefill_tile, prefill_under_way,
+    wants_decode,
 };
 
 use super::{DeviceLimits, TileKind};

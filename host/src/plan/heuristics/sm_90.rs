@@ -28,12 +28,31 @@ const PREFILL_SEGMENTS_FAST: &[(usize, u64)] = &[(512 << 10, 5)];
 
 /// Pairs a segment from which on `prefill` is the faster form. Its tiles being one block's, it takes more where there are few segments: the 128 of gpt-oss-20b with
 /// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four; on an H200 27.0 and 38.9, 31.9 and 39.9, 36.2 and 40.7 at six.
-fn prefill_segment(segments: u64, sizes: &ProjectionSizes, limits: &DeviceLimits) -> u64 {
+///
+/// Where slots have ranks of their own (`ranked`) it is so from as many on as with fast memory: `prefill`'s copies cost as much for few ranks as for many, so adapters of rank 8 in an allocation of 128 take 25.6 µs in `decode` at two and a half pairs
+/// on an H100 and 31.3 in `prefill`, and of the largest rank few more in the former.
+fn prefill_segment(sizes: &ProjectionSizes, ranked: bool, limits: &DeviceLimits) -> u64 {
+    let segments = (sizes.slots * sizes.experts) as u64;
     let bytes = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE;
     let are_few = 2 * segments < 3 * u64::from(limits.multiprocessors);
-    let rules = if limits.memory_rate >= FAST_MEMORY { PREFILL_SEGMENTS_FAST } else { PREFILL_SEGMENTS };
+    let longer = ranked || limits.memory_rate >= FAST_MEMORY;
+    let rules = if longer { PREFILL_SEGMENTS_FAST } else { PREFILL_SEGMENTS };
     let mut fitting = rules.iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| *segment);
     fitting.nth(are_few.into()).unwrap_or(DECODE_SEGMENT)
+}
+
+/// Pairs a segment from which on `prefill` is the faster form than the other that the call could have: `decode`, if it `decodes`, and otherwise two launches on tiles as large.
+pub(in crate::plan) fn prefill_least(
+    sizes: &ProjectionSizes,
+    decodes: bool,
+    ranked: bool,
+    limits: &DeviceLimits,
+) -> u64 {
+    match decodes {
+        _ if sizes.max_rank > DECODE_RANK => 0,
+        true => prefill_segment(sizes, ranked, limits),
+        false => 1,
+    }
 }
 
 /// Most pairs for which `decode` takes a given route's tiles in parts, most of them empty: to see that a part is costs a
@@ -157,8 +176,8 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
     units.min(u64::from(most)).max(1)
 }
 
-/// The tile of `prefill`, where that is the faster form, and whether blocks share passes; segments are guessed as for [`tile`](super::tile). `decodes`:
-/// whether `decode` is the form that it must be faster than, and not two launches on tiles as large. `shares`: whether blocks can share.
+/// The tile of `prefill`, where that is the faster form, and whether blocks share passes; segments are guessed as for [`tile`](super::tile). `least`:
+/// as by [`prefill_least`]. `shares`: whether blocks can share.
 ///
 /// At 32 pairs a segment w13 takes 89 µs for 107 in two launches with tiles of 64, 93 with tiles of 128, of which three quarters are empty; at 64
 /// pairs 72 and 66.
@@ -175,18 +194,13 @@ pub(in crate::plan) fn decode_clusters(units: u64, cluster: u32, blocks: u32, li
 pub(in crate::plan) fn prefill_tile(
     pairs: usize,
     sizes: &ProjectionSizes,
-    decodes: bool,
+    least: u64,
     shares: impl Fn(PrefillTile) -> bool,
     passes: impl Fn(PrefillTile) -> u32,
     limits: &DeviceLimits,
 ) -> Option<(PrefillTile, bool)> {
     let segments = (sizes.slots * sizes.experts) as u64;
     let segment = pairs as u64 / segments;
-    let least = match decodes {
-        _ if sizes.max_rank > DECODE_RANK => 0,
-        true => prefill_segment(segments, sizes, limits),
-        false => 1,
-    };
     let multiprocessors = f64::from(limits.multiprocessors);
     let turns = |tile: PrefillTile| {
         let passes = passes(tile);
