@@ -122,6 +122,13 @@ const fn landing_bytes(rows: u32, max_rank: u32, cluster: u32) -> u32 {
     rows * 4 * GROUP * ((groups + cluster - 1) & !(cluster - 1))
 }
 
+/// Whether blocks of a cluster of `cluster`, a power of two, have a stage's elements of K or more of units of the largest rank: they share its groups of ranks, and where
+/// there are fewer groups than blocks K as well.
+pub const fn has_whole_stages(in_dim: u32, max_rank: u32, cluster: u32) -> bool {
+    let groups = max_rank.div_ceil(GROUP).next_power_of_two();
+    cluster <= groups || in_dim / (cluster / groups) >= CHUNK
+}
+
 /// Bytes of shared memory of a block beside its rings, with `rows` pairs a tile and room for the segments (none
 /// when these come from `route`).
 pub const fn fixed_bytes(rows: u32, max_rank: u32, cluster: u32, room: Room) -> u32 {
