@@ -19,12 +19,15 @@ const DECODE_RANK: usize = 128;
 /// 27.2 and 28.8 at four.
 const PREFILL_SEGMENTS: &[(usize, u64)] = &[(512 << 10, 2), (256 << 10, 4)];
 
-/// Bytes a microsecond from which on a memory is fast, an H200's 4.8 TB/s and not an H100's 3.35; and the same for those, where the bytes that both forms read cost less, and the start
-/// of `route` and `prefill` as much. On an H200: w13 of R = 64 44.3 and 48.6 at two pairs, 50.9 and 54.0 at four, 54.5 and 54.8 at five (where experts are chosen by Zipf's law 35.9 and 46.9,
+/// The same where memory is fast: the bytes that both forms read cost less there, and the start of `route` and `prefill` as much. On an H200: w13 of R = 64 44.3 and 48.6 at two pairs, 50.9 and 54.0 at four, 54.5 and 54.8 at five (where experts are chosen by Zipf's law 35.9 and 46.9,
 /// 50.8 and 49.4, 56.8 and 52.2); of R = 128 93.5 and 95.9 at four, 104 and 98.5 at six; of R = 32 29.3 and 37.5, 34.1 and 38.8; w2 of R = 64 29.7 and 32.1, 34.7 and 33.9; adapters of rank 8 in
 /// an allocation of 128 17.9 and 30.6 at two, 20.4 and 32.9 at four.
-const FAST_MEMORY: u32 = 4_000_000;
 const PREFILL_SEGMENTS_FAST: &[(usize, u64)] = &[(512 << 10, 5)];
+
+/// Whether memory is fast: an H200's, of 4.8 TB/s, and not an H100's, of 3.35.
+fn is_fast(limits: &DeviceLimits) -> bool {
+    limits.memory_rate >= 4_000_000
+}
 
 /// Pairs a segment from which on `prefill` is the faster form. Its tiles being one block's, it takes more where there are few segments: the 128 of gpt-oss-20b with
 /// four adapters (720 KiB) take w13 38.7 and 41.6 µs at two pairs, 44.6 and 44.4 at four; on an H200 27.0 and 38.9, 31.9 and 39.9, 36.2 and 40.7 at six.
@@ -35,8 +38,7 @@ fn prefill_segment(sizes: &ProjectionSizes, ranked: bool, limits: &DeviceLimits)
     let segments = (sizes.slots * sizes.experts) as u64;
     let bytes = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim) * DType::SIZE;
     let are_few = 2 * segments < 3 * u64::from(limits.multiprocessors);
-    let longer = ranked || limits.memory_rate >= FAST_MEMORY;
-    let rules = if longer { PREFILL_SEGMENTS_FAST } else { PREFILL_SEGMENTS };
+    let rules = if ranked || is_fast(limits) { PREFILL_SEGMENTS_FAST } else { PREFILL_SEGMENTS };
     let mut fitting = rules.iter().filter(|(least, _)| bytes >= *least).map(|(_, segment)| *segment);
     fitting.nth(are_few.into()).unwrap_or(DECODE_SEGMENT)
 }
@@ -373,9 +375,8 @@ pub(in crate::plan) fn prefill_stages(
     limits: &DeviceLimits,
 ) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
-    let is_fast = limits.memory_rate >= FAST_MEMORY;
     match shape.width {
-        ..=MOST_COLUMNS if is_large && is_full && passes == 1 && !is_fast => 2,
+        ..=MOST_COLUMNS if is_large && is_full && passes == 1 && !is_fast(limits) => 2,
         64 if is_large => 3,
         _ => shape.max_stages(),
     }
@@ -409,7 +410,7 @@ pub(in crate::plan) fn prefill_under_way(
 ) -> u32 {
     let is_large = shape.rows == PrefillTile::M128.rows();
     match shape.width {
-        64 | 128 if is_shared && !is_large && is_full && limits.memory_rate >= FAST_MEMORY => stages,
+        64 | 128 if is_shared && !is_large && is_full && is_fast(limits) => stages,
         64 | 128 if is_shared && !is_large => 1,
         128 if !is_large => 1,
         ..=128 => stages.min(2),
