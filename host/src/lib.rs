@@ -23,11 +23,9 @@ mod launch;
 pub mod plan;
 pub mod projection;
 pub mod reference;
-pub mod run;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
-pub mod verify;
 
 pub use backend::{Backend, Buffer};
 pub use blocks::{Align, BlockShape, SortedTensors};

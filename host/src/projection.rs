@@ -179,6 +179,14 @@ impl Projection {
         self.0.slices * self.0.out_dim
     }
 
+    /// Elements of an `out` without padding, `[T, k, S·N]`, for `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::SizeTooLarge`] and [`Error::SizeOverflow`] when there are too many.
+    pub fn out_elements(&self, tokens: usize) -> Result<usize> {
+        elements("out", &[self.pairs(tokens)?, self.out_width()])
+    }
+
     /// Checks ranks that are known on the host, before they are copied to a device.
     ///
     /// # Errors

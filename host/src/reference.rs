@@ -102,7 +102,7 @@ pub fn sorted_targets(
 }
 
 /// Whether a slot below L is on.
-pub(crate) fn is_on(slot: usize, adapter_enabled: &Enabled<'_, Host>) -> bool {
+pub fn is_on(slot: usize, adapter_enabled: &Enabled<'_, Host>) -> bool {
     match adapter_enabled {
         Enabled::All => true,
         Enabled::U8(flags) => flags.as_slice()[slot] != 0,

@@ -261,7 +261,7 @@ impl TensorFile {
     }
 
     /// The error for a tensor of another type than `expected`.
-    pub(crate) fn dtype_error(&self, tensor: &str, expected: &'static str, got: Dtype) -> FileError {
+    pub fn dtype_error(&self, tensor: &str, expected: &'static str, got: Dtype) -> FileError {
         FileError::DType { path: self.path.clone(), tensor: tensor.into(), expected, got }
     }
 

@@ -1,7 +1,7 @@
 //! Any call that the contract allows.
 
-use moe_lora::verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use moe_lora::{Backend, DType, ExpertWeights, Projection, XRows};
+use moe_lora_verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};

@@ -5,13 +5,13 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
-use moe_lora::verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
 use moe_lora::{
     Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, Projection,
     ProjectionSizes, Route, SortedTensors, View, ViewMut, XRows, reference,
 };
 use moe_lora_tests::cases::check_some;
 use moe_lora_tests::tally::Tally;
+use moe_lora_verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
 use std::cell::RefCell;

@@ -1,8 +1,8 @@
 //! The CPU back end keeps the operator's contract.
 
 use moe_lora::cpu::Cpu;
-use moe_lora::verify::{Case, check, full_grid, quick_grid, vllm_grid};
 use moe_lora_tests::cases::{cases, check_cases};
+use moe_lora_verify::{Case, check, full_grid, quick_grid, vllm_grid};
 use proptest::prelude::*;
 use rayon::ThreadPoolBuilder;
 

@@ -28,9 +28,9 @@ mod gpu {
     use super::{blocks, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
     use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, LoadedFrom, Options, Packed, Queue};
-    use moe_lora::verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
+    use moe_lora_verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
 
     type Test = Box<dyn FnOnce(&Gpu) -> Result<(), Failed> + Send>;
 

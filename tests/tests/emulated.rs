@@ -3,12 +3,12 @@
 
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Form as PlanForm, IndexWidth, Options};
-use moe_lora::verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
 use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
+use moe_lora_verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
 use rayon::prelude::*;
 use std::cell::RefCell;
 

@@ -17,9 +17,9 @@ use moe_lora::adapter::{Adapter, LayerProjection, Stack};
 use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use moe_lora::cuda::{Gpu, Options};
-use moe_lora::run::{Run, RunError};
 use moe_lora::tensor_file::{FileError, TensorFile};
 use moe_lora::{Backend, Buffer, DType, Element, Enabled, Forward, Route, RoutingTensors, View};
+use moe_lora_cli::files::{Run, RunError};
 #[cfg(feature = "cuda")]
 use moe_lora_tests::skip::skipped;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};

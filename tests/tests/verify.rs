@@ -3,11 +3,11 @@
 use bytemuck::Pod;
 use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
-use moe_lora::verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
 use moe_lora::{
     Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route,
     RoutingTensors, Shrink, XRows,
 };
+use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
 use std::cell::Cell;
 
 /// What a back end does wrong.

@@ -57,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
         eprintln!("no cubins, the driver will compile the PTX: {reason}");
     }
     for (folder, build) in [
-        (".", &["build", "-p", "moe-lora", "--bins"][..]),
+        (".", &["build", "-p", "moe-lora-cli", "--bins"][..]),
         ("examples", &["build", "-p", "moe-lora", "--examples"]),
         ("tests", &["test", "-p", "moe-lora-tests", "-p", "moe-lora-capi", "--no-run"]),
     ] {

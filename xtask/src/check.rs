@@ -35,7 +35,7 @@ pub fn run(args: &Args) -> Result<()> {
     let clippy = ["clippy", "--release", "--all-targets"];
     let deny = ["--", "-D", "warnings"];
     run_command(cargo().args(clippy).arg("--workspace").args(deny))?;
-    for package in ["moe-lora", "moe-lora-capi"] {
+    for package in ["moe-lora", "moe-lora-cli", "moe-lora-capi"] {
         run_command(cargo().args(clippy).args(["-p", package, "--no-default-features"]).args(deny))?;
     }
     run_command(

@@ -153,7 +153,7 @@ pub fn demo(args: &DemoArgs) -> Result<()> {
     run_command(
         args.codegen
             .pass_to(&mut run)
-            .args(["run", "--release", "-p", "moe-lora", "--bin", "moe-lora", "--", "demo"])
+            .args(["run", "--release", "-p", "moe-lora-cli", "--bin", "moe-lora", "--", "demo"])
             .args(&args.demo),
     )
 }

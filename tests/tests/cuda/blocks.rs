@@ -2,8 +2,8 @@
 
 use libtest_mimic::Failed;
 use moe_lora::cuda::{DeviceBuffer, EMBEDDED, Gpu, Options, TileKind};
-use moe_lora::verify::{Case, CaseData, Experts, Flags, Form, Loras, Ranks, check_each};
 use moe_lora::{Align, Backend, BlockShape, Buffer, Device, Enabled, Route, RoutingTensors, SortedTensors};
+use moe_lora_verify::{Case, CaseData, Experts, Flags, Form, Loras, Ranks, check_each};
 
 /// Narrow matrices: what counts is who goes where.
 fn narrow() -> Case {

@@ -3,8 +3,8 @@
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cuda::{DeviceBuffer, Gpu, Options, Queue};
-use moe_lora::verify::{Case, CaseData, Loras, Operands};
 use moe_lora::{Backend, Buffer, Device, Enabled, Projection, RoutingTensors};
+use moe_lora_verify::{Case, CaseData, Loras, Operands};
 
 /// A layer's call on few tokens, K shared between blocks, with inactive pairs.
 fn case(seed: u64) -> Case {
@@ -36,7 +36,7 @@ struct Uploaded {
 
 impl Uploaded {
     fn new(queue: &Queue<'_>, data: &CaseData<bf16>) -> moe_lora::Result<Self> {
-        let weights = |tensors: &[moe_lora::verify::Tensor<bf16>]| {
+        let weights = |tensors: &[moe_lora_verify::Tensor<bf16>]| {
             tensors.iter().map(|tensor| queue.upload(tensor.elements())).collect::<moe_lora::Result<Vec<_>>>()
         };
         Ok(Uploaded {

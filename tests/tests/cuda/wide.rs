@@ -4,7 +4,7 @@
 use libtest_mimic::Failed;
 use moe_lora::XRows;
 use moe_lora::cuda::{Gpu, Options, TileKind};
-use moe_lora::verify::{Case, Loras, check_each};
+use moe_lora_verify::{Case, Loras, check_each};
 
 /// Just past what 31 bits count.
 const PAST_31_BITS: usize = (1 << 31) + (1 << 20);

@@ -2,7 +2,7 @@ use crate::backends::{Choice, Machine};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::DType;
-use moe_lora::verify::{Case, Outcome, full_grid, quick_grid, vllm_grid};
+use moe_lora_verify::{Case, Outcome, full_grid, quick_grid, vllm_grid};
 
 #[derive(clap::Args)]
 #[command(after_help = "\

@@ -1,6 +1,6 @@
-use crate::dtype::DType;
-use crate::error::Result;
-use crate::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+use moe_lora::dtype::DType;
+use moe_lora::error::Result;
+use moe_lora::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 

@@ -1,15 +1,15 @@
-use super::blocks::{Blank, Blocks};
-use super::case::{Case, Form};
-use super::data::{CaseData, FlagTensor, Operands, Tensor};
-use crate::backend::{Backend, Buffer};
-use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
-use crate::dtype::{DType, Element};
-use crate::error::Error;
-use crate::projection::Projection;
-use crate::reference::{self, Expected, Target};
-use crate::tensor::{View, ViewMut};
+use crate::blocks::{Blank, Blocks};
+use crate::case::{Case, Form};
+use crate::data::{CaseData, FlagTensor, Operands, Tensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
+use moe_lora::backend::{Backend, Buffer};
+use moe_lora::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use moe_lora::dtype::{DType, Element};
+use moe_lora::error::Error;
+use moe_lora::projection::Projection;
+use moe_lora::reference::{self, Expected, Target};
+use moe_lora::tensor::{View, ViewMut};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use thiserror::Error as ThisError;
@@ -177,7 +177,7 @@ struct Outputs<T> {
 }
 
 impl<'d, T: Element> Trial<'d, T> {
-    fn new(case: &'d Case, data: &'d CaseData<T>) -> crate::Result<Self> {
+    fn new(case: &'d Case, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
         let projection = case.projection()?;
         let operands = data.operands();
         // The reference only reads: these stand in for what the call would write.
@@ -400,7 +400,7 @@ impl<'t, T: Element> Meter<'t, T> {
     }
 }
 
-pub(super) fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
+pub(crate) fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
     check_unchanged(tensor, image, 0..tensor.range().start)?;
     check_unchanged(tensor, image, tensor.range().end..image.len())
 }
@@ -440,17 +440,17 @@ fn hex<T: Pod>(element: &T) -> String {
 }
 
 /// A tensor on a back end, between its guards.
-pub(super) struct Placed<'d, B: Backend, T: Pod> {
+pub(crate) struct Placed<'d, B: Backend, T: Pod> {
     tensor: &'d Tensor<T>,
     buffer: B::Buffer<T>,
 }
 
 impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
-    pub fn new(backend: &B, tensor: &'d Tensor<T>) -> crate::Result<Self> {
+    pub fn new(backend: &B, tensor: &'d Tensor<T>) -> moe_lora::Result<Self> {
         Ok(Placed { tensor, buffer: backend.upload(tensor.image())? })
     }
 
-    fn optional(backend: &B, tensor: &'d Option<Tensor<T>>) -> crate::Result<Option<Self>> {
+    fn optional(backend: &B, tensor: &'d Option<Tensor<T>>) -> moe_lora::Result<Option<Self>> {
         tensor.as_ref().map(|tensor| Placed::new(backend, tensor)).transpose()
     }
 
@@ -463,7 +463,7 @@ impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
     }
 
     /// The elements with their guards.
-    pub fn download(&self, backend: &B) -> crate::Result<Vec<T>> {
+    pub fn download(&self, backend: &B) -> moe_lora::Result<Vec<T>> {
         backend.download(&self.buffer)
     }
 
@@ -480,11 +480,11 @@ struct Written<'d, B: Backend, T: Pod> {
 }
 
 impl<'d, B: Backend, T: Element> Written<'d, B, T> {
-    fn new(backend: &B, data: &'d CaseData<T>) -> crate::Result<Self> {
+    fn new(backend: &B, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
         Ok(Written { h: Placed::new(backend, &data.h)?, out: Placed::new(backend, &data.out)? })
     }
 
-    fn download(&self, backend: &B) -> crate::Result<Outputs<T>> {
+    fn download(&self, backend: &B) -> moe_lora::Result<Outputs<T>> {
         Ok(Outputs { h: backend.download(&self.h.buffer)?, out: backend.download(&self.out.buffer)? })
     }
 }
@@ -510,8 +510,8 @@ struct Uploaded<'d, B: Backend, T: Pod> {
 }
 
 impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
-    fn new(backend: &B, data: &'d CaseData<T>) -> crate::Result<Self> {
-        let slices = |tensors: &'d [Tensor<T>]| -> crate::Result<Vec<_>> {
+    fn new(backend: &B, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
+        let slices = |tensors: &'d [Tensor<T>]| -> moe_lora::Result<Vec<_>> {
             tensors.iter().map(|tensor| Placed::new(backend, tensor)).collect()
         };
         Ok(Uploaded {

@@ -12,14 +12,14 @@
 //!
 //! and the output one that holds `out`, `[T, k, S·N]`.
 
-use crate::adapter::{Adapter, AdapterError, LayerProjection, Stack};
-use crate::backend::{Backend, Buffer};
-use crate::call::{Enabled, Forward, Route, RoutingTensors};
-use crate::dtype::{DType, Element};
-use crate::error::Error as CallError;
-use crate::projection::{Projection, XRows, elements};
-use crate::tensor_file::{FileError, TensorFile};
 use half::{bf16, f16};
+use moe_lora::adapter::{Adapter, AdapterError, LayerProjection, Stack};
+use moe_lora::backend::{Backend, Buffer};
+use moe_lora::call::{Enabled, Forward, Route, RoutingTensors};
+use moe_lora::dtype::{DType, Element};
+use moe_lora::error::Error as CallError;
+use moe_lora::projection::{Projection, XRows};
+use moe_lora::tensor_file::{FileError, TensorFile};
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -115,7 +115,7 @@ impl Run {
         let adapters = self.adapters.iter().map(Adapter::open).collect::<Result<Vec<_>, _>>()?;
         let stack = Stack::<T>::load(&adapters, self.layer, self.projection, top_k, None)?;
         let (in_dim, out_width) = (stack.projection.sizes().in_dim, stack.projection.out_width());
-        let out_elements = elements("out", &[tokens, top_k, out_width])?;
+        let out_elements = stack.projection.out_elements(tokens)?;
 
         let x_shape = match self.projection.x_rows() {
             XRows::Token => "[T, K]",

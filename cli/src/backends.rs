@@ -10,8 +10,8 @@ use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
 #[cfg(feature = "cuda")]
 use moe_lora::plan::{RouteSource, Stage};
-use moe_lora::verify::{Case, Failure, Outcome, check_each};
 use moe_lora::{Backend, Element, Forward, Projection, Result};
+use moe_lora_verify::{Case, Failure, Outcome, check_each};
 use std::fmt;
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Lists of cases: a few seconds' worth, a few minutes' worth, and vLLM's own.
 
-use super::case::{Case, Experts, Flags, Form, Loras, Ranks};
-use crate::dtype::DType;
-use crate::projection::{ExpertWeights, XRows};
+use crate::case::{Case, Experts, Flags, Form, Loras, Ranks};
+use moe_lora::dtype::DType;
+use moe_lora::projection::{ExpertWeights, XRows};
 
 const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 const FORMS: [Form; 2] = [Form::Forward, Form::Split];

@@ -2,7 +2,7 @@
 //!
 //! A [`Case`] describes one call in a few words and a seed. [`check`] generates its tensors
 //! ([`CaseData`]), runs it on a back end, and holds the result against the float64
-//! [`reference`](mod@crate::reference) and against everything that a call must leave alone. A case that fails
+//! [`reference`](mod@moe_lora::reference) and against everything that a call must leave alone. A case that fails
 //! prints the command that runs it again.
 
 mod blocks;

@@ -1,11 +1,11 @@
-use super::case::{Case, Experts, Flags, Loras, Ranks};
-use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
-use crate::dtype::Element;
-use crate::error::Result;
-use crate::projection::{ExpertWeights, XRows};
-use crate::reference::{self, Target};
-use crate::tensor::{Host, Rows, RowsMut, Space, View, ViewMut};
+use crate::case::{Case, Experts, Flags, Loras, Ranks};
 use bytemuck::Pod;
+use moe_lora::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use moe_lora::dtype::Element;
+use moe_lora::error::Result;
+use moe_lora::projection::{ExpertWeights, XRows};
+use moe_lora::reference::{self, Target};
+use moe_lora::tensor::{Host, Rows, RowsMut, Space, View, ViewMut};
 use rand::rngs::{SmallRng, StdRng};
 use rand::seq::{SliceRandom, index};
 use rand::{Rng, RngCore, SeedableRng};
@@ -61,7 +61,7 @@ impl<T: Pod> Tensor<T> {
         Tensor { name, image: vec![fill; first + len + guard], elements: first..first + len, stride }
     }
 
-    pub(super) fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
+    pub(crate) fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
         Self::filled(name, rows, poison(), misaligned)
     }
 
@@ -116,7 +116,7 @@ impl<T: Pod> Tensor<T> {
 
 /// `adapter_enabled`.
 #[derive(Clone, Debug)]
-pub(super) enum FlagTensor {
+pub(crate) enum FlagTensor {
     All,
     U8(Tensor<u8>),
     I32(Tensor<i32>),
@@ -134,11 +134,11 @@ pub struct CaseData<T> {
     pub topk_ids: Tensor<i32>,
     /// `[T]`.
     pub token_lora: Tensor<i32>,
-    pub(super) enabled: FlagTensor,
-    pub(super) ranks: Option<Tensor<i32>>,
-    pub(super) expert_map: Option<Tensor<i32>>,
+    pub(crate) enabled: FlagTensor,
+    pub(crate) ranks: Option<Tensor<i32>>,
+    pub(crate) expert_map: Option<Tensor<i32>>,
     /// The slots that a route in vLLM's form lists, when the case has one.
-    pub(super) lora_ids: Option<Tensor<i32>>,
+    pub(crate) lora_ids: Option<Tensor<i32>>,
     /// `[T or P, K]`, rows apart by the stride.
     pub x: Tensor<T>,
     /// S of `[L, E or 1, R, K]`.
@@ -147,15 +147,15 @@ pub struct CaseData<T> {
     pub b: Vec<Tensor<T>>,
     /// `[T, k]`, when deltas are multiplied by them.
     pub topk_weights: Option<Tensor<f32>>,
-    pub(super) h: Tensor<T>,
-    pub(super) out: Tensor<T>,
+    pub(crate) h: Tensor<T>,
+    pub(crate) out: Tensor<T>,
 }
 
 impl<T: Element> CaseData<T> {
     /// Generates the tensors of `case` for a back end whose ranks lie in space `S`.
     ///
     /// # Errors
-    /// As [`crate::Projection::new`] and [`crate::Projection::pairs`], when there is no such call.
+    /// As [`moe_lora::Projection::new`] and [`moe_lora::Projection::pairs`], when there is no such call.
     pub fn new<S: Space>(case: &Case) -> Result<Self> {
         let projection = case.projection()?;
         let pairs = projection.pairs(case.tokens)?;
@@ -218,7 +218,7 @@ impl<T: Element> CaseData<T> {
             .for_each(|(row, _)| row.fill(poison()));
     }
 
-    pub(super) fn routing(&self) -> RoutingTensors<'_, Host> {
+    pub(crate) fn routing(&self) -> RoutingTensors<'_, Host> {
         RoutingTensors {
             topk_ids: self.topk_ids.view(),
             token_lora: self.token_lora.view(),

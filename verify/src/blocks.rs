@@ -1,15 +1,15 @@
-use super::case::Case;
-use super::check::{Fault, Placed, check_guards};
-use super::data::{CaseData, Tensor};
-use crate::backend::Backend;
-use crate::blocks::{Align, BlockShape, SortedTensors};
-use crate::call::{Route, RoutingTensors};
-use crate::reference::Target;
-use crate::tensor::View;
+use crate::case::Case;
+use crate::check::{Fault, Placed, check_guards};
+use crate::data::{CaseData, Tensor};
+use moe_lora::backend::Backend;
+use moe_lora::blocks::{Align, BlockShape, SortedTensors};
+use moe_lora::call::{Route, RoutingTensors};
+use moe_lora::reference::Target;
+use moe_lora::tensor::View;
 use std::ops::Range;
 
 /// The arrays of a route in vLLM's form, before anybody wrote them.
-pub(super) struct Blank<'d> {
+pub(crate) struct Blank<'d> {
     case: &'d Case,
     lora_ids: &'d Tensor<i32>,
     shape: BlockShape,
@@ -19,7 +19,7 @@ pub(super) struct Blank<'d> {
 }
 
 /// The same on a back end.
-pub(super) struct Blocks<'d, B: Backend> {
+pub(crate) struct Blocks<'d, B: Backend> {
     blank: &'d Blank<'d>,
     lora_ids: Placed<'d, B, i32>,
     sorted_token_ids: Placed<'d, B, i32>,
