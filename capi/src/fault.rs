@@ -59,12 +59,19 @@ impl Fault {
                 Error::UnsupportedDType { .. } => Status::UnsupportedDtype,
                 Error::RankTooLarge { .. } => Status::RankTooLarge,
                 Error::WorkspaceTooSmall { .. } => Status::WorkspaceTooSmall,
-                Error::RouteNotKept { .. } => Status::RouteNotKept,
+                Error::StaleRoute { .. } => Status::RouteNotKept,
                 Error::NoDevice { .. } => Status::NoDevice,
                 Error::UnsupportedDevice { .. } => Status::UnsupportedDevice,
                 Error::Driver { .. } => Status::Driver,
-                Error::Tuning { .. } | Error::TunedElsewhere { .. } => Status::InvalidValue,
-                // DTypeMismatch cannot come from C, where the projection alone has a type.
+                Error::SizeTooSmall { .. } => Status::SizeTooSmall,
+                Error::DTypeMismatch { .. } => Status::DtypeMismatch,
+                Error::Tuning { .. } => Status::Tuning,
+                Error::TunedElsewhere { .. } => Status::TunedElsewhere,
+                Error::DriverTooOld { .. } => Status::DriverTooOld,
+                Error::OtherDevice { .. } => Status::OtherDevice,
+                Error::PartOfRoute { .. } => Status::PartOfRoute,
+                Error::NotRecordable { .. } => Status::NotRecordable,
+                // An emulated kernel's: no emulated device is behind this interface.
                 _ => Status::Internal,
             },
         }
