@@ -128,6 +128,44 @@ mod tests {
         assert_eq!(message, c"a bug in moe-lora: pair 7 of 3");
     }
 
+    /// What comes of each error: a status of its own, and never that of a bug.
+    #[test]
+    fn each_error_has_a_status_of_its_own() {
+        let (what, tensor, text) = ("what", "tensor", String::new);
+        let (expected, got) = (moe_lora::DType::Bf16, moe_lora::DType::F16);
+        let errors = [
+            Error::ZeroSize { what },
+            Error::SizeTooLarge { what, limit: 1, got: 2 },
+            Error::SizeTooSmall { what, limit: 2, got: 1 },
+            Error::SizeOverflow { tensor, shape: text() },
+            Error::SliceCount { tensor, expected: 1, got: 2 },
+            Error::TooShort { tensor, shape: text(), expected: 2, got: 1 },
+            Error::RowStride { tensor, expected: 2, got: 1 },
+            Error::NullPointer { tensor, expected: 1 },
+            Error::Misaligned { tensor, expected: 2, address: 1 },
+            Error::DTypeMismatch { tensor, expected, got },
+            Error::UnsupportedDType { tensor: text(), expected: "", got: text() },
+            Error::RankTooLarge { slot: 0, rank: 2, max_rank: 1 },
+            Error::WorkspaceTooSmall { what, limit: 1, got: 2 },
+            Error::StaleRoute { reason: text() },
+            Error::PartOfRoute { what },
+            Error::OtherDevice { what, expected: text(), got: text() },
+            Error::NoDevice { reason: text() },
+            Error::UnsupportedDevice { device: text(), capability: text(), needed: "" },
+            Error::Tuning { path: text(), reason: text() },
+            Error::TunedElsewhere { tuned: text(), device: text() },
+            Error::NotRecordable { what },
+            Error::DriverTooOld { version: text(), needed: "" },
+            Error::Driver { call: "", code: 1, name: text(), reason: text() },
+        ];
+        // In the order of their statuses, as the header has them.
+        let mut statuses: Vec<_> = errors.map(|error| Fault::from(error).status() as i32).into();
+        statuses.sort_unstable();
+        let of_arguments = [Status::NullArgument, Status::StructSize, Status::InvalidValue, Status::Internal];
+        let of_errors = (1..=27).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
+        assert_eq!(statuses, of_errors.collect::<Vec<_>>());
+    }
+
     #[test]
     fn a_message_is_a_c_string_whatever_it_quotes() {
         let reason = "nul\0here".to_owned();
