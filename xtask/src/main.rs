@@ -6,6 +6,7 @@ mod check;
 mod debian;
 mod fuzz;
 mod header;
+mod miri;
 mod ptx;
 mod python;
 mod setup;
@@ -37,6 +38,7 @@ enum Task {
     Check(check::Args),
     Fuzz(fuzz::Args),
     Header(header::Args),
+    Miri(miri::Args),
     Wheel(python::Args),
     Bundle(bundle::Args),
 }
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Task::Check(args) => check::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Header(args) => header::run(&args),
+        Task::Miri(args) => miri::run(&args),
         Task::Wheel(args) => python::run(&args),
         Task::Bundle(args) => bundle::run(&args),
     };
