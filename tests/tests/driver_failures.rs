@@ -82,8 +82,12 @@ mod failures {
 
     fn check(said: &[&str]) {
         let opened = open();
-        let faults = Control::here().faults();
+        let driver = Control::here();
+        let faults = driver.faults();
         assert!(faults.is_empty(), "{faults:#?}");
+        for kind in ["memory", "stream", "event", "module", "graph", "context"] {
+            assert_eq!(driver.live(kind), 0, "{kind} left behind: {opened:?}");
+        }
         match opened {
             Ok(()) => assert!(said.is_empty(), "the device opened"),
             Err(error) => {

@@ -496,3 +496,23 @@ impl Driver {
         );
     }
 }
+
+/// A library that prepares itself, or lets go of things, while its thread captures another stream.
+#[test]
+fn things_are_made_and_dropped_within_the_capture_of_another_stream() -> Outcome {
+    under(Version::New, "things_are_made_and_dropped_within_the_capture_of_another_stream", &[], || {
+        let control = Control::here();
+        let (mut engine, mut old) = (Engine::on(0), Engine::on(0));
+        let old_graph = old.graph();
+        let Engine { stream, layer, workspace } = &mut engine;
+        let graph = stream.capture(|stream| {
+            drop((old_graph, old));
+            let mut new = Engine::on(0);
+            new.call(None)?;
+            layer.call(stream, workspace, None).map(drop)
+        });
+        graph.expect("a recording").replay().expect("a replay");
+        drop(engine);
+        none_left(&control);
+    })
+}

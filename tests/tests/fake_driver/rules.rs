@@ -15,9 +15,11 @@ fn with(attribute: u32, value: u32) -> Launch {
     Launch { attribute: Some((attribute, value)), ..LAUNCH }
 }
 
+type Calls = fn(&Stage<'_>);
+
 /// Calls with one of everything there, and their codes: those of a driver; `?` is behind one that is no
 /// fault.
-const CALLS: &[(&str, &str, fn(&Stage<'_>))] = &[
+const CALLS: &[(&str, &str, Calls)] = &[
     ("no bytes", "1", |s| {
         s.cuda.allocate(0);
     }),
@@ -161,7 +163,7 @@ const CALLS: &[(&str, &str, fn(&Stage<'_>))] = &[
 
 /// Objects while no context is current: a driver takes them all the same, where it does not need the default
 /// stream.
-const WITHOUT_CONTEXT: &[fn(&Stage<'_>)] = &[
+const WITHOUT_CONTEXT: &[Calls] = &[
     |s| s.cuda.fill(s.memory, s.stream),
     |s| s.cuda.write(s.memory, s.stream),
     |s| s.cuda.launch(s.function, s.stream, LAUNCH),
@@ -350,6 +352,10 @@ pub fn images(cuda: &Cuda) {
     assert_eq!(cuda.function(module, "kernel"), function);
     cuda.function(module, "in_a_comment");
     assert_eq!(cuda.codes(), "0 0 500?");
+
+    let two = format!("{PTX}// another\n.entry another()\n{{\n\tret;\n}}\n");
+    cuda.function(text(&two).0, "another");
+    assert_eq!(cuda.codes(), "0");
 
     let (_, codes, log) = text(&PTX.replace("sm_80", "sm_100"));
     assert_eq!(
@@ -572,9 +578,9 @@ pub fn errors(cuda: &Cuda) {
         let (mut name, mut text) = (ptr::null(), ptr::null());
         cuda.cuGetErrorName(code, &mut name);
         cuda.cuGetErrorString(code, &mut text);
-        // SAFETY: the driver's texts live as long as it does.
         let read = |text: *const i8| {
-            (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().expect("text"))
+            // SAFETY: the driver's texts live as long as it does.
+            (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_str().expect("it is text"))
         };
         (cuda.codes(), read(name), read(text))
     };

@@ -81,7 +81,9 @@ calls! {
     cuCtxGetDevice(device: *mut i32);
     cuCtxSynchronize();
     cuModuleLoadData(module: *mut usize, image: *const u8);
-    cuModuleLoadDataEx(module: *mut usize, image: *const u8, count: u32, options: *const u32, values: *mut usize);
+    cuModuleLoadDataEx(
+        module: *mut usize, image: *const u8, count: u32, options: *const u32, values: *mut usize
+    );
     cuModuleUnload(module: usize);
     cuModuleGetFunction(function: *mut usize, module: usize, name: *const i8);
     cuFuncSetAttribute(function: usize, attribute: u32, value: i32);
