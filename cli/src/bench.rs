@@ -1,6 +1,7 @@
 use crate::DTypeArg;
 use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, routing, time};
 use crate::models::{GPT_OSS_20B, MIXTRAL_8X7B, Model, OLMOE_1B, Op, QWEN3_30B};
+use crate::print::say;
 use anyhow::Context;
 use half::{bf16, f16};
 use moe_lora::cuda::{Gpu, Options, Queue, TileKind, Workspace};
@@ -124,7 +125,7 @@ impl Case {
 
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let gpu = Gpu::new(args.device)?;
-    println!("{}", gpu.info());
+    say!("{}", gpu.info())?;
     if args.route {
         return bench_routes(&gpu, args);
     }
@@ -137,10 +138,10 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         None => ways().into_iter().filter(is_wanted).collect(),
     };
     let queues = ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<Vec<_>, _>>()?;
-    println!(
+    say!(
         "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    )?;
+    say!("|---|---|---|---|---|---|---|---|---|---|---|---|")?;
     let wanted = |case: &Case| {
         (args.tokens.is_empty() || args.tokens.contains(&case.tokens))
             && args.op.is_none_or(|op| op == case.op)
@@ -158,9 +159,10 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         let timed = timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
         for (queue, Times { kernels, routed, host, floor, error }) in queues.iter().zip(timed) {
             let (way, ratio) = (queue.variant(), routed / floor);
-            println!(
-                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
-            );
+            say!(
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} \
+                 | {ratio:.2} | {host:.2} | {error:.1e} |"
+            )?;
         }
     }
     Ok(())
@@ -177,14 +179,14 @@ fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
         args.route_blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }),
     );
     let tokens = if args.tokens.is_empty() { &ROUTE_TOKENS } else { args.tokens.as_slice() };
-    println!("| pairs | way | µs | host µs |\n|---|---|---|---|");
+    say!("| pairs | way | µs | host µs |\n|---|---|---|---|")?;
     for (seed, &tokens) in (0..).zip(tokens) {
         let case = Case { model: &QWEN3_30B, op: Op::W13, tokens, max_rank: 64, rank: 64, loras: 2 };
         for way in &ways {
             let queue = gpu.queue(*way)?;
             let (time, host) =
                 time_route(&queue, &case, seed).with_context(|| format!("T={tokens}, {way:?}"))?;
-            println!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, queue.variant());
+            say!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, queue.variant())?;
         }
     }
     Ok(())
