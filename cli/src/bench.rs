@@ -45,7 +45,7 @@ pub struct Args {
     /// Time every form, tile and cluster that a plan could choose, too
     #[arg(long, conflicts_with = "tile")]
     every_way: bool,
-    /// Time those of them whose names hold one of these, besides the plan's own
+    /// Time the ways whose names hold one of these, besides the plan's own
     #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
     ways: Vec<String>,
     /// Time calls of the split form: shrink, then expand
@@ -160,8 +160,8 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         for (queue, Times { kernels, routed, host, floor, error }) in queues.iter().zip(timed) {
             let (way, ratio) = (queue.variant(), routed / floor);
             say!(
-                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} \
-                 | {ratio:.2} | {host:.2} | {error:.1e} |"
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} \
+                 | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
             )?;
         }
     }

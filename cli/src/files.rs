@@ -12,8 +12,8 @@
 //!
 //! and the output one that holds `out`, `[T, k, S·N]`.
 //!
-//! Every number must be finite, also of tokens that have no adapter, and in the type computed in: one that is not is
-//! refused by its place. So is a result that is not finite; nothing is written then.
+//! Every number must be finite, also of tokens that have no adapter, and in the type computed in: one that is
+//! not is refused by its place. So is a result that is not finite; nothing is written then.
 
 use half::{bf16, f16};
 use moe_lora::adapter::{Adapter, AdapterError, LayerProjection, Stack};
@@ -70,7 +70,7 @@ pub enum RunError {
     },
     /// A number of the result is infinite or none, though those of the input are finite.
     #[error(
-        "out{index:?} comes out as {value:?} in {dtype}: the sums are too large for it, and nothing was written"
+        "out{index:?} comes out as {value:?} in {dtype}: sums are too large for it, and nothing was written"
     )]
     Overflow {
         /// The element.
@@ -140,8 +140,8 @@ impl Run {
         }
     }
 
-    /// Refuses an output that exists, unless `replace` is set, one that is a file of the input, and one in no folder.
-    /// [`Output::save`] would find out about most of it, but after work that may take long.
+    /// Refuses an output that exists, unless `replace` is set, one that is a file of the input, and one in no
+    /// folder. [`Output::save`] would find out about most of it, but after work that may take long.
     ///
     /// # Errors
     /// [`RunError::OutputIsInput`], [`RunError::OutputExists`], [`FileError::Io`].
@@ -268,7 +268,8 @@ impl Run {
     }
 }
 
-/// Whether two paths lead to one file. Neither is opened: to open a pipe is to wait for somebody who writes to it.
+/// Whether two paths lead to one file. Neither is opened: to open a pipe is to wait for somebody who writes
+/// to it.
 fn is_same_file(one: &Path, other: &Path) -> bool {
     #[cfg(unix)]
     let id = |path: &Path| {
@@ -342,8 +343,8 @@ fn unravel(mut at: usize, shape: &[usize]) -> Vec<usize> {
 }
 
 impl Output {
-    /// Writes `out` to a safetensors file, whole or not at all. One that exists is replaced only when `replace` is
-    /// set.
+    /// Writes `out` to a safetensors file, whole or not at all. One that exists is replaced only when
+    /// `replace` is set.
     ///
     /// # Errors
     /// [`RunError::OutputExists`], [`FileError::Io`].

@@ -1,5 +1,5 @@
-//! The one way that this program prints. `println!` panics where standard output cannot be written; here that is
-//! an error like any other, and [`exit_code`] says what becomes of it.
+//! The one way that this program prints. `println!` panics where standard output cannot be written; here that
+//! is an error like any other, and [`exit_code`] says what becomes of it.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
@@ -42,8 +42,8 @@ pub fn line(text: fmt::Arguments<'_>) -> Result<(), PrintError> {
     Ok(out.flush()?)
 }
 
-/// Tells on standard error what went wrong, if anything did, and returns the exit code: 0, also where nobody reads
-/// what is printed; 2 for arguments that make no sense; else 1.
+/// Tells on standard error what went wrong, if anything did, and returns the exit code: 0, also where nobody
+/// reads what is printed; 2 for arguments that make no sense; else 1.
 pub fn exit_code(done: anyhow::Result<()>) -> ExitCode {
     let done = done.or_else(|error| match error.downcast::<clap::Error>() {
         Ok(usage) if usage.use_stderr() => Err(usage.into()),

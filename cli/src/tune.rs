@@ -27,8 +27,8 @@ Examples:
 pub struct Args {
     /// Where to write, and to read what was measured before
     file: PathBuf,
-    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b, olmoe-1b-7b or mixtral-8x7b. Of another give the
-    /// next four
+    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b, olmoe-1b-7b or mixtral-8x7b. Of another give
+    /// the next four
     #[arg(long, value_parser = model, conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
     model: Option<Model>,
     /// Width of a token

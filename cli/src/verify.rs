@@ -92,8 +92,8 @@ fn wrong() -> anyhow::Error {
     anyhow::anyhow!("a back end is wrong; the commands above run what failed again")
 }
 
-/// Prints what became of all cases, and why there is no GPU among the back ends, where that is not what was asked
-/// for.
+/// Prints what became of all cases, and why there is no GPU among the back ends, where that is not what was
+/// asked for.
 fn print(rows: &[(&Ways<'_>, Tally)], unchecked: Option<String>) -> Result<(), PrintError> {
     say!(
         "{:<24} {:>6} {:>7} {:>7} {:>12} {:>12}",

@@ -1,19 +1,19 @@
-//! Files that are there whole or not at all, for [`Tuning::save`](crate::tuning::Tuning::save) and the program
-//! `moe-lora`.
+//! Files that are there whole or not at all, for [`Tuning::save`](crate::tuning::Tuning::save) and the
+//! program `moe-lora`.
 
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Writes a file. Where that fails, a full disk say, nothing is there that was not there before: the bytes go to a
-/// file beside it, which takes its name when all of them are written.
+/// Writes a file. Where that fails, a full disk say, nothing is there that was not there before: the bytes go
+/// to a file beside it, which takes its name when all of them are written.
 ///
-/// A file that exists is replaced only when `replace` is set; a link to it then stays a link, and its permissions stay.
-/// A device or a pipe has nothing to lose, and is written to as it is.
+/// A file that exists is replaced only when `replace` is set; a link to it then stays a link, and its
+/// permissions stay. A device or a pipe has nothing to lose, and is written to as it is.
 ///
 /// # Errors
-/// [`io::ErrorKind::AlreadyExists`] for a file that may not be replaced, whenever it has come to be there; and whatever
-/// the system says.
+/// [`io::ErrorKind::AlreadyExists`] for a file that may not be replaced, whenever it has come to be there;
+/// and whatever the system says.
 pub fn write(path: &Path, bytes: &[u8], replace: bool) -> io::Result<()> {
     let target = match replace {
         true => fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()),

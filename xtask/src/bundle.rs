@@ -35,8 +35,8 @@ pub struct Args {
     /// They are vLLM's, not this project's: do not pass them on
     #[arg(long)]
     peers: bool,
-    /// Link with this machine's glibc: the bundle then needs one no older, in place of glibc 2.28. To link for
-    /// that takes Python, and 100 MB to fetch the first time
+    /// Link with this machine's glibc: the bundle then needs one no older, in place of glibc 2.28. To link
+    /// for that takes Python, and 100 MB to fetch the first time
     #[arg(long)]
     native_glibc: bool,
     #[command(flatten)]

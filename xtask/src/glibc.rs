@@ -1,6 +1,6 @@
-//! The oldest glibc that what is shipped runs on. A linker takes the newest version of each function that the glibc
-//! before it has, so on a machine of today a program comes to ask for a glibc of today. Here programs are linked with
-//! stubs of an old one, and what came out is checked.
+//! The oldest glibc that what is shipped runs on. A linker takes the newest version of each function that the
+//! glibc before it has, so on a machine of today a program comes to ask for a glibc of today. Here programs
+//! are linked with stubs of an old one, and what came out is checked.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,7 +42,8 @@ const LIBC: (&str, &str) = ("libc.so", "GROUP ( libc.so.6 libc_nonshared.a AS_NE
 pub struct Version(pub u32, pub u32);
 
 impl Version {
-    /// That of a symbol: `GLIBC_2.28`. `None` for a name that does not say when it came, as `GLIBC_ABI_DT_RELR`.
+    /// That of a symbol: `GLIBC_2.28`. `None` for a name that does not say when it came, as
+    /// `GLIBC_ABI_DT_RELR`.
     fn of_symbol(name: &str) -> Option<Self> {
         // A third number is as old as glibc 2.3.4.
         let mut numbers = name.strip_prefix("GLIBC_")?.split('.').map(|number| number.parse().ok());
@@ -94,8 +95,8 @@ impl Glibc {
         Ok(Glibc::Stubs(dir))
     }
 
-    /// Arguments for rustc, when it makes a program or a shared library. Of the crates in it nothing depends on them,
-    /// so only the last crate is compiled anew, if these are not in `RUSTFLAGS` but behind `cargo rustc … --`.
+    /// Arguments for rustc, when it makes a program or a shared library. They go behind `cargo rustc … --`, to
+    /// its last crate alone: in `RUSTFLAGS` they would have all others compiled again, too.
     pub fn rustc_args(&self) -> Vec<String> {
         match self {
             Glibc::Native => Vec::new(),

@@ -140,8 +140,8 @@ impl Environment {
         Ok(wheel)
     }
 
-    /// Fails if a wheel is for a later glibc than it should be: by what `auditwheel show` says, and by the symbols of
-    /// the libraries in it, which are named.
+    /// Fails if a wheel is for a later glibc than it should be: by what `auditwheel show` says, and by the
+    /// symbols of the libraries in it, which are named.
     fn audit(&self, wheel: &Path, glibc: &Glibc) -> Result<()> {
         let scratch = target_dir()?.join("wheel-contents");
         empty_dir(&scratch)?;
