@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 /// Which back ends to use.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// The GPU where there is one
+    /// The GPU where there is one; demo and verify take the CPU as well
     Auto,
     /// The CPU
     Cpu,
@@ -190,13 +190,13 @@ impl fmt::Display for Machine {
     /// A line for each back end.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        writeln!(f, "cpu      {threads} threads")?;
+        write!(f, "cpu      {threads} threads")?;
         #[cfg(feature = "cuda")]
         match &self.gpu {
             Ok(gpu) => {
                 let (info, module) = (gpu.info(), gpu.kernels());
                 let rate = f64::from(info.memory_rate) / 1e6;
-                writeln!(f, "cuda     {info}, {} MiB L2, memory of {rate:.2} TB/s", info.l2_bytes >> 20)?;
+                write!(f, "\ncuda     {info}, {} MiB L2, memory of {rate:.2} TB/s", info.l2_bytes >> 20)?;
                 let from = match gpu.loaded_from() {
                     LoadedFrom::Cubin => "from their cubin".to_owned(),
                     LoadedFrom::Ptx { cubin_refused: None } => {
@@ -206,12 +206,12 @@ impl fmt::Display for Machine {
                         format!("compiled by the driver from their PTX; it refused the cubin: {reason}")
                     }
                 };
-                writeln!(f, "         runs the {} kernels, {from}", module.arch)?;
+                write!(f, "\n         runs the {} kernels, {from}", module.arch)?;
             }
-            Err(reason) => writeln!(f, "cuda     {reason}")?,
+            Err(reason) => write!(f, "\ncuda     {reason}")?,
         }
         #[cfg(not(feature = "cuda"))]
-        writeln!(f, "cuda     {}", self.missing().unwrap_or_default())?;
+        write!(f, "\ncuda     {}", self.missing().unwrap_or_default())?;
         Ok(())
     }
 }

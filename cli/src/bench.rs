@@ -1,6 +1,7 @@
 use crate::DTypeArg;
 use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, time};
 use crate::models::{GPT_OSS_20B, MIXTRAL_8X7B, Model, OLMOE_1B, Op, QWEN3_30B};
+use crate::print::say;
 use anyhow::Context;
 use half::{bf16, f16};
 use moe_lora::cuda::{Device, Options, Stream, TileKind, Workspace};
@@ -44,7 +45,7 @@ pub struct Args {
     /// Time every form, tile and cluster that a plan could choose, too
     #[arg(long, conflicts_with = "tile")]
     every_way: bool,
-    /// Time those of them whose names hold one of these, besides the plan's own
+    /// Time the ways whose names hold one of these, besides the plan's own
     #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
     ways: Vec<String>,
     /// Time calls of the split form: shrink, then expand
@@ -124,7 +125,7 @@ impl Case {
 
 pub fn bench(args: &Args) -> anyhow::Result<()> {
     let device = Device::new(args.device)?;
-    println!("{}", device.info());
+    say!("{}", device.info())?;
     if args.route {
         return bench_routes(&device, args);
     }
@@ -138,10 +139,10 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     };
     let streams =
         ways.into_iter().map(|options| device.new_stream_with(options)).collect::<Result<Vec<_>, _>>()?;
-    println!(
+    say!(
         "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
-    );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
+    )?;
+    say!("|---|---|---|---|---|---|---|---|---|---|---|---|")?;
     let wanted = |case: &Case| {
         (args.tokens.is_empty() || args.tokens.contains(&case.tokens))
             && args.op.is_none_or(|op| op == case.op)
@@ -159,9 +160,10 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         let timed = timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
         for (stream, Times { kernels, routed, host, floor, error }) in streams.iter().zip(timed) {
             let (way, ratio) = (stream.variant(), routed / floor);
-            println!(
-                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
-            );
+            say!(
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} \
+                 | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
+            )?;
         }
     }
     Ok(())
@@ -178,14 +180,14 @@ fn bench_routes(device: &Device, args: &Args) -> anyhow::Result<()> {
         args.route_blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }),
     );
     let tokens = if args.tokens.is_empty() { &ROUTE_TOKENS } else { args.tokens.as_slice() };
-    println!("| pairs | way | µs | host µs |\n|---|---|---|---|");
+    say!("| pairs | way | µs | host µs |\n|---|---|---|---|")?;
     for (seed, &tokens) in (0..).zip(tokens) {
         let case = Case { model: &QWEN3_30B, op: Op::W13, tokens, max_rank: 64, rank: 64, loras: 2 };
         for way in &ways {
             let stream = device.new_stream_with(*way)?;
             let (time, host) =
                 time_route(&stream, &case, seed).with_context(|| format!("T={tokens}, {way:?}"))?;
-            println!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, stream.variant());
+            say!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, stream.variant())?;
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 use crate::DTypeArg;
 use crate::backends::{Choice, Machine, Timed, with_backend};
+use crate::print::say;
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::adapter::LayerProjection;
@@ -47,6 +48,7 @@ const INTERMEDIATE: usize = 768;
 const EXPERTS: usize = 128;
 const TOP_K: usize = 8;
 const ADAPTERS: usize = 2;
+const OPS: [LayerProjection; 2] = [LayerProjection::W13, LayerProjection::W2];
 
 /// A measurement goes through this many batches, each routed otherwise: with one token, the weights of so
 /// many are more than any cache holds.
@@ -68,22 +70,50 @@ pub fn demo(args: &Args) -> anyhow::Result<()> {
     }
 }
 
+/// How many results there were, and how many of them were wrong.
+#[derive(Default)]
+struct Tally {
+    results: usize,
+    wrong: usize,
+}
+
 fn demo_as<T: Element>(args: &Args) -> anyhow::Result<()> {
+    let (mut tally, tolerance) = (Tally::default(), T::DTYPE.tolerance());
+    let done = measure_all::<T>(args, &mut tally);
+    let Tally { results, wrong } = tally;
+    // Whether somebody reads what is printed or not.
+    anyhow::ensure!(wrong == 0, "{wrong} of {results} results are further than {tolerance:.0e} from float64");
+    done?;
+    Ok(say!("\nAll {results} results are within {tolerance:.0e} of float64.")?)
+}
+
+fn measure_all<T: Element>(args: &Args, tally: &mut Tally) -> anyhow::Result<()> {
+    // Sizes that are refused are refused before anything is printed.
+    for op in OPS {
+        let projection = projection(op, args.rank, T::DTYPE)?;
+        args.tokens.iter().try_for_each(|&tokens| projection.pairs(tokens as usize).map(drop))?;
+    }
     let machine = Machine::find();
     let places = machine.each(args.backend)?;
-    println!(
+    say!(
         "One MoE layer of {MODEL}: {EXPERTS} experts, {TOP_K} a token, {ADAPTERS} adapters of rank {}",
         args.rank
-    );
-    print!("{machine}");
-    println!(
+    )?;
+    say!("{machine}")?;
+    say!(
         "\n{:<4} {:>6} {:>8}  {:<10} {:>8} {:>10} {:>9} {:>6}",
-        "op", "tokens", "back end", "kernel", "error", "time µs", "floor µs", "ratio"
-    );
+        "op",
+        "tokens",
+        "back end",
+        "kernel",
+        "error",
+        "time µs",
+        "floor µs",
+        "ratio"
+    )?;
     let progress = ProgressBar::new((2 * args.tokens.len() * (1 + places.len())) as u64)
         .with_style(ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}").expect("a valid template"));
-    let (mut results, mut wrong) = (0, 0);
-    for op in [LayerProjection::W13, LayerProjection::W2] {
+    for op in OPS {
         progress.set_message(format!("{op}: making weights"));
         let weights = Weights::<T>::random(op, args.rank)?;
         progress.set_message(format!("{op}: uploading weights"));
@@ -99,8 +129,9 @@ fn demo_as<T: Element>(args: &Args) -> anyhow::Result<()> {
                 progress.set_message(format!("{op}, {tokens} tokens: {}", backend.name()));
                 let result = backend.measure(&batch)?;
                 let right = result.error <= T::DTYPE.tolerance();
-                progress.suspend(|| println!("{op:<4} {tokens:>6} {:>8}  {result}", backend.name()));
-                (results, wrong) = (results + 1, wrong + usize::from(!right));
+                tally.results += 1;
+                tally.wrong += usize::from(!right);
+                progress.suspend(|| say!("{op:<4} {tokens:>6} {:>8}  {result}", backend.name()))?;
                 progress.inc(1);
             }
         }
@@ -108,14 +139,30 @@ fn demo_as<T: Element>(args: &Args) -> anyhow::Result<()> {
     progress.finish_and_clear();
 
     if let (Some(_), Choice::Auto) = (machine.missing(), args.backend) {
-        println!("\nThere is no GPU to use: these are the CPU's results alone.");
+        say!("\nThere is no GPU to use: these are the CPU's results alone.")?;
     }
-    let tolerance = T::DTYPE.tolerance();
-    if wrong > 0 {
-        anyhow::bail!("{wrong} of {results} results are further than {tolerance:.0e} from float64");
-    }
-    println!("\nAll {results} results are within {tolerance:.0e} of float64.");
     Ok(())
+}
+
+/// The sizes of a projection of the layer.
+fn projection(op: LayerProjection, rank: usize, dtype: DType) -> moe_lora::Result<Projection> {
+    let (in_dim, out_dim) = match op {
+        LayerProjection::W13 => (HIDDEN, INTERMEDIATE),
+        LayerProjection::W2 => (INTERMEDIATE, HIDDEN),
+    };
+    Projection::new(ProjectionSizes {
+        dtype,
+        top_k: TOP_K,
+        experts: EXPERTS,
+        slots: ADAPTERS,
+        max_rank: rank,
+        slices: op.slices(),
+        in_dim,
+        out_dim,
+        x_rows: op.x_rows(),
+        a_experts: ExpertWeights::PerExpert,
+        b_experts: ExpertWeights::PerExpert,
+    })
 }
 
 /// The weights of one projection, one adapter a slot.
@@ -128,23 +175,8 @@ struct Weights<T> {
 
 impl<T: Element> Weights<T> {
     fn random(op: LayerProjection, rank: usize) -> moe_lora::Result<Self> {
-        let (in_dim, out_dim) = match op {
-            LayerProjection::W13 => (HIDDEN, INTERMEDIATE),
-            LayerProjection::W2 => (INTERMEDIATE, HIDDEN),
-        };
-        let projection = Projection::new(ProjectionSizes {
-            dtype: T::DTYPE,
-            top_k: TOP_K,
-            experts: EXPERTS,
-            slots: ADAPTERS,
-            max_rank: rank,
-            slices: op.slices(),
-            in_dim,
-            out_dim,
-            x_rows: op.x_rows(),
-            a_experts: ExpertWeights::PerExpert,
-            b_experts: ExpertWeights::PerExpert,
-        })?;
+        let projection = projection(op, rank, T::DTYPE)?;
+        let &ProjectionSizes { in_dim, out_dim, .. } = projection.sizes();
         // One over the root of what a sum runs over: then what is added has about the variance of x.
         let matrices = |elements: usize, width: usize, seed: u64| {
             let scale = 1.0 / (width as f32).sqrt();

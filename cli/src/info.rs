@@ -1,15 +1,15 @@
 use crate::backends::Machine;
+use crate::print::say;
 
 /// Prints what is here and what is missing.
 pub fn info() -> anyhow::Result<()> {
     let machine = Machine::find();
-    println!("moe-lora {}", env!("CARGO_PKG_VERSION"));
-    print!("{machine}");
+    say!("moe-lora {}", env!("CARGO_PKG_VERSION"))?;
+    say!("{machine}")?;
     for kernels in Machine::kernels() {
-        println!("kernels  {kernels}");
+        say!("kernels  {kernels}")?;
     }
-    println!("\n{}", advice(&machine));
-    Ok(())
+    Ok(say!("\n{}", advice(&machine))?)
 }
 
 fn advice(machine: &Machine) -> &'static str {

@@ -1,5 +1,8 @@
 //! `moe-lora`: what this machine can run, whether it runs right, how fast, and on files of your own.
 
+// They panic where a pipe is closed or a disk is full: `say!` does not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod backends;
 #[cfg(feature = "cuda")]
 mod bench;
@@ -9,6 +12,7 @@ mod info;
 mod measure;
 #[cfg(feature = "cuda")]
 mod models;
+mod print;
 mod run;
 #[cfg(feature = "cuda")]
 mod tune;
@@ -70,7 +74,11 @@ impl From<DTypeArg> for DType {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    print::exit_code(run_command())
+}
+
+fn run_command() -> anyhow::Result<()> {
+    match Cli::try_parse()?.command {
         Command::Info => info::info(),
         Command::Demo(args) => demo::demo(&args),
         #[cfg(feature = "cuda")]
@@ -79,12 +87,5 @@ fn main() -> ExitCode {
         Command::Tune(args) => tune::tune(&args),
         Command::Run(args) => run::run(&args),
         Command::Verify(args) => verify::verify(&args),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
     }
 }

@@ -1,9 +1,10 @@
 use crate::DTypeArg;
 use crate::backends::{Choice, Machine, with_backend};
+use crate::print::say;
 use clap::ValueEnum;
-use moe_lora::Backend;
 use moe_lora::adapter::LayerProjection;
 use moe_lora::tensor_file::FileError;
+use moe_lora::{Backend, DType};
 use moe_lora_cli::files::{Run, RunError};
 use safetensors::tensor::Dtype;
 use std::path::PathBuf;
@@ -18,6 +19,8 @@ The input is a safetensors file that holds
   token_lora    [T]         I32   adapter of each token, in the order of --adapter; -1 for none
   out           [T, k, S·N]       optional: what the result is added to
 and the output one that holds out, [T, k, S·N]: gate then up for w13, down for w2.
+Numbers that are infinite or NaN, or become so in the type computed in, are refused; so is such a result.
+The output appears when all of it is written. It may be none of the files that are read.
 
 Examples:
   moe-lora run --adapter sql --layer 0 --projection w13 --input x.safetensors --output gate_up.safetensors
@@ -36,7 +39,7 @@ pub struct Args {
     /// Which projection of the layer's experts
     #[arg(long)]
     projection: Projection,
-    /// Safetensors file to read
+    /// Safetensors file to read; a pipe will do, and - is standard input
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// Safetensors file to write
@@ -66,10 +69,6 @@ enum Projection {
 
 /// Runs one call on files.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    // `save` asks again, but the work before it may take long.
-    if args.output.exists() && !args.force {
-        return Err(advised(RunError::OutputExists { path: args.output.clone() }));
-    }
     let projection = match args.projection {
         Projection::W13 => LayerProjection::W13,
         Projection::W2 => LayerProjection::W2,
@@ -82,13 +81,14 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         dtype: args.dtype.map(Into::into),
         mul_routed_weight: args.mul_routed_weight.unwrap_or(projection == LayerProjection::W2),
     };
+    run.check_output(&args.output, args.force).map_err(advised)?;
     let machine = Machine::find();
     let place = machine.one(args.backend)?;
     let start = Instant::now();
     let (name, output) =
         with_backend!(&place, backend => (backend.name(), run.on(backend).map_err(advised)?));
     output.save(&args.output, args.force).map_err(advised)?;
-    println!(
+    say!(
         "{name}: layer {} {projection}, {} tokens, {}, ranks {:?}; {} written in {:.2?}",
         args.layer,
         output.tokens,
@@ -96,9 +96,11 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
         output.ranks,
         args.output.display(),
         start.elapsed()
-    );
+    )?;
     Ok(())
 }
+
+const LARGER_RANGE: &str = "--dtype bf16 has the range of F32";
 
 /// The error, and which argument would help.
 fn advised(error: RunError) -> anyhow::Error {
@@ -107,6 +109,10 @@ fn advised(error: RunError) -> anyhow::Error {
         RunError::File(FileError::DType { tensor, got: Dtype::F32, .. }) if tensor == "x" => {
             "--dtype says which, and x is rounded to it"
         }
+        RunError::NotFinite { value, dtype, .. } if value.is_finite() && *dtype == DType::F16.to_string() => {
+            LARGER_RANGE
+        }
+        RunError::Overflow { dtype: DType::F16, .. } => LARGER_RANGE,
         _ => return error.into(),
     };
     anyhow::anyhow!("{error}: {advice}")

@@ -1,6 +1,7 @@
 use crate::DTypeArg;
 use crate::measure::{Workload, time};
 use crate::models::{MODELS, Model, Op};
+use crate::print::say;
 use anyhow::Context;
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -26,20 +27,21 @@ Examples:
 pub struct Args {
     /// Where to write, and to read what was measured before
     file: PathBuf,
-    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b, olmoe-1b-7b or mixtral-8x7b; of another give the four sizes
+    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b, olmoe-1b-7b or mixtral-8x7b. Of another give
+    /// the next four
     #[arg(long, value_parser = model, conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
     model: Option<Model>,
     /// Width of a token
-    #[arg(long, required_unless_present = "model")]
+    #[arg(long)]
     hidden: Option<usize>,
     /// Width of an expert
-    #[arg(long, required_unless_present = "model")]
+    #[arg(long)]
     intermediate: Option<usize>,
     /// Experts of the layer
-    #[arg(long, required_unless_present = "model")]
+    #[arg(long)]
     experts: Option<usize>,
     /// Experts that a token chooses
-    #[arg(long, required_unless_present = "model")]
+    #[arg(long)]
     top_k: Option<usize>,
     /// Projections
     #[arg(long, value_delimiter = ',', default_value = "w13,w2")]
@@ -79,7 +81,10 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
         let (hidden, intermediate) = (hidden?, intermediate?);
         Some(Model { name: "", hidden, intermediate, experts: experts?, top_k: top_k? })
     };
-    let model = args.model.or_else(own).context("neither a model nor all of its sizes")?;
+    let model = args.model.or_else(own).ok_or_else(|| {
+        let which = "which layer? give --model, or all of --hidden, --intermediate, --experts and --top-k\n";
+        clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, which)
+    })?;
     // Without a tuning of before: it would change what is measured as planned.
     let gpu = Device::untuned(args.device)?;
     let device = &gpu.info().name;
@@ -90,8 +95,8 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     let (file, of) = (args.file.display(), tuning.device());
     anyhow::ensure!(of == device, "{file} is of {of}, and this is {device}: name another file");
 
-    println!("{}", gpu.info());
-    println!("| op | T | as planned µs | fastest µs | way |\n|---|---|---|---|---|");
+    say!("{}", gpu.info())?;
+    say!("| op | T | as planned µs | fastest µs | way |\n|---|---|---|---|---|")?;
     for &op in &args.op {
         let projection = model.projection(op, args.rank, args.adapters, args.dtype.into())?;
         for &tokens in &args.tokens {
@@ -103,12 +108,12 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
                 name => name,
             };
             let (planned, time) = (tuned.planned_microseconds, tuned.microseconds);
-            println!("| {op} | {tokens} | {planned:.1} | {time:.1} | {way} |");
             tuning.insert(tuned);
             tuning.save(&args.file)?;
+            say!("| {op} | {tokens} | {planned:.1} | {time:.1} | {way} |")?;
         }
     }
-    println!("\n{TUNING_VAR}={file} makes every process that loads this library take them.");
+    say!("\n{TUNING_VAR}={file} makes every process that loads this library take them.")?;
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-use crate::backends::{Choice, Machine};
+use crate::backends::{Choice, Machine, Ways};
+use crate::print::{PrintError, say};
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::DType;
@@ -68,7 +69,8 @@ pub fn verify(args: &Args) -> anyhow::Result<()> {
                     tally.failed += 1;
                     failed += 1;
                     if failed <= SHOWN {
-                        progress.suspend(|| println!("FAILED {failure}\n"));
+                        // Whether somebody reads it or not.
+                        progress.suspend(|| say!("FAILED {failure}\n")).map_err(|_| wrong())?;
                     }
                 }
             }
@@ -78,23 +80,41 @@ pub fn verify(args: &Args) -> anyhow::Result<()> {
     }
     progress.finish_and_clear();
 
-    println!(
-        "{:<24} {:>6} {:>7} {:>7} {:>12} {:>12}",
-        "back end", "cases", "passed", "failed", "bf16 error", "f16 error"
-    );
-    for (backend, Tally { passed, failed, bf16, f16 }) in rows {
-        let shown = |error: Option<f64>| error.map_or("-".into(), |error| format!("{error:.1e}"));
-        let cases = passed + failed;
-        println!("{backend:<24} {cases:>6} {passed:>7} {failed:>7} {:>12} {:>12}", shown(bf16), shown(f16));
-    }
-    if let (Some(reason), Choice::Auto) = (machine.missing(), args.backend) {
-        println!("{:<24} not checked: {reason}", "cuda");
-    }
-    println!("\n{} passed, {failed} failed", cases.len() * backends.len() - failed);
+    let unchecked = machine.missing().filter(|_| args.backend == Choice::Auto);
+    let printed = print(&rows, unchecked);
     match failed {
-        0 => Ok(()),
-        _ => anyhow::bail!("a back end is wrong; the commands above run what failed again"),
+        0 => Ok(printed?),
+        _ => Err(wrong()),
     }
+}
+
+fn wrong() -> anyhow::Error {
+    anyhow::anyhow!("a back end is wrong; the commands above run what failed again")
+}
+
+/// Prints what became of all cases, and why there is no GPU among the back ends, where that is not what was
+/// asked for.
+fn print(rows: &[(&Ways<'_>, Tally)], unchecked: Option<String>) -> Result<(), PrintError> {
+    say!(
+        "{:<24} {:>6} {:>7} {:>7} {:>12} {:>12}",
+        "back end",
+        "cases",
+        "passed",
+        "failed",
+        "bf16 error",
+        "f16 error"
+    )?;
+    let (mut all_passed, mut all_failed) = (0, 0);
+    for (backend, Tally { passed, failed, bf16, f16 }) in rows {
+        let shown = |error: &Option<f64>| error.map_or("-".into(), |error| format!("{error:.1e}"));
+        let cases = passed + failed;
+        say!("{backend:<24} {cases:>6} {passed:>7} {failed:>7} {:>12} {:>12}", shown(bf16), shown(f16))?;
+        (all_passed, all_failed) = (all_passed + passed, all_failed + failed);
+    }
+    if let Some(reason) = unchecked {
+        say!("{:<24} not checked: {reason}", "cuda")?;
+    }
+    say!("\n{all_passed} passed, {all_failed} failed")
 }
 
 /// What became of the cases of one back end: how many, and the worst error that was tolerated.

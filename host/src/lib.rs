@@ -30,6 +30,8 @@ pub mod route;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
+#[doc(hidden)]
+pub mod whole_file;
 
 pub use backend::{Backend, Buffer};
 pub use blocks::{Align, BlockShape, SortedTensors};

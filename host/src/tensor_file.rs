@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use safetensors::tensor::{Dtype, TensorInfo};
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -26,6 +26,14 @@ pub enum FileError {
         action: &'static str,
         /// The system's reason.
         reason: std::io::Error,
+    },
+    /// It is no regular file: tensors are read from anywhere in it, and a pipe has no anywhere.
+    #[error("{} is {kind}, expected a regular file", path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is, in words.
+        kind: &'static str,
     },
     /// The header is not that of a safetensors file.
     #[error("{} is not a safetensors file: {reason}", path.display())]
@@ -98,6 +106,24 @@ fn list(names: &[String]) -> String {
     }
 }
 
+/// What something other than a regular file is.
+fn kind(of: FileType) -> &'static str {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if of.is_fifo() {
+            return "a pipe";
+        }
+        if of.is_char_device() || of.is_block_device() {
+            return "a device";
+        }
+        if of.is_socket() {
+            return "a socket";
+        }
+    }
+    if of.is_dir() { "a folder" } else { "something else" }
+}
+
 /// Bytes of the header's length, which is what a file starts with.
 const LENGTH_BYTES: u64 = 8;
 /// The format's own limit on a header.
@@ -126,15 +152,31 @@ impl TensorFile {
     /// Opens a file and checks its header.
     ///
     /// # Errors
+    /// [`FileError::NotAFile`], and those of [`TensorFile::read`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, FileError> {
+        let path = path.into();
+        let io = |reason| FileError::Io { path: path.clone(), action: "read", reason };
+        // Asked first: to open a pipe is to wait for somebody who writes to it.
+        let of = std::fs::metadata(&path).map_err(io)?.file_type();
+        if !of.is_file() {
+            return Err(FileError::NotAFile { path, kind: kind(of) });
+        }
+        let file = File::open(&path).map_err(io)?;
+        Self::read(file, path)
+    }
+
+    /// Checks the header of a file that is open; `path` is its name in messages.
+    ///
+    /// # Errors
     /// [`FileError::Io`], [`FileError::Header`], and [`FileError::Extent`] for a tensor that does not
     /// lie within the file.
-    pub fn open(path: impl Into<PathBuf>) -> Result<Self, FileError> {
+    pub fn read(mut file: File, path: impl Into<PathBuf>) -> Result<Self, FileError> {
         let path = path.into();
         let io = |reason| FileError::Io { path: path.clone(), action: "read", reason };
         let header = |reason: String| FileError::Header { path: path.clone(), reason };
 
-        let mut file = File::open(&path).map_err(io)?;
         let length = file.metadata().map_err(io)?.len();
+        file.rewind().map_err(io)?;
         let mut size = [0; LENGTH_BYTES as usize];
         if length < LENGTH_BYTES {
             return Err(header(format!("{length} bytes, expected at least {LENGTH_BYTES}")));

@@ -4,6 +4,7 @@
 use crate::error::{Error, Result};
 use crate::plan::{DecodeRows, Form, Options, PrefillTile, RouteSource, Stage, TileKind};
 use crate::projection::{Projection, ProjectionSizes};
+use crate::whole_file;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -125,14 +126,14 @@ impl Tuning {
         serde_json::from_str(&json).map_err(|error| failed(error.to_string()))
     }
 
-    /// Writes a file.
+    /// Writes a file, or replaces it. Where that fails, it stays as it was.
     ///
     /// # Errors
     /// [`Error::Tuning`] where it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let failed = |reason| Error::Tuning { path: path.display().to_string(), reason };
         let json = serde_json::to_string_pretty(self).map_err(|error| failed(error.to_string()))?;
-        fs::write(path, json + "\n").map_err(|error| failed(error.to_string()))
+        whole_file::write(path, (json + "\n").as_bytes(), true).map_err(|error| failed(error.to_string()))
     }
 
     /// The way that was fastest for the call nearest to this one: the same projection, and a number of tokens that is at

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use moe_lora_codegen::workspace_root;
 
+use crate::glibc::Glibc;
 use crate::python::{self, Environment};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{empty_dir, read, run as run_command, target_dir};
@@ -81,7 +82,8 @@ fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
     }
     fetch()?;
     setup::compiler(&args.codegen)?;
-    let wheel = Environment::new()?.wheel(&args.codegen)?;
+    // For this machine alone.
+    let wheel = Environment::new()?.wheel(&Glibc::Native, &args.codegen)?;
     let site = target_dir()?.join("bench/site");
     empty_dir(&site)?;
     // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.

@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use moe_lora_codegen::{Arch, workspace_root};
 use serde_json::Value;
 
+use crate::glibc::Glibc;
+use crate::python::{self, Environment};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
-use crate::{bench, ptx, python};
+use crate::{bench, ptx};
 
 /// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the
 /// kernels, 4 MB as packed PTX and cubins by code generator llvm and 5 MB by nvvm.
@@ -33,6 +35,10 @@ pub struct Args {
     /// They are vLLM's, not this project's: do not pass them on
     #[arg(long)]
     peers: bool,
+    /// Link with this machine's glibc: the bundle then needs one no older, in place of glibc 2.28. To link
+    /// for that takes Python, and 100 MB to fetch the first time
+    #[arg(long)]
+    native_glibc: bool,
     #[command(flatten)]
     codegen: CodegenArgs,
 }
@@ -49,29 +55,33 @@ pub fn run(args: &Args) -> Result<()> {
     empty_dir(&out)?;
     // First, so that what an interrupted run leaves behind is known for a bundle.
     write_script(&out.join("run-tests.sh"), RUN_TESTS)?;
-    std::fs::write(out.join("README.txt"), README)?;
+    let glibc = match args.native_glibc {
+        true => Glibc::Native,
+        false => Environment::new().and_then(|environment| Glibc::oldest(&environment)).context(
+            "nothing to link with that is older than this machine's glibc (--native-glibc takes that)",
+        )?,
+    };
+    std::fs::write(out.join("README.txt"), README.replace("{glibc}", &glibc.to_string()))?;
 
     // With the assembler at hand, the programs built below carry cubins as well.
     let compiler = setup::compiler(&args.codegen)?;
     if let Err(reason) = ptx::build(&compiler, &Arch::EMBEDDED, &out.join("ptx"), true)? {
         eprintln!("no cubins, the driver will compile the PTX: {reason}");
     }
-    for (folder, build) in [
-        (".", &["build", "-p", "moe-lora-cli", "--bins"][..]),
-        ("examples", &["build", "-p", "moe-lora", "--examples"]),
-        ("tests", &["test", "-p", "moe-lora-tests", "-p", "moe-lora-capi", "--no-run"]),
+    for (folder, package, kind) in [
+        (".", "moe-lora-cli", Kind::Bin),
+        ("examples", "moe-lora", Kind::Example),
+        ("tests", "moe-lora-tests", Kind::Test),
+        ("tests", "moe-lora-capi", Kind::Test),
     ] {
-        let dir = out.join(folder);
-        std::fs::create_dir_all(&dir)?;
-        for (name, program) in executables(build, &args.codegen)? {
-            let copy = dir.join(name);
-            std::fs::copy(&program, &copy).with_context(|| format!("cannot copy {}", program.display()))?;
-            strip(&copy)?;
+        for target in targets(package, kind)? {
+            let built = build(package, &target, &args.codegen, &glibc)?;
+            ship(&built, &out.join(folder), &target.name, &glibc)?;
         }
     }
     copy_tree(&workspace_root().join("tests/fixtures"), &out.join("fixtures"))?;
-    copy_capi(&out.join("capi"), &args.codegen)?;
-    python::copy(&out.join("python"), &args.codegen)?;
+    copy_capi(&out.join("capi"), &args.codegen, &glibc)?;
+    python::copy(&out.join("python"), &glibc, &args.codegen)?;
     write_script(&out.join("bench.sh"), BENCH)?;
     copy_tree(&workspace_root().join("bench"), &out.join("bench"))?;
 
@@ -84,40 +94,88 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds with Cargo, and returns the name and the path of every program that came out.
-fn executables(build: &[&str], codegen: &CodegenArgs) -> Result<Vec<(String, PathBuf)>> {
+/// What a package has of programs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Bin,
+    Example,
+    Test,
+}
+
+/// A program that Cargo can build.
+struct Target {
+    name: String,
+    /// What tells Cargo which.
+    arguments: Vec<String>,
+}
+
+/// The programs of a package.
+fn targets(package: &str, kind: Kind) -> Result<Vec<Target>> {
+    let metadata = read(cargo().args(["metadata", "--format-version=1", "--no-deps", "--locked"]))?;
+    let metadata: Value = serde_json::from_str(&metadata)?;
+    let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
+    let described = packages.iter().find(|described| described["name"] == package);
+    let described = described.with_context(|| format!("there is no package {package}"))?;
+    let mut targets = Vec::new();
+    for target in described["targets"].as_array().context("a package has targets")? {
+        let name = target["name"].as_str().context("a target has a name")?.to_owned();
+        let release = |option: &str| vec![option.to_owned(), name.clone(), "--release".to_owned()];
+        let arguments = match (kind, target["kind"][0].as_str().unwrap_or_default()) {
+            (Kind::Bin, "bin") => release("--bin"),
+            (Kind::Example, "example") => release("--example"),
+            (Kind::Test, "test") => release("--test"),
+            // The tests within a library, optimised: what `cargo rustc` knows as the profile `bench`.
+            (Kind::Test, "lib" | "cdylib") if target["test"] == true => {
+                ["--lib", "--profile", "bench"].map(str::to_owned).into()
+            }
+            _ => continue,
+        };
+        targets.push(Target { name, arguments });
+    }
+    Ok(targets)
+}
+
+/// Builds a program with Cargo, and returns where it is.
+fn build(package: &str, target: &Target, codegen: &CodegenArgs, glibc: &Glibc) -> Result<PathBuf> {
     let mut cargo = cargo();
     cargo
-        .args(build)
-        .args(["--release", "--message-format=json-render-diagnostics"])
+        .args(["rustc", "--package", package])
+        .args(&target.arguments)
+        .args(["--message-format=json-render-diagnostics", "--"])
+        .args(glibc.rustc_args())
         .stderr(Stdio::inherit());
     codegen.pass_to(&mut cargo);
-    let messages = step(&format!("cargo {} --release", build.join(" ")), || read(&mut cargo))?;
-    let mut found = Vec::new();
+    let what = format!("building {package} {}", target.arguments.join(" "));
+    let messages = step(&what, || read(&mut cargo))?;
     for line in messages.lines() {
         let message: Value = serde_json::from_str(line)?;
-        if let (Some(program), Some(name)) =
-            (message["executable"].as_str(), message["target"]["name"].as_str())
-        {
-            found.push((name.to_owned(), PathBuf::from(program)));
+        if let Some(program) = message["executable"].as_str() {
+            return Ok(program.into());
         }
     }
-    Ok(found)
+    bail!("{what}: no program came out")
+}
+
+/// Puts a program or a shared library into a folder of the bundle.
+fn ship(built: &Path, folder: &Path, name: &str, glibc: &Glibc) -> Result<()> {
+    std::fs::create_dir_all(folder)?;
+    let copy = folder.join(name);
+    std::fs::copy(built, &copy).with_context(|| format!("cannot copy {}", built.display()))?;
+    strip(&copy)?;
+    glibc.check(&copy)
 }
 
 /// The C interface, in the layout that its tests expect: the library, the header, the example.
-fn copy_capi(to: &Path, codegen: &CodegenArgs) -> Result<()> {
+fn copy_capi(to: &Path, codegen: &CodegenArgs, glibc: &Glibc) -> Result<()> {
     let capi = workspace_root().join("capi");
     for folder in ["include", "examples"] {
         copy_tree(&capi.join(folder), &to.join(folder))?;
     }
     let mut build = cargo();
-    build.args(["build", "-p", "moe-lora-capi", "--lib", "--release"]);
+    build.args(["rustc", "-p", "moe-lora-capi", "--lib", "--release", "--"]).args(glibc.rustc_args());
     run_command(codegen.pass_to(&mut build))?;
-    let (library, copy) = (target_dir()?.join("release/libmoe_lora.so"), to.join("lib/libmoe_lora.so"));
-    std::fs::create_dir_all(to.join("lib"))?;
-    std::fs::copy(&library, &copy).with_context(|| format!("cannot copy {}", library.display()))?;
-    strip(&copy)
+    let name = "libmoe_lora.so";
+    ship(&target_dir()?.join("release").join(name), &to.join("lib"), name, glibc)
 }
 
 /// Drops the symbols of a program, where the tool for it is installed.

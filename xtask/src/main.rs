@@ -5,6 +5,7 @@ mod bundle;
 mod check;
 mod debian;
 mod fuzz;
+mod glibc;
 mod header;
 mod miri;
 mod ptx;

@@ -4,10 +4,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use moe_lora_codegen::workspace_root;
+use serde_json::Value;
 
 use crate::bench;
+use crate::glibc::{self, Glibc, Version};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
 use crate::test::SKIP_LOG_VAR;
@@ -19,12 +21,13 @@ const PYTHON_VAR: &str = "MOE_LORA_PYTHON";
 const OLDEST: u32 = 10;
 
 /// What the Python code is built, checked and tested with, and the benchmark's chart drawn, the same everywhere.
-const TOOLS: [&str; 4] = ["maturin==1.16.0", "matplotlib==3.10.8", "mypy==2.4.1", "pytest==9.2.0"];
+const TOOLS: [&str; 5] =
+    ["auditwheel==6.8.2", "maturin==1.16.0", "matplotlib==3.10.8", "mypy==2.4.1", "pytest==9.2.0"];
 
 /// Build the Python package, one wheel for Python 3.10 and later, into target/wheels.
 ///
 /// Uses the Python that MOE_LORA_PYTHON names or a python3 of the PATH, and puts maturin into a virtual
-/// environment in target/.
+/// environment in target/. On Linux the wheel is for glibc 2.28 and later, whatever this machine has.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -38,7 +41,8 @@ pub fn run(args: &Args) -> Result<()> {
     if let Err(reason) = setup::ptxas(true) {
         eprintln!("no cubins, the driver will compile the PTX: {reason:#}");
     }
-    let wheel = Environment::new()?.wheel(&args.codegen)?;
+    let environment = Environment::new()?;
+    let wheel = environment.wheel(&Glibc::oldest(&environment)?, &args.codegen)?;
     println!("{}", wheel.display());
     Ok(())
 }
@@ -105,24 +109,64 @@ impl Environment {
         self.dir.join(folder).join(name)
     }
 
-    /// Builds the wheel, and returns where it is.
-    pub fn wheel(&self, codegen: &CodegenArgs) -> Result<PathBuf> {
+    /// Builds the wheel, checks what it asks of the machines that it is for, and returns where it is.
+    pub fn wheel(&self, glibc: &Glibc, codegen: &CodegenArgs) -> Result<PathBuf> {
         let out = target_dir()?.join("wheels");
         empty_dir(&out)?;
         let mut maturin = Command::new(self.program("maturin"));
+        maturin
+            .args(["build", "--release", "--locked", "--manifest-path", "python/Cargo.toml", "--out"])
+            .arg(&out);
+        if let Glibc::Stubs(_) = glibc {
+            let Version(major, minor) = glibc::OLDEST;
+            maturin.args(["--compatibility", &format!("manylinux_{major}_{minor}")]);
+        }
         run_command(
             codegen
                 .pass_to(&mut maturin)
-                .args(["build", "--release", "--locked", "--manifest-path", "python/Cargo.toml", "--out"])
-                .arg(&out)
+                .arg("--")
+                .args(glibc.rustc_args())
                 // Here, where .cargo/config.toml is found.
                 .current_dir(workspace_root()),
         )?;
         let mut wheels = out.read_dir()?.collect::<std::io::Result<Vec<_>>>()?;
-        match wheels.pop() {
-            Some(wheel) if wheels.is_empty() => Ok(wheel.path()),
+        let wheel = match wheels.pop() {
+            Some(wheel) if wheels.is_empty() => wheel.path(),
             _ => bail!("expected one wheel in {}", out.display()),
+        };
+        if let Glibc::Stubs(_) = glibc {
+            self.audit(&wheel, glibc)?;
         }
+        Ok(wheel)
+    }
+
+    /// Fails if a wheel is for a later glibc than it should be: by what `auditwheel show` says, and by the
+    /// symbols of the libraries in it, which are named.
+    fn audit(&self, wheel: &Path, glibc: &Glibc) -> Result<()> {
+        let scratch = target_dir()?.join("wheel-contents");
+        empty_dir(&scratch)?;
+        read(self.python().args(["-m", "zipfile", "-e"]).arg(wheel).arg(&scratch))?;
+        let mut libraries = 0;
+        for file in scratch.join("moe_lora").read_dir()? {
+            let file = file?.path();
+            if file.extension().is_some_and(|extension| extension == "so") {
+                glibc.check(&file)?;
+                libraries += 1;
+            }
+        }
+        remove_dir(&scratch)?;
+        ensure!(libraries > 0, "{} has no extension module", wheel.display());
+        let shown = read(Command::new(self.program("auditwheel")).args(["show", "--json"]).arg(wheel))?;
+        let shown: Value = serde_json::from_str(&shown).context("auditwheel show --json")?;
+        let tag = shown["overall_tag"].as_str().unwrap_or_default();
+        println!("auditwheel: {tag}");
+        ensure!(
+            Version::of_tag(tag).is_some_and(|version| version <= glibc::OLDEST),
+            "auditwheel says that {} is for {tag:?}, expected manylinux_2_{} or older",
+            wheel.display(),
+            glibc::OLDEST.1
+        );
+        Ok(())
     }
 
     /// Runs the tests of the package as it comes out of `wheel`; those that are skipped are listed in `skip_log`.
@@ -170,9 +214,10 @@ impl Environment {
 /// Builds and tests the package, where there are a Python and the tools. Where there are none, its tests are
 /// listed as skipped.
 pub fn test(skip_log: &Path, codegen: &CodegenArgs) -> Result<()> {
-    match Environment::new() {
-        Ok(environment) => {
-            environment.test(&environment.wheel(codegen)?, skip_log)?;
+    let ready = Environment::new().and_then(|environment| Ok((Glibc::oldest(&environment)?, environment)));
+    match ready {
+        Ok((glibc, environment)) => {
+            environment.test(&environment.wheel(&glibc, codegen)?, skip_log)?;
             environment.test_bench()
         }
         Err(reason) => {
@@ -184,7 +229,7 @@ pub fn test(skip_log: &Path, codegen: &CodegenArgs) -> Result<()> {
 }
 
 /// Puts the wheel and its tests into a folder, where there is what builds it.
-pub fn copy(to: &Path, codegen: &CodegenArgs) -> Result<()> {
+pub fn copy(to: &Path, glibc: &Glibc, codegen: &CodegenArgs) -> Result<()> {
     let environment = match Environment::new() {
         Ok(environment) => environment,
         Err(reason) => {
@@ -192,7 +237,7 @@ pub fn copy(to: &Path, codegen: &CodegenArgs) -> Result<()> {
             return Ok(());
         }
     };
-    let wheel = environment.wheel(codegen)?;
+    let wheel = environment.wheel(glibc, codegen)?;
     copy_tree(&workspace_root().join("python/tests"), &to.join("tests"))?;
     let name = wheel.file_name().context("a wheel has a name")?;
     std::fs::copy(&wheel, to.join(name)).with_context(|| format!("cannot copy {}", wheel.display()))?;

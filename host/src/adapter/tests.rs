@@ -76,6 +76,7 @@ fn variant(error: &AdapterError) -> &'static str {
     match error {
         AdapterError::File(file) => match file {
             FileError::Io { .. } => "Io",
+            FileError::NotAFile { .. } => "NotAFile",
             FileError::Header { .. } => "Header",
             FileError::Extent { .. } => "Extent",
             FileError::Missing { .. } => "Missing",
