@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use moe_lora_codegen::{Arch, workspace_root};
+use moe_lora_codegen::Arch;
 use serde_json::Value;
 
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
+use crate::shell::{
+    cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir, workspace_root,
+};
 use crate::{bench, ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the

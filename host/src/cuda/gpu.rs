@@ -11,65 +11,9 @@ use cust::stream::{Stream, StreamFlags};
 use cust::sys::{self, CUcontext, CUfunction, CUfunction_attribute, CUpointer_attribute, CUstream};
 use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
 use moe_lora_kernels::{ENTRIES, Entry, Kernel, decode};
+use moe_lora_prebuilt::{KERNELS, Kernels};
 use std::path::Path;
 use std::{env, fmt, ptr};
-
-/// A file that was built into the program, as an LZ4 block with its length before it: kernels are so much alike that
-/// they take a third.
-#[derive(Clone, Copy)]
-pub struct Packed(&'static [u8]);
-
-impl Packed {
-    /// A file, of its length as four bytes, the lowest first, and an LZ4 block.
-    pub const fn of(packed: &'static [u8]) -> Self {
-        Packed(packed)
-    }
-
-    /// Bytes of the file.
-    pub fn unpacked_len(self) -> usize {
-        self.0.first_chunk().map_or(0, |len| u32::from_le_bytes(*len) as usize)
-    }
-
-    /// The file.
-    ///
-    /// # Panics
-    /// If it is none, which [`EMBEDDED`] never is.
-    pub fn unpack(self) -> Vec<u8> {
-        lz4_flex::decompress_size_prepended(self.0).expect("a length and an LZ4 block")
-    }
-}
-
-impl fmt::Debug for Packed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Packed({} bytes)", self.0.len())
-    }
-}
-
-/// The kernels for one generation of devices.
-#[derive(Clone, Copy, Debug)]
-pub struct Embedded {
-    /// Least compute capability, times ten: 80, 90.
-    pub sm: u32,
-    /// The target as PTX names it. One that ends in `a` runs on that very capability alone.
-    pub arch: &'static str,
-    /// The PTX module.
-    pub ptx: Packed,
-    /// The same module as machine code, where the build found an assembler.
-    pub cubin: Option<Cubin>,
-    /// Which code generator and compiler made the PTX.
-    pub made_by: &'static str,
-}
-
-/// Kernels that were assembled when the program was built: they load at once, while PTX is first compiled by
-/// the driver.
-#[derive(Clone, Copy, Debug)]
-pub struct Cubin {
-    /// The ELF image.
-    pub image: Packed,
-    /// Version of the ptxas that made it, for example `13.0.88`. A driver older than that CUDA release may
-    /// refuse it.
-    pub ptxas: &'static str,
-}
 
 /// What the kernels that a [`Gpu`] runs were loaded from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,34 +27,18 @@ pub enum LoadedFrom {
     },
 }
 
-/// The kernels that were built into this program.
-pub static EMBEDDED: &[Embedded] = include!(concat!(env!("OUT_DIR"), "/embedded.rs"));
-
-impl Embedded {
-    /// True when a device of this compute capability can run the module.
-    fn runs_on(&self, capability: u32) -> bool {
-        if self.arch.ends_with('a') { capability == self.sm } else { capability >= self.sm }
-    }
-
-    /// The cubin, if a device of this compute capability can run it: machine code is good for later minor
-    /// versions, PTX for later major ones too (CUDA programming guide, "Binary Compatibility").
-    fn cubin_for(&self, capability: u32) -> Option<Cubin> {
-        self.cubin.filter(|_| self.runs_on(capability) && capability / 10 == self.sm / 10)
-    }
-
-    /// Loads the module into the current context: from its cubin where that will do, otherwise from PTX.
-    fn load(&self, capability: u32) -> Result<(Module, LoadedFrom)> {
-        let mut cubin_refused = None;
-        if let Some(cubin) = self.cubin_for(capability) {
-            match Module::from_cubin(cubin.image.unpack(), &[]) {
-                Ok(module) => return Ok((module, LoadedFrom::Cubin)),
-                Err(error) => cubin_refused = Some(format!("{error:?}")),
-            }
+/// Loads a module into the current context: from its cubin where that will do, otherwise from PTX.
+fn load(kernels: &Kernels, capability: u32) -> Result<(Module, LoadedFrom)> {
+    let mut cubin_refused = None;
+    if let Some(cubin) = kernels.cubin_for(capability) {
+        match Module::from_cubin(cubin.image.unpack(), &[]) {
+            Ok(module) => return Ok((module, LoadedFrom::Cubin)),
+            Err(error) => cubin_refused = Some(format!("{error:?}")),
         }
-        let ptx = String::from_utf8(self.ptx.unpack()).expect("PTX is ASCII");
-        let module = Module::from_ptx(ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
-        Ok((module, LoadedFrom::Ptx { cubin_refused }))
     }
+    let ptx = String::from_utf8(kernels.ptx.unpack()).expect("PTX is ASCII");
+    let module = Module::from_ptx(ptx, &[]).map_err(failed("cuModuleLoadDataEx"))?;
+    Ok((module, LoadedFrom::Ptx { cubin_refused }))
 }
 
 /// What the driver says of a device.
@@ -199,7 +127,7 @@ pub struct Gpu {
     functions: Vec<Option<CUfunction>>,
     _module: Module,
     context: Context,
-    embedded: &'static Embedded,
+    embedded: &'static Kernels,
     loaded_from: LoadedFrom,
     info: DeviceInfo,
     decode_clusters: [u32; 4],
@@ -221,7 +149,7 @@ impl Gpu {
     /// fits, [`Error::Driver`] when the driver refuses something; for the tuning [`Error::Tuning`], or as for
     /// [`Gpu::tuned`].
     pub fn new(ordinal: u32) -> Result<Self> {
-        let gpu = Self::with_kernels(ordinal, EMBEDDED)?;
+        let gpu = Self::with_kernels(ordinal, KERNELS)?;
         match env::var_os(TUNING_VAR).filter(|path| !path.is_empty()) {
             Some(path) => gpu.tuned(Tuning::load(Path::new(&path))?),
             None => Ok(gpu),
@@ -240,12 +168,12 @@ impl Gpu {
         Ok(Gpu { tuning: Some(tuning), ..self })
     }
 
-    /// Opens device `ordinal` and loads the newest of `kernels` that it can run: part of [`EMBEDDED`], to run
+    /// Opens device `ordinal` and loads the newest of `kernels` that it can run: part of [`KERNELS`], to run
     /// an older generation's kernels on a newer device.
     ///
     /// # Errors
     /// As for [`Gpu::new`].
-    pub fn with_kernels(ordinal: u32, kernels: &'static [Embedded]) -> Result<Self> {
+    pub fn with_kernels(ordinal: u32, kernels: &'static [Kernels]) -> Result<Self> {
         start_driver()?;
         let device = Device::get_device(ordinal).map_err(no_device)?;
         let info = DeviceInfo::new(device)?;
@@ -254,17 +182,13 @@ impl Gpu {
             return Err(Error::Driver { call: "cuLaunchKernelEx", reason });
         }
         let capability = info.capability.0 * 10 + info.capability.1;
-        let embedded = kernels
-            .iter()
-            .filter(|embedded| embedded.runs_on(capability))
-            .max_by_key(|embedded| embedded.sm)
-            .ok_or_else(|| Error::UnsupportedDevice {
-                device: info.name.clone(),
-                capability: format!("{}.{}", info.capability.0, info.capability.1),
-                needed: "8.0",
-            })?;
+        let embedded = Kernels::newest(kernels, capability).ok_or_else(|| Error::UnsupportedDevice {
+            device: info.name.clone(),
+            capability: format!("{}.{}", info.capability.0, info.capability.1),
+            needed: "8.0",
+        })?;
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
-        let (module, loaded_from) = embedded.load(capability)?;
+        let (module, loaded_from) = load(embedded, capability)?;
         let functions = ENTRIES
             .iter()
             .map(|entry| {
@@ -312,7 +236,7 @@ impl Gpu {
     }
 
     /// The module that was loaded.
-    pub fn embedded(&self) -> &'static Embedded {
+    pub fn embedded(&self) -> &'static Kernels {
         self.embedded
     }
 
@@ -441,42 +365,5 @@ impl Drop for CallersContext {
         // SAFETY: null stands for none; a context that was destroyed meanwhile is refused. A failure here has
         // nobody to go to.
         let _ = unsafe { sys::cuCtxSetCurrent(self.0) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cubin_is_for_devices_of_its_major_version() {
-        let cubin = Some(Cubin { image: Packed(&[]), ptxas: "13.0.88" });
-        let kernels = |arch, sm| Embedded { sm, arch, ptx: Packed(&[]), cubin, made_by: "" };
-        let (ampere, hopper) = (kernels("sm_80", 80), kernels("sm_90a", 90));
-        let runs = |kernels: &Embedded, capability| {
-            (kernels.runs_on(capability), kernels.cubin_for(capability).is_some())
-        };
-        for (capability, expected) in [(75, (false, false)), (80, (true, true)), (89, (true, true))] {
-            assert_eq!(runs(&ampere, capability), expected, "{capability}");
-            assert_eq!(runs(&hopper, capability), (false, false), "{capability}");
-        }
-        for (capability, expected) in [(90, (true, true)), (100, (false, false)), (120, (false, false))] {
-            assert_eq!(runs(&ampere, capability), (true, false), "{capability}");
-            assert_eq!(runs(&hopper, capability), expected, "{capability}");
-        }
-        assert!(Embedded { cubin: None, ..ampere }.cubin_for(80).is_none());
-    }
-
-    #[test]
-    fn both_generations_are_built_in() {
-        assert_eq!(EMBEDDED.iter().map(|kernels| kernels.sm).collect::<Vec<_>>(), [80, 90]);
-        for kernels in EMBEDDED {
-            let ptx = String::from_utf8(kernels.ptx.unpack()).unwrap();
-            assert!(ptx.contains(&format!("\n.target {}\n", kernels.arch)));
-            assert_eq!(ptx.len(), kernels.ptx.unpacked_len());
-            if let Some(cubin) = kernels.cubin {
-                assert!(cubin.image.unpack().starts_with(b"\x7fELF"), "{}", kernels.arch);
-            }
-        }
     }
 }

@@ -20,8 +20,9 @@ mod queue;
 mod workspace;
 
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
-pub use gpu::{CallersContext, Cubin, DeviceInfo, EMBEDDED, Embedded, Gpu, LoadedFrom, Packed, device_of};
+pub use gpu::{CallersContext, DeviceInfo, Gpu, LoadedFrom, device_of};
 pub use graph::{AllowAllocation, Graph};
+pub use moe_lora_prebuilt::{Cubin, KERNELS as EMBEDDED, Kernels as Embedded, Packed};
 pub use queue::{DeviceBuffer, KeptRoute, Queue};
 pub use workspace::Workspace;
 
