@@ -219,12 +219,14 @@ impl Gpu {
             let decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
             let entry = ENTRIES.iter().find(decode).expect("the table has decode");
             let function = gpu.functions[number(entry)].expect("sm_90 has it");
-            // With all the shared memory that a block can have: `decode` takes nearly all.
-            let shared_bytes = gpu.limits().shared_bytes_of(decode::BLOCKS);
+            // With all the shared memory that a block can have: `decode` takes nearly all. From sm_120 on a
+            // multiprocessor has registers for one, and is counted as if it ran more, as plans expect.
+            let each = entry.min_blocks_on(embedded.sm);
+            let shared_bytes = gpu.limits().shared_bytes_of(each);
             for (i, most) in gpu.decode_clusters.iter_mut().enumerate() {
                 let (blocks, cluster) = (1 << i, 1 << i);
                 let launch = Launch { entry, blocks, cluster, cooperative: false, shared_bytes };
-                *most = launch::most_clusters(function, &launch)?;
+                *most = launch::most_clusters(function, &launch)? * decode::BLOCKS / each;
             }
         }
         Ok(gpu)
