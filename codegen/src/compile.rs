@@ -225,7 +225,8 @@ impl Compiler {
         let file = self.cache.join(format!("{name}-{arch}.{emit}"));
         let sources = source.parent().unwrap_or(source);
         // Less the environment: what Cargo puts on the loader's path is another in each profile.
-        let (program, args) = (rustc.get_program(), rustc.get_args());
+        let (program, args) = (rustc.get_program(), rustc.get_args().filter(|&arg| arg != source));
+        let args: Vec<_> = args.collect();
         let command = format!("{program:?} {args:?}, {release} {commit}, LLVM {llvm}");
         let kept = Kept::new(file, &command, sources);
         if let Some(emitted) = kept.as_ref().and_then(Kept::read) {

@@ -2,7 +2,8 @@
 //!
 //! Cargo runs a build script anew for each profile, set of features and lint, and `cargo xtask test` and `check` do
 //! so eight times; the kernels are the same in all of them. What is kept goes with everything that it was made from, in full, so that
-//! nothing but the same command over the same sources by the same compiler finds it.
+//! nothing but the same command over the same sources by the same compiler finds it. Where the sources lie is no part of that: the kernels
+//! have no path in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ impl Kept {
     /// In `file`, for what `command` makes of the sources below `sources`; `None` if one of them cannot be read.
     pub fn new(file: PathBuf, command: &str, sources: &Path) -> Option<Self> {
         let mut key = format!("{command}\n");
-        append(&mut key, sources).ok()?;
+        append(&mut key, sources, sources).ok()?;
         Some(Kept { file, key })
     }
 
@@ -51,14 +52,15 @@ impl Kept {
     }
 }
 
-/// Appends every file below `dir`, its path and text.
-fn append(key: &mut String, dir: &Path) -> std::io::Result<()> {
+/// Appends every file below `dir`, its path below `root` and its text.
+fn append(key: &mut String, root: &Path, dir: &Path) -> std::io::Result<()> {
     for path in folder(dir) {
         if path.is_dir() {
-            append(key, &path)?;
+            append(key, root, &path)?;
         } else {
             let text = fs::read_to_string(&path)?;
-            key.push_str(&format!("{} {}\n{text}\n", path.display(), text.len()));
+            let name = path.strip_prefix(root).unwrap_or(&path);
+            key.push_str(&format!("{} {}\n{text}\n", name.display(), text.len()));
         }
     }
     Ok(())
@@ -94,8 +96,13 @@ mod tests {
         assert_eq!(kept("rustc").read(), None, "there is a source more");
         fs::remove_file(sources.join("new.rs")).unwrap();
         assert!(kept("rustc").read().is_some());
-        fs::rename(sources.join("arch/mod.rs"), sources.join("arch/other.rs")).unwrap();
-        assert_eq!(kept("rustc").read(), None, "a source has another name");
+        let elsewhere = dir.path().join("elsewhere");
+        fs::rename(&sources, &elsewhere).unwrap();
+        let moved = Kept::new(cache.join("kernels"), "rustc", &elsewhere).unwrap();
+        assert!(moved.read().is_some(), "all sources have moved");
+        fs::rename(elsewhere.join("arch/mod.rs"), elsewhere.join("arch/other.rs")).unwrap();
+        let moved = Kept::new(cache.join("kernels"), "rustc", &elsewhere).unwrap();
+        assert_eq!(moved.read(), None, "a source has another name");
     }
 
     #[test]
