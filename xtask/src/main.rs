@@ -6,6 +6,7 @@ mod check;
 mod debian;
 mod fuzz;
 mod header;
+mod package;
 mod ptx;
 mod python;
 mod setup;
@@ -38,6 +39,7 @@ enum Task {
     Fuzz(fuzz::Args),
     Header(header::Args),
     Wheel(python::Args),
+    Package(package::Args),
     Bundle(bundle::Args),
 }
 
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Header(args) => header::run(&args),
         Task::Wheel(args) => python::run(&args),
+        Task::Package(args) => package::run(&args),
         Task::Bundle(args) => bundle::run(&args),
     };
     match done {
