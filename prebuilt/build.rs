@@ -103,18 +103,22 @@ fn from_source(out: &Path, dir: &Path) -> Result<()> {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     println!("cargo::rerun-if-changed={}", moe_lora_codegen::kernel_sources().display());
-    let modules = match env::var_os(PTX_DIR_VAR).filter(|dir| !dir.is_empty()) {
-        Some(dir) => read_modules(Path::new(&dir))?,
-        None => compile_modules(out)?,
-    };
-    pack(out, dir, &modules, assembler()?.as_ref())
-}
-
-fn compile_modules(out: &Path) -> Result<Vec<(Arch, String)>> {
     // `core` and what was made of the kernels are kept beside Cargo's own output, so that a rebuild does not compile
     // them again.
     let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
-    let compiler = Compiler::new(Generator::from_env()?, &cache)?;
+    let modules = match env::var_os(PTX_DIR_VAR).filter(|dir| !dir.is_empty()) {
+        Some(dir) => read_modules(Path::new(&dir))?,
+        None => compile_modules(&cache)?,
+    };
+    let cubins = match assembler()? {
+        Some(ptxas) => Some((assemble(&ptxas, &modules, &cache)?, ptxas.version)),
+        None => None,
+    };
+    pack(dir, &modules, cubins.as_ref())
+}
+
+fn compile_modules(cache: &Path) -> Result<Vec<(Arch, String)>> {
+    let compiler = Compiler::new(Generator::from_env()?, cache)?;
     // rustc uses one core here: the architectures go side by side.
     let modules = std::thread::scope(|scope| {
         let compiler = &compiler;
@@ -165,50 +169,40 @@ fn assembler() -> Result<Option<Ptxas>> {
     }
 }
 
-/// Writes the modules, packed, and the manifest into `dir`.
-fn pack(out: &Path, dir: &Path, modules: &[(Arch, String)], assembler: Option<&Ptxas>) -> Result<()> {
+/// The modules as machine code.
+fn assemble<'a>(ptxas: &Ptxas, modules: &'a [(Arch, String)], cache: &Path) -> Result<Vec<Vec<u8>>> {
+    // ptxas uses one core too.
+    let cubins: Vec<_> = std::thread::scope(|scope| {
+        let start = |(arch, ptx): &'a (Arch, String)| {
+            let (arch, ptx) = (*arch, ptx.as_str());
+            scope.spawn(move || ptxas.cubin(ptx, arch, cache))
+        };
+        let threads: Vec<_> = modules.iter().map(start).collect();
+        threads.into_iter().map(|thread| thread.join().expect("assembling does not panic")).collect()
+    });
+    Ok(cubins.into_iter().collect::<std::result::Result<_, _>>()?)
+}
+
+/// Writes the modules, packed, and the manifest into `dir`. `cubins`: of each module, and the version of ptxas.
+fn pack(dir: &Path, modules: &[(Arch, String)], cubins: Option<&(Vec<Vec<u8>>, String)>) -> Result<()> {
     if dir.exists() {
         // A cubin of an earlier build would be taken for this one's.
         fs::remove_dir_all(dir)?;
     }
     fs::create_dir(dir)?;
-    // ptxas uses one core too, and takes longer than anything else once rustc's work is kept.
-    let cubins = std::thread::scope(|scope| {
-        let threads: Vec<_> = modules
-            .iter()
-            .map(|(arch, ptx)| scope.spawn(move || assemble(out, *arch, ptx, assembler)))
-            .collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().expect("no panic");
-        threads.into_iter().map(join).collect::<Vec<_>>()
-    });
+    let packed = |name: String, bytes: &[u8]| {
+        fs::write(dir.join(name + ".lz4"), lz4_flex::compress_prepend_size(bytes))
+    };
     let mut manifest = String::new();
-    for ((arch, ptx), cubin) in modules.iter().zip(cubins) {
-        let cubin = cubin.map_err(|error| -> Box<dyn Error> { error })?;
-        let packed = |name: &str, bytes: &[u8]| {
-            fs::write(dir.join(format!("{name}.lz4")), lz4_flex::compress_prepend_size(bytes))
-        };
-        packed(&format!("{arch}.ptx"), ptx.as_bytes())?;
-        if let Some(cubin) = &cubin {
-            packed(&format!("{arch}.cubin"), cubin)?;
+    for (i, (arch, ptx)) in modules.iter().enumerate() {
+        packed(format!("{arch}.ptx"), ptx.as_bytes())?;
+        if let Some((cubins, _)) = cubins {
+            packed(format!("{arch}.cubin"), &cubins[i])?;
         }
-        let ptxas = assembler.filter(|_| cubin.is_some()).map_or("-", |ptxas| &ptxas.version);
+        let ptxas = cubins.map_or("-", |(_, version)| version);
         writeln!(manifest, "{arch} {ptxas} {}", compile::made_by(ptx))?;
     }
     Ok(fs::write(dir.join("manifest.txt"), manifest)?)
-}
-
-/// The module as machine code, where there is an assembler.
-fn assemble(
-    out: &Path,
-    arch: Arch,
-    ptx: &str,
-    assembler: Option<&Ptxas>,
-) -> std::result::Result<Option<Vec<u8>>, Box<dyn Error + Send + Sync>> {
-    let Some(ptxas) = assembler else { return Ok(None) };
-    let (source, cubin) = (out.join(format!("{arch}.ptx")), out.join(format!("{arch}.cubin")));
-    fs::write(&source, ptx)?;
-    ptxas.assemble(&source, arch, &cubin)?;
-    Ok(Some(fs::read(&cubin)?))
 }
 
 /// The slice of `Kernels` that `src/lib.rs` includes, from the manifest in `dir`, which lies in the folder that
