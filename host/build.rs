@@ -1,5 +1,5 @@
-//! Satisfies the linker's `-lcuda` on machines without CUDA, for the feature `cust`. Without it there is nothing to
-//! do: the kernels are compiled by `moe-lora-prebuilt`.
+//! Satisfies the linker's `-lcuda` on machines without CUDA, for the feature `cust`. Without it there is
+//! nothing to do: the kernels are compiled by `moe-lora-prebuilt`.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

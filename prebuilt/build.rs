@@ -1,6 +1,6 @@
-//! Embeds the GPU kernels: those that the package brings, in `kernels/` beside its manifest; or, in the repository and
-//! with the feature `from-source`, those that are compiled here, as PTX and, where NVIDIA's assembler is at hand, as
-//! cubins too.
+//! Embeds the GPU kernels: those that the package brings, in `kernels/` beside its manifest; or, in the
+//! repository and with the feature `from-source`, those that are compiled here, as PTX and, where NVIDIA's
+//! assembler is at hand, as cubins too.
 //!
 //! Either way there is a folder with each file packed and `manifest.txt`, a line an architecture:
 //!
@@ -8,8 +8,8 @@
 //! sm_80 13.0.88 moe-lora-codegen 0.2.0, codegen llvm, rustc 1.96.0, LLVM 22.1.8, sm_80
 //! ```
 //!
-//! the name, the version of the ptxas that made the cubin or `-` where there is none, and what made the PTX. `cargo
-//! xtask package` takes the folder as it is from a build's `OUT_DIR`.
+//! the name, the version of the ptxas that made the cubin or `-` where there is none, and what made the PTX.
+//! `cargo xtask package` takes the folder as it is from a build's `OUT_DIR`.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -25,8 +25,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 /// The folder of packed kernels.
 const FOLDER: &str = "kernels";
 
-/// Names a folder with the PTX of every architecture, as `cargo xtask build-ptx` writes it, to embed instead of
-/// compiling the kernels here.
+/// Names a folder with the PTX of every architecture, as `cargo xtask build-ptx` writes it, to embed instead
+/// of compiling the kernels here.
 const PTX_DIR_VAR: &str = "MOE_LORA_PTX_DIR";
 
 /// Whether cubins are embedded beside the PTX: `always` (an error where no ptxas is found), `never`,
@@ -64,7 +64,7 @@ fn alternatives() -> String {
         None => "without `from-source`       embeds the kernels that moe-lora-prebuilt brings".to_owned(),
     }];
     ways.push(format!(
-        "{PTX_DIR_VAR}=/folder    embeds PTX that `cargo xtask build-ptx --out /folder` wrote in moe-lora's repository"
+        "{PTX_DIR_VAR}=/folder    embeds what `cargo xtask build-ptx --out /folder` wrote in the repository"
     ));
     ways.push("--no-default-features       leaves the GPU kernels out: the CPU back end alone".to_owned());
     format!("To get moe-lora built:\n  {}", ways.join("\n  "))
@@ -103,8 +103,8 @@ fn from_source(out: &Path, dir: &Path) -> Result<()> {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     println!("cargo::rerun-if-changed={}", moe_lora_codegen::kernel_sources().display());
-    // `core` and what was made of the kernels are kept beside Cargo's own output, so that a rebuild does not compile
-    // them again.
+    // `core` and what was made of the kernels are kept beside Cargo's own output, so that a rebuild does not
+    // compile them again.
     let cache = moe_lora_codegen::target_dir_around(out).unwrap_or(out).join("kernel-core");
     let modules = match env::var_os(PTX_DIR_VAR).filter(|dir| !dir.is_empty()) {
         Some(dir) => read_modules(Path::new(&dir))?,
@@ -183,7 +183,8 @@ fn assemble<'a>(ptxas: &Ptxas, modules: &'a [(Arch, String)], cache: &Path) -> R
     Ok(cubins.into_iter().collect::<std::result::Result<_, _>>()?)
 }
 
-/// Writes the modules, packed, and the manifest into `dir`. `cubins`: of each module, and the version of ptxas.
+/// Writes the modules, packed, and the manifest into `dir`. `cubins`: of each module, and the version of
+/// ptxas.
 fn pack(dir: &Path, modules: &[(Arch, String)], cubins: Option<&(Vec<Vec<u8>>, String)>) -> Result<()> {
     if dir.exists() {
         // A cubin of an earlier build would be taken for this one's.
@@ -205,8 +206,8 @@ fn pack(dir: &Path, modules: &[(Arch, String)], cubins: Option<&(Vec<Vec<u8>>, S
     Ok(fs::write(dir.join("manifest.txt"), manifest)?)
 }
 
-/// The slice of `Kernels` that `src/lib.rs` includes, from the manifest in `dir`, which lies in the folder that
-/// `root` names: rustc is told where that is, so the slice holds wherever a build is moved to.
+/// The slice of `Kernels` that `src/lib.rs` includes, from the manifest in `dir`, which lies in the folder
+/// that `root` names: rustc is told where that is, so the slice holds wherever a build is moved to.
 fn table(dir: &Path, root: &str) -> Result<String> {
     let path = dir.join("manifest.txt");
     let manifest = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;

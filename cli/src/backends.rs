@@ -220,7 +220,8 @@ impl fmt::Display for Machine {
     }
 }
 
-/// One generation's kernels in a line: who made them, how large they are, and whether that is all that is known of them.
+/// One generation's kernels in a line: who made them, how large they are, and whether that is all that is
+/// known of them.
 #[cfg(feature = "cuda")]
 fn describe(kernels: &Embedded) -> String {
     let Embedded { made_by, ptx, cubin, .. } = kernels;

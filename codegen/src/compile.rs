@@ -189,8 +189,8 @@ impl Compiler {
         }
     }
 
-    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`; and its
-    /// warnings. It is kept beside `core`, for the next build of the same.
+    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`;
+    /// and its warnings. It is kept beside `core`, for the next build of the same.
     fn rustc(
         &self,
         toolchain: &Toolchain,

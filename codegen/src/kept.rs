@@ -2,8 +2,8 @@
 //!
 //! Cargo runs a build script anew for each profile, set of features and lint, and `cargo xtask test` and `check` do
 //! so eight times; the kernels are the same in all of them. What is kept goes with everything that it was made from, in full, so that
-//! nothing but the same command over the same sources by the same compiler finds it. Where the sources lie is no part of that: the kernels
-//! have no path in them.
+//! nothing but the same command over the same sources by the same compiler finds it. Where the sources lie is
+//! no part of that: the kernels have no path in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -69,8 +69,8 @@ pub fn entries(arch: Arch) -> Vec<moe_lora_kernels::Entry> {
     moe_lora_kernels::ENTRIES.iter().filter(on).map(of).collect()
 }
 
-/// The moe-lora workspace that this crate was compiled in, and `None` for a crate that Cargo has unpacked from a
-/// registry: what `cargo xtask` puts below `target/` is looked for in the former alone.
+/// The moe-lora workspace that this crate was compiled in, and `None` for a crate that Cargo has unpacked
+/// from a registry: what `cargo xtask` puts below `target/` is looked for in the former alone.
 pub fn workspace() -> Option<&'static Path> {
     let parent = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
     // An unpacked crate has other crates beside it too, in folders named after them.

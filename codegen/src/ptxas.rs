@@ -137,7 +137,8 @@ impl Ptxas {
         Ok(Self { program: program.to_owned(), version: version.to_owned() })
     }
 
-    /// The machine code of `ptx` for `arch`. It is kept in `cache`, for the next build that assembles the same.
+    /// The machine code of `ptx` for `arch`. It is kept in `cache`, for the next build that assembles the
+    /// same.
     ///
     /// # Errors
     ///

@@ -43,8 +43,8 @@ pub use entry::{
     DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant,
 };
 
-/// The folder of this crate's sources, for `moe-lora-codegen`, which hands them to rustc for the device: in the
-/// workspace, or where Cargo has unpacked the crate.
+/// The folder of this crate's sources, for `moe-lora-codegen`, which hands them to rustc for the device: in
+/// the workspace, or where Cargo has unpacked the crate.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
 

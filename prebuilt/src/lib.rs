@@ -1,14 +1,15 @@
-//! The GPU kernels of [moe-lora](https://docs.rs/moe-lora), compiled: [`KERNELS`] has a module for each generation
-//! of devices, as PTX and, where the build had an assembler, as machine code.
+//! The GPU kernels of [moe-lora](https://docs.rs/moe-lora), compiled: [`KERNELS`] has a module for each
+//! generation of devices, as PTX and, where the build had an assembler, as machine code.
 //!
-//! As it comes from crates.io this crate brings the kernels with it, and building it needs no compiler for them. With
-//! the feature `from-source`, and always in moe-lora's own repository, the build compiles them from
-//! `moe-lora-kernels`. That needs a rustc for `nvptx64-nvidia-cuda`; where none is found, the build says what to do.
+//! As it comes from crates.io this crate brings the kernels with it, and building it needs no compiler for
+//! them. With the feature `from-source`, and always in moe-lora's own repository, the build compiles them
+//! from `moe-lora-kernels`. That needs a rustc for `nvptx64-nvidia-cuda`; where none is found, the build says
+//! what to do.
 //!
 //! | variable | what it does when the kernels are compiled |
 //! |---|---|
 //! | `MOE_LORA_KERNEL_RUSTC` | names the rustc |
-//! | `MOE_LORA_PTX_DIR` | names a folder with `sm_80.ptx` and the others, which are embedded in place of compiling |
+//! | `MOE_LORA_PTX_DIR` | names a folder with `sm_80.ptx` and the others, to be embedded instead |
 //! | `MOE_LORA_CUBINS` | machine code beside the PTX: `always`, `never`, or, unset, where a ptxas is found |
 
 use std::fmt;
@@ -28,8 +29,8 @@ pub struct Kernels {
     pub cubin: Option<Cubin>,
 }
 
-/// Kernels that were assembled before the program was built: they load at once, while PTX is first compiled by
-/// the driver.
+/// Kernels that were assembled before the program was built: they load at once, while PTX is first compiled
+/// by the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Cubin {
     /// The ELF image.
@@ -39,8 +40,8 @@ pub struct Cubin {
     pub ptxas: &'static str,
 }
 
-/// A file that was built into the program, as an LZ4 block with its length before it: kernels are so much alike that
-/// they take a third.
+/// A file that was built into the program, as an LZ4 block with its length before it: kernels are so much
+/// alike that they take a third.
 #[derive(Clone, Copy)]
 pub struct Packed(&'static [u8]);
 
@@ -67,8 +68,8 @@ impl Kernels {
         self.cubin.filter(|_| self.runs_on(capability) && capability / 10 == self.sm / 10)
     }
 
-    /// Whether moe-lora's tests have ever run these kernels on a device: those for `sm_80` and `sm_90a`, on an H100
-    /// and an H200. The others are compiled and assembled, and no more is known of them.
+    /// Whether moe-lora's tests have ever run these kernels on a device: those for `sm_80` and `sm_90a`, on
+    /// an H100 and an H200. The others are compiled and assembled, and no more is known of them.
     pub fn have_run(&self) -> bool {
         self.sm <= NEWEST_RUN
     }

@@ -14,8 +14,8 @@ use crate::shell::{
 use crate::{bench, ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the
-/// kernels of four generations, 8 MB as packed PTX and cubins by code generator llvm, and more by nvvm; unpacked, they
-/// are 24 MB.
+/// kernels of four generations, 8 MB as packed PTX and cubins by code generator llvm, and more by nvvm;
+/// unpacked, they are 24 MB.
 const LARGEST: u64 = 120_000_000;
 
 const README: &str = include_str!("bundle/README.txt");

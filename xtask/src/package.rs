@@ -33,15 +33,15 @@ const TOOLS: &[&str] = &["PTXAS", "NVDISASM", "LIBNVVM", "CUDA_HOME", "CUDA_PATH
 
 /// Make the packages that crates.io takes, into target/package, and try them.
 ///
-/// Compiles the kernels and copies what git tracks to target/package-stage. There moe-lora-prebuilt gets the kernels,
-/// as PTX and as cubins, and each crate the licences. Then `cargo package` packs every crate that is not marked
-/// `publish = false`. A package larger than 10 MB is an error; moe-lora-prebuilt first leaves out cubins, the largest
-/// first, and says so.
+/// Compiles the kernels and copies what git tracks to target/package-stage. There moe-lora-prebuilt gets the
+/// kernels, as PTX and as cubins, and each crate the licences. Then `cargo package` packs every crate that is
+/// not marked `publish = false`. A package larger than 10 MB is an error; moe-lora-prebuilt first leaves out
+/// cubins, the largest first, and says so.
 ///
-/// Then a crate outside of this repository uses the packages, unpacked, and nothing else. It sees no compiler for GPUs and
-/// no CUDA toolkit. It is built and run three times: with the CPU's back end; with the default features; and with
-/// `from-source`, with a compiler. That is what shows that the packages compile: `cargo package` itself does not try it,
-/// as it would compile each crate and all that it depends on again.
+/// Then a crate outside of this repository uses the packages, unpacked, and nothing else. It sees no compiler
+/// for GPUs and no CUDA toolkit. It is built and run three times: with the CPU's back end; with the default
+/// features; and with `from-source`, with a compiler. That is what shows that the packages compile: `cargo
+/// package` itself does not try it, as it would compile each crate and all that it depends on again.
 ///
 /// To publish: run `cargo publish --workspace` in target/package-stage.
 #[derive(Default, clap::Args)]
@@ -113,7 +113,8 @@ fn stage_sources(stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The crates that go to crates.io: all that do not say otherwise. One that lacks what its page there shows is an error.
+/// The crates that go to crates.io: all that do not say otherwise. One that lacks what its page there shows
+/// is an error.
 fn publishable(stage: &Path) -> Result<Vec<Crate>> {
     let metadata = read(cargo().current_dir(stage).args(["metadata", "--no-deps", "--format-version=1"]))?;
     let metadata: Value = serde_json::from_str(&metadata)?;
@@ -239,7 +240,8 @@ impl Outside {
         empty_dir(&dir.join("src"))?;
         empty_dir(&dir.join("packages"))?;
         for package in packages {
-            // Files in a package are all as old as one another. Cargo would take them for what it has compiled before.
+            // Files in a package are all as old as one another. Cargo would take them for what it has
+            // compiled before.
             let mut tar = Command::new("tar");
             read(tar.args(["-x", "-z", "-m", "-f"]).arg(package).arg("-C").arg(dir.join("packages")))?;
         }
@@ -312,7 +314,8 @@ impl Outside {
     }
 }
 
-/// The manifest of the crate that uses the packages, with the entries that take them from where they are unpacked.
+/// The manifest of the crate that uses the packages, with the entries that take them from where they are
+/// unpacked.
 fn manifest(patches: &str) -> String {
     let version = env!("CARGO_PKG_VERSION");
     format!(

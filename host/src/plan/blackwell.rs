@@ -1,5 +1,5 @@
-//! Plans for devices that none of this has run on: every kernel that is planned is in their modules, and every launch
-//! has room.
+//! Plans for devices that none of this has run on: every kernel that is planned is in their modules, and
+//! every launch has room.
 
 use super::*;
 use crate::projection::{ExpertWeights, ProjectionSizes};
@@ -11,8 +11,8 @@ struct Chip {
     limits: DeviceLimits,
 }
 
-/// The shared memory of a block is what NVIDIA's tables say; clusters are as many as fill the multiprocessors, one
-/// block of `decode` each on the latter, which counts as two.
+/// The shared memory of a block is what NVIDIA's tables say; clusters are as many as fill the
+/// multiprocessors, one block of `decode` each on the latter, which counts as two.
 const CHIPS: [Chip; 2] = [
     Chip {
         name: "B200",
@@ -38,7 +38,8 @@ const CHIPS: [Chip; 2] = [
     },
 ];
 
-/// K, N of w13, experts, and choices of: Qwen3-30B-A3B, OLMoE-1B-7B, gpt-oss-20b, Mixtral-8x7B, and a small one.
+/// K, N of w13, experts, and choices of: Qwen3-30B-A3B, OLMoE-1B-7B, gpt-oss-20b, Mixtral-8x7B, and a small
+/// one.
 const MODELS: [[usize; 4]; 5] =
     [[2048, 768, 128, 8], [2048, 1024, 64, 8], [2880, 2880, 32, 4], [4096, 14336, 8, 2], [64, 32, 4, 1]];
 
