@@ -36,7 +36,7 @@ const TOOLS: &[&str] = &["PTXAS", "NVDISASM", "LIBNVVM", "CUDA_HOME", "CUDA_PATH
 /// Compiles the kernels and copies what git tracks to target/package-stage. There moe-lora-prebuilt gets the
 /// kernels, as PTX and as cubins, and each crate the licences. Then `cargo package` packs every crate that is
 /// not marked `publish = false`. A package larger than 10 MB is an error; moe-lora-prebuilt first leaves out
-/// cubins, the largest first, and says so.
+/// cubins, those for the newest GPUs first, and says so.
 ///
 /// Then a crate outside of this repository uses the packages, unpacked, and nothing else. It sees no compiler
 /// for GPUs and no CUDA toolkit. It is built and run three times: with the CPU's back end; with the default
@@ -186,7 +186,7 @@ fn package(stage: &Path, crates: &[Crate], kernels: &Path) -> Result<Vec<PathBuf
             }
             return Ok(crates.iter().map(file).collect());
         };
-        let left_out = if crate_.name == PREBUILT { leave_out_largest(kernels)? } else { None };
+        let left_out = if crate_.name == PREBUILT { leave_out_newest(kernels)? } else { None };
         let Some(arch) = left_out else {
             bail!("{} is a package of {bytes} bytes, and crates.io takes {LARGEST}", crate_.name)
         };
@@ -194,19 +194,17 @@ fn package(stage: &Path, crates: &[Crate], kernels: &Path) -> Result<Vec<PathBuf
     }
 }
 
-/// Removes the largest cubin, and returns what it was for; `None` where there is none left.
-fn leave_out_largest(kernels: &Path) -> Result<Option<String>> {
+/// Removes the cubin for the newest architecture that has one, and returns which; `None` where none is left. The
+/// oldest architectures are what most devices are, and what this was tested on.
+fn leave_out_newest(kernels: &Path) -> Result<Option<String>> {
     let manifest = kernels.join("manifest.txt");
     let text = std::fs::read_to_string(&manifest)?;
     let cubin = |arch: &str| kernels.join(format!("{arch}.cubin.lz4"));
-    let size = |arch: &str| cubin(arch).metadata().ok().map(|metadata| metadata.len());
-    let arches = text.lines().filter_map(|line| line.split(' ').next());
-    let Some((_, largest)) = arches.filter_map(|arch| Some((size(arch)?, arch))).max() else {
-        return Ok(None);
-    };
-    std::fs::remove_file(cubin(largest))?;
-    std::fs::write(&manifest, without_cubin(&text, largest))?;
-    Ok(Some(largest.to_owned()))
+    let mut arches = text.lines().filter_map(|line| line.split(' ').next());
+    let Some(newest) = arches.rfind(|arch| cubin(arch).is_file()) else { return Ok(None) };
+    std::fs::remove_file(cubin(newest))?;
+    std::fs::write(&manifest, without_cubin(&text, newest))?;
+    Ok(Some(newest.to_owned()))
 }
 
 /// The manifest of the kernels without the cubin for `arch`.
@@ -346,14 +344,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_largest_cubin_is_left_out_first() {
+    fn the_newest_cubin_is_left_out_first() {
         let dir = std::env::temp_dir().join(format!("moe-lora-xtask-{}", std::process::id()));
         empty_dir(&dir).unwrap();
         let manifest = "sm_80 13.0.88 llvm, rustc 1, sm_80\nsm_90a 13.0.88 llvm, rustc 1, sm_90a\n";
         std::fs::write(dir.join("manifest.txt"), manifest).unwrap();
         std::fs::write(dir.join("sm_80.cubin.lz4"), [0; 2]).unwrap();
         std::fs::write(dir.join("sm_90a.cubin.lz4"), [0; 3]).unwrap();
-        let left_out = || leave_out_largest(&dir).unwrap();
+        let left_out = || leave_out_newest(&dir).unwrap();
         assert_eq!(left_out().as_deref(), Some("sm_90a"));
         let text = std::fs::read_to_string(dir.join("manifest.txt")).unwrap();
         assert_eq!(text, "sm_80 13.0.88 llvm, rustc 1, sm_80\nsm_90a - llvm, rustc 1, sm_90a\n");
