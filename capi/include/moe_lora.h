@@ -28,6 +28,12 @@
 #include <stdint.h>
 
 /**
+ * Version of this interface. It grows with each function, status or field that is added; nothing is taken away or
+ * changes its meaning.
+ */
+#define MOE_LORA_ABI_VERSION 2
+
+/**
  * Length of the arrays of per-slice tensors: no projection has more slices.
  */
 #define MOE_LORA_MAX_SLICES 4
@@ -39,7 +45,7 @@
 
 /**
  * What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
- * INTERNAL and DRIVER. moe_lora_last_error() names the argument, what was expected and what came.
+ * INTERNAL and DRIVER: then part of the call may have been. moe_lora_last_error() names the argument, what was expected and what came.
  * A value keeps its meaning in all versions; later versions may add values.
  */
 enum moe_lora_status
@@ -96,7 +102,7 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_WORKSPACE_TOO_SMALL = 11,
     /**
-     * `routing` is NULL, and the workspace keeps no route that fits the call.
+     * `routing` is NULL, and the workspace holds no route that fits the call.
      */
     MOE_LORA_STATUS_ROUTE_NOT_KEPT = 12,
     /**
@@ -121,13 +127,47 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_STRUCT_SIZE = 17,
     /**
-     * A field has a value that it does not allow, or the file that `MOE_LORA_TUNING` names is none for this device.
+     * A field has a value that it does not allow.
      */
     MOE_LORA_STATUS_INVALID_VALUE = 18,
     /**
      * A bug in the library. The call may have written part of its output.
      */
     MOE_LORA_STATUS_INTERNAL = 19,
+    /**
+     * A size is under what the operator supports.
+     */
+    MOE_LORA_STATUS_SIZE_TOO_SMALL = 20,
+    /**
+     * The tensors are of another type than the projection. The projection alone has a type here, so this is not
+     * returned by this version.
+     */
+    MOE_LORA_STATUS_DTYPE_MISMATCH = 21,
+    /**
+     * The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version 2.)
+     */
+    MOE_LORA_STATUS_TUNING = 22,
+    /**
+     * The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before version 2.)
+     */
+    MOE_LORA_STATUS_TUNED_ELSEWHERE = 23,
+    /**
+     * The CUDA driver is older than the kernels need. (DRIVER before version 2.)
+     */
+    MOE_LORA_STATUS_DRIVER_TOO_OLD = 24,
+    /**
+     * Memory or a workspace is of another device. What is behind an address is not looked up, so this is not returned
+     * by this version.
+     */
+    MOE_LORA_STATUS_OTHER_DEVICE = 25,
+    /**
+     * What belongs to the call that finds a route was said of a call on one. Not returned by this version.
+     */
+    MOE_LORA_STATUS_PART_OF_ROUTE = 26,
+    /**
+     * What cannot be part of a graph was asked for while one is recorded. Not returned by this version.
+     */
+    MOE_LORA_STATUS_NOT_RECORDABLE = 27,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -218,8 +258,7 @@ typedef int32_t moe_lora_expert_weights;
 typedef struct moe_lora_context moe_lora_context;
 
 /**
- * Scratch memory and the last route of calls on one context. May be used by one call at a time, on one
- * stream at a time.
+ * Scratch memory and the last route of calls on one context. May be used by one call at a time.
  */
 typedef struct moe_lora_workspace moe_lora_workspace;
 
@@ -356,7 +395,8 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
      */
     const moe_lora_routing *routing;
     /**
@@ -410,7 +450,8 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
      */
     const moe_lora_routing *routing;
     /**
@@ -444,7 +485,8 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
      */
     const moe_lora_routing *routing;
     /**
@@ -482,9 +524,15 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * The version of this library, for example "0.1.0".
+ * The version of this library, for example "0.2.0".
  */
 const char *moe_lora_version(void);
+
+/**
+ * The version of the interface that this library has: MOE_LORA_ABI_VERSION of the header that it was built with. A
+ * program can use a library of the same version or a later one.
+ */
+uint32_t moe_lora_abi_version(void);
 
 /**
  * What was wrong with the last call of this thread that returned another status than OK: the argument, what
@@ -526,7 +574,8 @@ moe_lora_status moe_lora_workspace_create(const moe_lora_context *context,
                                           moe_lora_workspace **workspace);
 
 /**
- * Frees a workspace; NULL is allowed. The work that was queued with it must have ended.
+ * Frees a workspace, after the work that was queued with it; NULL is allowed. No graph that names it may be replayed
+ * any more. The stream of its last call must still be there.
  */
 moe_lora_status moe_lora_workspace_destroy(moe_lora_workspace *workspace);
 

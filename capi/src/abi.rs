@@ -3,6 +3,10 @@
 
 use std::ffi::c_void;
 
+/// Version of this interface. It grows with each function, status or field that is added; nothing is taken away or
+/// changes its meaning.
+pub const MOE_LORA_ABI_VERSION: u32 = 2;
+
 /// Length of the arrays of per-slice tensors: no projection has more slices.
 pub const MOE_LORA_MAX_SLICES: usize = 4;
 
@@ -10,7 +14,7 @@ pub const MOE_LORA_MAX_SLICES: usize = 4;
 pub const MOE_LORA_ACCUMULATE: u64 = 1;
 
 /// What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
-/// INTERNAL and DRIVER. moe_lora_last_error() names the argument, what was expected and what came.
+/// INTERNAL and DRIVER: then part of the call may have been. moe_lora_last_error() names the argument, what was expected and what came.
 /// A value keeps its meaning in all versions; later versions may add values.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +43,7 @@ pub enum Status {
     RankTooLarge = 10,
     /// The call is larger than the workspace was made for.
     WorkspaceTooSmall = 11,
-    /// `routing` is NULL, and the workspace keeps no route that fits the call.
+    /// `routing` is NULL, and the workspace holds no route that fits the call.
     RouteNotKept = 12,
     /// There is no CUDA driver or no such device, or the library was built without the GPU back end.
     NoDevice = 13,
@@ -52,10 +56,28 @@ pub enum Status {
     /// The `size` of a struct is less than this library needs, or the struct is of a later version and uses
     /// what this library does not know.
     StructSize = 17,
-    /// A field has a value that it does not allow, or the file that `MOE_LORA_TUNING` names is none for this device.
+    /// A field has a value that it does not allow.
     InvalidValue = 18,
     /// A bug in the library. The call may have written part of its output.
     Internal = 19,
+    /// A size is under what the operator supports.
+    SizeTooSmall = 20,
+    /// The tensors are of another type than the projection. The projection alone has a type here, so this is not
+    /// returned by this version.
+    DtypeMismatch = 21,
+    /// The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version 2.)
+    Tuning = 22,
+    /// The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before version 2.)
+    TunedElsewhere = 23,
+    /// The CUDA driver is older than the kernels need. (DRIVER before version 2.)
+    DriverTooOld = 24,
+    /// Memory or a workspace is of another device. What is behind an address is not looked up, so this is not returned
+    /// by this version.
+    OtherDevice = 25,
+    /// What belongs to the call that finds a route was said of a call on one. Not returned by this version.
+    PartOfRoute = 26,
+    /// What cannot be part of a graph was asked for while one is recorded. Not returned by this version.
+    NotRecordable = 27,
 }
 
 /// Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.
@@ -170,7 +192,8 @@ pub struct Forward {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
     pub routing: *const Routing,
     /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
     pub x: Tensor,
@@ -200,7 +223,8 @@ pub struct Shrink {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
     pub routing: *const Routing,
     /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
     pub x: Tensor,
@@ -220,7 +244,8 @@ pub struct Expand {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace, or moe_lora_route(), found.
+    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
+    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
     pub routing: *const Routing,
     /// [S, P, R] dtype, as moe_lora_shrink() leaves it.
     pub h: Tensor,

@@ -4,13 +4,11 @@ use crate::abi::{Expand, Forward, Routing, Shrink};
 use crate::fault::Fault;
 use half::{bf16, f16};
 #[cfg(feature = "cuda")]
-use moe_lora::cuda::{self, CallersContext, Gpu, Options};
-#[cfg(feature = "cuda")]
-use moe_lora::plan::Stage;
-use moe_lora::{Backend, DType, Element, Host, Layout, Projection, Space, cpu};
+use moe_lora::cuda;
+use moe_lora::{Backend, DType, Element, Host, Projection, Route, cpu};
 use std::ffi::c_void;
 #[cfg(feature = "cuda")]
-use std::{ptr, sync::Arc};
+use std::ptr;
 
 /// Where calls run: the CPU, or a CUDA device. May be used by several threads at a time.
 pub enum Context {
@@ -18,17 +16,22 @@ pub enum Context {
     Cpu,
     /// A device, which its workspaces keep alive.
     #[cfg(feature = "cuda")]
-    Cuda(Arc<Gpu>),
+    Cuda(cuda::Device),
 }
 
-/// Scratch memory and the last route of calls on one context. May be used by one call at a time, on one
-/// stream at a time.
-pub enum Workspace {
+/// Scratch memory and the last route of calls on one context. May be used by one call at a time.
+pub struct Workspace {
+    memory: Memory,
+    /// Of the last call that ended well: what a call without routing is made on.
+    last: Option<Route>,
+}
+
+enum Memory {
     /// For the CPU.
     Cpu(cpu::Workspace),
-    /// For a device. The memory is freed before the device is let go.
+    /// For a device, and the stream of the last call.
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Workspace, Arc<Gpu>),
+    Cuda(cuda::Workspace, cuda::Stream),
 }
 
 impl Context {
@@ -36,8 +39,7 @@ impl Context {
     pub fn cuda(ordinal: u32) -> Result<Self, Fault> {
         #[cfg(feature = "cuda")]
         {
-            let _caller = CallersContext::remember();
-            Ok(Context::Cuda(Arc::new(Gpu::new(ordinal)?)))
+            Ok(Context::Cuda(cuda::Device::new(ordinal)?))
         }
         #[cfg(not(feature = "cuda"))]
         {
@@ -48,29 +50,16 @@ impl Context {
 
     /// Scratch memory for calls of up to `max_tokens` tokens on any of `projections`.
     pub fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Workspace, Fault> {
-        match self {
-            Context::Cpu => Ok(Workspace::Cpu(cpu::Cpu.workspace(projections, max_tokens)?)),
+        let memory = match self {
+            Context::Cpu => Memory::Cpu(cpu::Cpu.workspace(projections, max_tokens)?),
             #[cfg(feature = "cuda")]
-            Context::Cuda(gpu) => {
-                let _caller = CallersContext::remember();
-                // SAFETY: null is the default stream, and nothing is queued.
-                let queue = unsafe { gpu.queue_raw(ptr::null_mut(), Options::default())? };
-                Ok(Workspace::Cuda(queue.workspace(projections, max_tokens)?, Arc::clone(gpu)))
+            Context::Cuda(device) => {
+                // SAFETY: null is the default stream.
+                let stream = unsafe { device.foreign_stream(ptr::null_mut()) };
+                Memory::Cuda(stream.workspace(projections, max_tokens)?, stream)
             }
-        }
-    }
-
-    /// Lets go of the context.
-    pub fn destroy(self) -> Result<(), Fault> {
-        match self {
-            Context::Cpu => Ok(()),
-            #[cfg(feature = "cuda")]
-            Context::Cuda(gpu) => {
-                // The last to let go of a device unloads the kernels from it.
-                let _caller = CallersContext::remember();
-                Ok(gpu.make_current()?)
-            }
-        }
+        };
+        Ok(Workspace { memory, last: None })
     }
 }
 
@@ -78,7 +67,8 @@ impl Workspace {
     /// Runs a call: on `stream`, where there are streams.
     ///
     /// # Safety
-    /// As for [`Call::run`]; and `stream` is a live stream of the device's primary context, or null.
+    /// As for [`Call::run`]; and `stream` is a live stream of the device's primary context, or null. The stream of
+    /// the workspace's call before is live too.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the CPU has no streams"))]
     pub unsafe fn run(
         &mut self,
@@ -87,17 +77,20 @@ impl Workspace {
         call: &impl Call,
     ) -> Result<(), Fault> {
         // SAFETY: as the caller promises.
-        unsafe {
-            match self {
-                Workspace::Cpu(memory) => run_typed(&cpu::Cpu, memory, projection, call),
+        let route = unsafe {
+            match &mut self.memory {
+                Memory::Cpu(memory) => run_typed(&cpu::Cpu, memory, projection, self.last, call)?,
                 #[cfg(feature = "cuda")]
-                Workspace::Cuda(memory, gpu) => {
-                    let _caller = CallersContext::remember();
-                    let queue = gpu.queue_raw(stream.cast(), Options::default())?;
-                    run_typed(&queue, memory, projection, call)
+                Memory::Cuda(memory, last_stream) => {
+                    if last_stream.as_raw() != stream {
+                        *last_stream = memory.device().foreign_stream(stream);
+                    }
+                    run_typed(last_stream, memory, projection, self.last, call)?
                 }
             }
-        }
+        };
+        self.last = Some(route);
+        Ok(())
     }
 
     /// What a call would launch.
@@ -105,65 +98,42 @@ impl Workspace {
     /// # Safety
     /// As for [`Forward::with`].
     pub unsafe fn plan(&self, projection: &Projection, call: &Forward) -> Result<String, Fault> {
-        match self {
-            Workspace::Cpu(_) => {
-                // SAFETY: as the caller promises.
-                unsafe { layout::<Host>(projection, call)? };
-                Ok(format!("cpu: {} threads", rayon::current_num_threads()))
-            }
-            #[cfg(feature = "cuda")]
-            Workspace::Cuda(memory, gpu) => {
-                // SAFETY: as the caller promises.
-                let (layout, route) = unsafe {
-                    let layout = layout::<moe_lora::Device>(projection, call)?;
-                    (layout, Routing::route::<moe_lora::Device>(call.routing)?)
-                };
-                let source = memory.route_source(projection, layout.tokens, &route)?;
-                let plan = moe_lora::plan::Plan::new(
-                    projection,
-                    &layout,
-                    Stage::Forward,
-                    source,
-                    &gpu.limits(),
-                    &Options::default(),
-                )?;
-                Ok(plan.map_or_else(|| "nothing to launch".to_owned(), |plan| plan.to_string()))
+        // SAFETY: as the caller promises.
+        unsafe {
+            match projection.sizes().dtype {
+                DType::Bf16 => self.plan_typed::<bf16>(projection, call),
+                DType::F16 => self.plan_typed::<f16>(projection, call),
             }
         }
     }
 
-    /// Frees the memory. Work that was queued with it must have ended.
-    pub fn destroy(self) -> Result<(), Fault> {
-        match self {
-            Workspace::Cpu(_) => Ok(()),
-            #[cfg(feature = "cuda")]
-            Workspace::Cuda(memory, gpu) => {
-                let _caller = CallersContext::remember();
-                let current = gpu.make_current();
-                drop((memory, gpu));
-                Ok(current?)
+    /// # Safety
+    /// As for [`Forward::with`].
+    unsafe fn plan_typed<T: Element>(
+        &self,
+        projection: &Projection,
+        call: &Forward,
+    ) -> Result<String, Fault> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match &self.memory {
+                Memory::Cpu(_) => call.with::<Host, T, _>(self.last, |call| {
+                    call.check(projection)?;
+                    Ok(format!("cpu: {} threads", rayon::current_num_threads()))
+                }),
+                #[cfg(feature = "cuda")]
+                Memory::Cuda(memory, stream) => call.with::<moe_lora::Cuda, T, _>(self.last, |call| {
+                    let plan = stream.plan_forward(memory, projection, &call)?;
+                    Ok(plan.map_or_else(|| "nothing to launch".to_owned(), |plan| plan.to_string()))
+                }),
             }
-        }
-    }
-}
-
-/// Checks a call as the library will.
-///
-/// # Safety
-/// As for [`Forward::with`].
-unsafe fn layout<S: Space>(projection: &Projection, call: &Forward) -> Result<Layout, Fault> {
-    // SAFETY: as the caller promises.
-    unsafe {
-        match projection.sizes().dtype {
-            DType::Bf16 => call.with::<S, bf16, _>(|call| Ok(call.check(projection)?)),
-            DType::F16 => call.with::<S, f16, _>(|call| Ok(call.check(projection)?)),
         }
     }
 }
 
 /// A call that any back end can run, on elements of any type.
 pub trait Call {
-    /// Runs it.
+    /// Runs it, on the route `last` where it has no routing, and returns its route.
     ///
     /// # Safety
     /// As for [`Forward::with`], in the back end's space.
@@ -172,7 +142,8 @@ pub trait Call {
         backend: &B,
         workspace: &mut B::Workspace,
         projection: &Projection,
-    ) -> Result<(), Fault>;
+        last: Option<Route>,
+    ) -> Result<Route, Fault>;
 }
 
 /// # Safety
@@ -181,13 +152,14 @@ unsafe fn run_typed<B: Backend>(
     backend: &B,
     workspace: &mut B::Workspace,
     projection: &Projection,
+    last: Option<Route>,
     call: &impl Call,
-) -> Result<(), Fault> {
+) -> Result<Route, Fault> {
     // SAFETY: as the caller promises.
     unsafe {
         match projection.sizes().dtype {
-            DType::Bf16 => call.run::<B, bf16>(backend, workspace, projection),
-            DType::F16 => call.run::<B, f16>(backend, workspace, projection),
+            DType::Bf16 => call.run::<B, bf16>(backend, workspace, projection, last),
+            DType::F16 => call.run::<B, f16>(backend, workspace, projection, last),
         }
     }
 }
@@ -206,7 +178,8 @@ impl Call for RouteAlone {
         backend: &B,
         workspace: &mut B::Workspace,
         projection: &Projection,
-    ) -> Result<(), Fault> {
+        _last: Option<Route>,
+    ) -> Result<Route, Fault> {
         // SAFETY: as the caller promises.
         let routing = unsafe { self.routing.tensors()? };
         Ok(backend.route(workspace, projection, self.tokens, routing)?)
@@ -221,10 +194,13 @@ macro_rules! calls {
                 backend: &B,
                 workspace: &mut B::Workspace,
                 projection: &Projection,
-            ) -> Result<(), Fault> {
+                last: Option<Route>,
+            ) -> Result<Route, Fault> {
                 // SAFETY: as the caller promises.
                 unsafe {
-                    self.with::<B::Space, T, ()>(|call| Ok(backend.$function(workspace, projection, call)?))
+                    self.with::<B::Space, T, Route>(last, |call| {
+                        Ok(backend.$function(workspace, projection, call)?)
+                    })
                 }
             }
         })*

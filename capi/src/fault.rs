@@ -59,12 +59,19 @@ impl Fault {
                 Error::UnsupportedDType { .. } => Status::UnsupportedDtype,
                 Error::RankTooLarge { .. } => Status::RankTooLarge,
                 Error::WorkspaceTooSmall { .. } => Status::WorkspaceTooSmall,
-                Error::RouteNotKept { .. } => Status::RouteNotKept,
+                Error::StaleRoute { .. } => Status::RouteNotKept,
                 Error::NoDevice { .. } => Status::NoDevice,
                 Error::UnsupportedDevice { .. } => Status::UnsupportedDevice,
                 Error::Driver { .. } => Status::Driver,
-                Error::Tuning { .. } | Error::TunedElsewhere { .. } => Status::InvalidValue,
-                // DTypeMismatch cannot come from C, where the projection alone has a type.
+                Error::SizeTooSmall { .. } => Status::SizeTooSmall,
+                Error::DTypeMismatch { .. } => Status::DtypeMismatch,
+                Error::Tuning { .. } => Status::Tuning,
+                Error::TunedElsewhere { .. } => Status::TunedElsewhere,
+                Error::DriverTooOld { .. } => Status::DriverTooOld,
+                Error::OtherDevice { .. } => Status::OtherDevice,
+                Error::PartOfRoute { .. } => Status::PartOfRoute,
+                Error::NotRecordable { .. } => Status::NotRecordable,
+                // An emulated kernel's: no emulated device is behind this interface.
                 _ => Status::Internal,
             },
         }
@@ -119,6 +126,44 @@ mod tests {
         // SAFETY: the message of this thread, which is not replaced meanwhile.
         let message = unsafe { CStr::from_ptr(message()) };
         assert_eq!(message, c"a bug in moe-lora: pair 7 of 3");
+    }
+
+    /// What comes of each error: a status of its own, and never that of a bug.
+    #[test]
+    fn each_error_has_a_status_of_its_own() {
+        let (what, tensor, text) = ("what", "tensor", String::new);
+        let (expected, got) = (moe_lora::DType::Bf16, moe_lora::DType::F16);
+        let errors = [
+            Error::ZeroSize { what },
+            Error::SizeTooLarge { what, limit: 1, got: 2 },
+            Error::SizeTooSmall { what, limit: 2, got: 1 },
+            Error::SizeOverflow { tensor, shape: text() },
+            Error::SliceCount { tensor, expected: 1, got: 2 },
+            Error::TooShort { tensor, shape: text(), expected: 2, got: 1 },
+            Error::RowStride { tensor, expected: 2, got: 1 },
+            Error::NullPointer { tensor, expected: 1 },
+            Error::Misaligned { tensor, expected: 2, address: 1 },
+            Error::DTypeMismatch { tensor, expected, got },
+            Error::UnsupportedDType { tensor: text(), expected: "", got: text() },
+            Error::RankTooLarge { slot: 0, rank: 2, max_rank: 1 },
+            Error::WorkspaceTooSmall { what, limit: 1, got: 2 },
+            Error::StaleRoute { reason: text() },
+            Error::PartOfRoute { what },
+            Error::OtherDevice { what, expected: text(), got: text() },
+            Error::NoDevice { reason: text() },
+            Error::UnsupportedDevice { device: text(), capability: text(), needed: "" },
+            Error::Tuning { path: text(), reason: text() },
+            Error::TunedElsewhere { tuned: text(), device: text() },
+            Error::NotRecordable { what },
+            Error::DriverTooOld { version: text(), needed: "" },
+            Error::Driver { call: "", code: 1, name: text(), reason: text() },
+        ];
+        // In the order of their statuses, as the header has them.
+        let mut statuses: Vec<_> = errors.map(|error| Fault::from(error).status() as i32).into();
+        statuses.sort_unstable();
+        let of_arguments = [Status::NullArgument, Status::StructSize, Status::InvalidValue, Status::Internal];
+        let of_errors = (1..=27).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
+        assert_eq!(statuses, of_errors.collect::<Vec<_>>());
     }
 
     #[test]

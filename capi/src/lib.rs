@@ -27,10 +27,17 @@ unsafe fn pointee<'a, T>(pointer: *mut T, argument: &'static str) -> Result<&'a 
     unsafe { pointer.as_mut() }.ok_or(Fault::NullArgument { argument })
 }
 
-/// The version of this library, for example "0.1.0".
+/// The version of this library, for example "0.2.0".
 #[unsafe(no_mangle)]
 pub extern "C" fn moe_lora_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// The version of the interface that this library has: MOE_LORA_ABI_VERSION of the header that it was built with. A
+/// program can use a library of the same version or a later one.
+#[unsafe(no_mangle)]
+pub extern "C" fn moe_lora_abi_version() -> u32 {
+    abi::MOE_LORA_ABI_VERSION
 }
 
 /// What was wrong with the last call of this thread that returned another status than OK: the argument, what
@@ -74,7 +81,8 @@ pub unsafe extern "C" fn moe_lora_context_destroy(context: *mut Context) -> Stat
             return Ok(());
         }
         // SAFETY: as the caller promises.
-        unsafe { Box::from_raw(context) }.destroy()
+        drop(unsafe { Box::from_raw(context) });
+        Ok(())
     })
 }
 
@@ -110,7 +118,8 @@ pub unsafe extern "C" fn moe_lora_workspace_create(
     })
 }
 
-/// Frees a workspace; NULL is allowed. The work that was queued with it must have ended.
+/// Frees a workspace, after the work that was queued with it; NULL is allowed. No graph that names it may be replayed
+/// any more. The stream of its last call must still be there.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_lora_workspace_destroy(workspace: *mut Workspace) -> Status {
     run(|| {
@@ -118,7 +127,8 @@ pub unsafe extern "C" fn moe_lora_workspace_destroy(workspace: *mut Workspace) -
             return Ok(());
         }
         // SAFETY: as the caller promises.
-        unsafe { Box::from_raw(workspace) }.destroy()
+        drop(unsafe { Box::from_raw(workspace) });
+        Ok(())
     })
 }
 

@@ -6,7 +6,7 @@ use crate::abi::{
 };
 use crate::fault::Fault;
 use bytemuck::Pod;
-use moe_lora::{Element, Enabled, Route, RoutingTensors, Rows, RowsMut, Space, View, ViewMut};
+use moe_lora::{Element, Enabled, Error, Route, RoutingTensors, Rows, RowsMut, Space, View, ViewMut};
 use std::mem::MaybeUninit;
 use std::ptr;
 
@@ -178,16 +178,23 @@ impl Routing {
         }
     }
 
-    /// The route of a call: null stands for the one that was kept.
+    /// The routing of a call: null stands for the route of the workspace's last call.
     ///
     /// # Safety
     /// As for [`read`] and [`Routing::tensors`].
-    pub unsafe fn route<'a, S: Space>(routing: *const Routing) -> Result<Route<'a, S>, Fault> {
-        if routing.is_null() {
-            return Ok(Route::Kept);
+    pub unsafe fn of<'a, S: Space>(
+        routing: *const Routing,
+        last: Option<Route>,
+    ) -> Result<moe_lora::Routing<'a, S>, Fault> {
+        match (routing.is_null(), last) {
+            (true, Some(route)) => Ok(route.into()),
+            (true, None) => {
+                let reason = "no call on this workspace has found one, or the last that was to has failed";
+                Err(Error::StaleRoute { reason: reason.to_owned() }.into())
+            }
+            // SAFETY: as the caller promises.
+            (false, _) => unsafe { Ok(read(routing, "routing")?.tensors()?.into()) },
         }
-        // SAFETY: as the caller promises.
-        unsafe { Ok(Route::From(read(routing, "routing")?.tensors()?)) }
     }
 }
 
@@ -198,6 +205,7 @@ impl Forward {
     /// As for [`read`] of `routing`, and as for [`View::from_raw`] and [`ViewMut::from_raw`] of each tensor.
     pub unsafe fn with<S: Space, T: Element, R>(
         &self,
+        last: Option<Route>,
         work: impl FnOnce(moe_lora::Forward<'_, S, T>) -> Result<R, Fault>,
     ) -> Result<R, Fault> {
         // SAFETY: as the caller promises.
@@ -205,7 +213,7 @@ impl Forward {
             let (a, b) = (slices(&self.a), slices(&self.b));
             work(moe_lora::Forward {
                 tokens: self.tokens,
-                route: Routing::route(self.routing)?,
+                routing: Routing::of(self.routing, last)?,
                 x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
                 a: &a.0[..a.1],
                 b: &b.0[..b.1],
@@ -225,6 +233,7 @@ impl Shrink {
     /// As for [`Forward::with`].
     pub unsafe fn with<S: Space, T: Element, R>(
         &self,
+        last: Option<Route>,
         work: impl FnOnce(moe_lora::Shrink<'_, S, T>) -> Result<R, Fault>,
     ) -> Result<R, Fault> {
         // SAFETY: as the caller promises.
@@ -232,7 +241,7 @@ impl Shrink {
             let a = slices(&self.a);
             work(moe_lora::Shrink {
                 tokens: self.tokens,
-                route: Routing::route(self.routing)?,
+                routing: Routing::of(self.routing, last)?,
                 x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
                 a: &a.0[..a.1],
                 h: self.h.view(),
@@ -248,6 +257,7 @@ impl Expand {
     /// As for [`Forward::with`].
     pub unsafe fn with<S: Space, T: Element, R>(
         &self,
+        last: Option<Route>,
         work: impl FnOnce(moe_lora::Expand<'_, S, T>) -> Result<R, Fault>,
     ) -> Result<R, Fault> {
         // SAFETY: as the caller promises.
@@ -255,7 +265,7 @@ impl Expand {
             let b = slices(&self.b);
             work(moe_lora::Expand {
                 tokens: self.tokens,
-                route: Routing::route(self.routing)?,
+                routing: Routing::of(self.routing, last)?,
                 h: self.h.view(),
                 b: &b.0[..b.1],
                 topk_weights: self.topk_weights.optional(),

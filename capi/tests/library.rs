@@ -53,8 +53,8 @@ const EXAMPLE: &str = "the_example_in_c_agrees_with_its_own_loops";
 #[cfg(feature = "cuda")]
 fn on_cuda(arguments: &Arguments, functions: &'static Functions) -> Trial {
     const NAME: &str = "each_call_does_on_the_gpu_what_the_rust_library_does";
-    match moe_lora::cuda::Gpu::new(0) {
-        Ok(gpu) => Trial::test(NAME, move || calls::on_cuda(functions, &gpu)),
+    match moe_lora::cuda::Device::new(0) {
+        Ok(device) => Trial::test(NAME, move || calls::on_cuda(functions, &device)),
         Err(why) => skipped(arguments, NAME, &why.to_string()),
     }
 }

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use moe_lora::cuda::{EMBEDDED, Embedded, Gpu, LoadedFrom, Queue};
+use moe_lora::cuda::{Device, EMBEDDED, Embedded, LoadedFrom, Stream};
 #[cfg(feature = "emulate")]
 use moe_lora::emulated::Emulated;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
@@ -33,7 +33,7 @@ pub enum Choice {
 pub struct Machine {
     cpu: Cpu,
     #[cfg(feature = "cuda")]
-    gpu: Result<Gpu>,
+    gpu: Result<Device>,
 }
 
 /// One back end.
@@ -42,7 +42,7 @@ pub enum Place<'m> {
     Cpu(&'m Cpu),
     /// A stream of the GPU.
     #[cfg(feature = "cuda")]
-    Cuda(Queue<'m>),
+    Cuda(Stream),
 }
 
 /// One back end in every way that it can be made to work.
@@ -51,7 +51,7 @@ pub enum Ways<'m> {
     Cpu(&'m Cpu),
     /// The GPU: as the planner chooses, and every index width with every tile.
     #[cfg(feature = "cuda")]
-    Cuda(Vec<Queue<'m>>),
+    Cuda(Vec<Stream>),
     /// The emulated machine: as the GPU.
     #[cfg(feature = "emulate")]
     Emulated(Vec<Emulated>),
@@ -63,7 +63,7 @@ impl Ways<'_> {
         match self {
             &Ways::Cpu(cpu) => check_each([cpu], case),
             #[cfg(feature = "cuda")]
-            Ways::Cuda(queues) => check_each(queues, case),
+            Ways::Cuda(streams) => check_each(streams, case),
             #[cfg(feature = "emulate")]
             Ways::Emulated(machines) => check_each(machines, case),
         }
@@ -75,7 +75,7 @@ impl fmt::Display for Ways<'_> {
         match self {
             Ways::Cpu(_) => f.pad("cpu"),
             #[cfg(feature = "cuda")]
-            Ways::Cuda(queues) => f.pad(&format!("cuda, in {} ways", queues.len())),
+            Ways::Cuda(streams) => f.pad(&format!("cuda, in {} ways", streams.len())),
             #[cfg(feature = "emulate")]
             Ways::Emulated(machines) => f.pad(&format!("emulated, in {} ways", machines.len())),
         }
@@ -104,7 +104,7 @@ impl Machine {
         Machine {
             cpu: Cpu,
             #[cfg(feature = "cuda")]
-            gpu: Gpu::new(0),
+            gpu: Device::new(0),
         }
     }
 
@@ -139,7 +139,7 @@ impl Machine {
             places.push(Place::Cpu(&self.cpu));
         }
         #[cfg(feature = "cuda")]
-        places.extend(self.queues(choice, &[Options::default()])?.into_iter().map(Place::Cuda));
+        places.extend(self.streams(choice, &[Options::default()])?.into_iter().map(Place::Cuda));
         self.require(choice)?;
         Ok(places)
     }
@@ -157,8 +157,8 @@ impl Machine {
         }
         #[cfg(feature = "cuda")]
         {
-            let queues = self.queues(choice, &Options::every())?;
-            all.extend((!queues.is_empty()).then_some(Ways::Cuda(queues)));
+            let streams = self.streams(choice, &Options::every())?;
+            all.extend((!streams.is_empty()).then_some(Ways::Cuda(streams)));
         }
         self.require(choice)?;
         Ok(all)
@@ -174,11 +174,13 @@ impl Machine {
         }
     }
 
-    /// A queue for each of `options`; none where there is no GPU or it is not wanted.
+    /// A stream for each of `options`; none where there is no GPU or it is not wanted.
     #[cfg(feature = "cuda")]
-    fn queues(&self, choice: Choice, options: &[Options]) -> Result<Vec<Queue<'_>>> {
+    fn streams(&self, choice: Choice, options: &[Options]) -> Result<Vec<Stream>> {
         match &self.gpu {
-            Ok(gpu) if choice != Choice::Cpu => options.iter().map(|&options| gpu.queue(options)).collect(),
+            Ok(gpu) if choice != Choice::Cpu => {
+                options.iter().map(|&options| gpu.new_stream_with(options)).collect()
+            }
             _ => Ok(Vec::new()),
         }
     }
@@ -192,7 +194,7 @@ impl fmt::Display for Machine {
         #[cfg(feature = "cuda")]
         match &self.gpu {
             Ok(gpu) => {
-                let (info, module) = (gpu.info(), gpu.embedded());
+                let (info, module) = (gpu.info(), gpu.kernels());
                 let rate = f64::from(info.memory_rate) / 1e6;
                 writeln!(f, "cuda     {info}, {} MiB L2, memory of {rate:.2} TB/s", info.l2_bytes >> 20)?;
                 let from = match gpu.loaded_from() {
@@ -245,11 +247,8 @@ pub trait Timed: Backend {
         call: &Forward<'_, Self::Space, T>,
     ) -> Result<String>;
 
-    /// Median time of the `calls` calls that `work` queues, one call. `work` is repeated.
-    ///
-    /// # Safety
-    /// All memory that `work` names must live until this returns, and `work` must queue only.
-    unsafe fn time(&self, calls: usize, work: impl FnMut() -> Result<()>) -> Result<Duration>;
+    /// Median time of the `calls` calls that `work` queues, one call. `work` is repeated, and must queue only.
+    fn time(&self, calls: usize, work: impl FnMut() -> Result<()>) -> Result<Duration>;
 }
 
 /// The CPU repeats its work for this long.
@@ -264,7 +263,7 @@ impl Timed for Cpu {
         Ok("all cores".into())
     }
 
-    unsafe fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
+    fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
         let (start, mut times) = (Instant::now(), Vec::new());
         while times.is_empty() || start.elapsed() < CPU_BUDGET {
             let start = Instant::now();
@@ -280,9 +279,9 @@ impl Timed for Cpu {
 const GPU_REPEATS: usize = 50;
 
 #[cfg(feature = "cuda")]
-impl Timed for Queue<'_> {
+impl Timed for Stream {
     fn bandwidth(&self) -> Option<f64> {
-        Some(self.gpu().limits().streamed() * 1e6)
+        Some(self.device().limits().streamed() * 1e6)
     }
 
     fn kernel<T: Element>(
@@ -291,14 +290,14 @@ impl Timed for Queue<'_> {
         call: &Forward<'_, Self::Space, T>,
     ) -> Result<String> {
         let plan = self.plan(projection, &call.check(projection)?, Stage::Forward, RouteSource::Made)?;
-        Ok(plan.map_or("nothing".into(), |plan| format!("{:?} {:?}", plan.index, plan.tile).to_lowercase()))
+        Ok(plan.map_or("nothing".into(), |plan| {
+            format!("{:?} {:?}", plan.index_width(), plan.tile()).to_lowercase()
+        }))
     }
 
-    unsafe fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
+    fn time(&self, calls: usize, mut work: impl FnMut() -> Result<()>) -> Result<Duration> {
         work()?;
-        // SAFETY: the caller keeps all memory alive until this returns, and the graph goes before.
-        let graph = unsafe { self.capture(|_| work())? };
-        let times = self.time(&graph, GPU_REPEATS)?;
+        let times = self.capture(|_| work())?.time(GPU_REPEATS)?;
         Ok(median(times.iter().map(|time| Duration::from_secs_f64(time * 1e-6 / calls as f64)).collect()))
     }
 }

@@ -1,11 +1,11 @@
 use crate::DTypeArg;
-use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, routing, time};
+use crate::measure::{REPLAYS, Times, WARM_UP, Workload, host_time, median, time};
 use crate::models::{GPT_OSS_20B, MIXTRAL_8X7B, Model, OLMOE_1B, Op, QWEN3_30B};
 use anyhow::Context;
 use half::{bf16, f16};
-use moe_lora::cuda::{Gpu, Options, Queue, TileKind, Workspace};
+use moe_lora::cuda::{Device, Options, Stream, TileKind, Workspace};
 use moe_lora::tuning::ways;
-use moe_lora::{Backend, DType, Projection};
+use moe_lora::{Backend, Buffer, DType, Projection, RoutingTensors};
 use rand::rngs::StdRng;
 use rand::seq::index::sample;
 use rand::{Rng, SeedableRng};
@@ -123,10 +123,10 @@ impl Case {
 }
 
 pub fn bench(args: &Args) -> anyhow::Result<()> {
-    let gpu = Gpu::new(args.device)?;
-    println!("{}", gpu.info());
+    let device = Device::new(args.device)?;
+    println!("{}", device.info());
     if args.route {
-        return bench_routes(&gpu, args);
+        return bench_routes(&device, args);
     }
     let is_wanted = |way: &Options| {
         let name = way.name("");
@@ -136,7 +136,8 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
         Some(_) => vec![Options { tile: args.tile, ..Options::default() }],
         None => ways().into_iter().filter(is_wanted).collect(),
     };
-    let queues = ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<Vec<_>, _>>()?;
+    let streams =
+        ways.into_iter().map(|options| device.new_stream_with(options)).collect::<Result<Vec<_>, _>>()?;
     println!(
         "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
     );
@@ -149,15 +150,15 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     for (seed, case) in cases().into_iter().enumerate().filter(|(_, case)| wanted(case)) {
         let workload = case.workload(args.dtype.into(), args.split)?;
         let timed = match args.dtype {
-            DTypeArg::Bf16 => time::<bf16>(&queues, &workload, seed as u64, || {}),
-            DTypeArg::F16 => time::<f16>(&queues, &workload, seed as u64, || {}),
+            DTypeArg::Bf16 => time::<bf16>(&streams, &workload, seed as u64, || {}),
+            DTypeArg::F16 => time::<f16>(&streams, &workload, seed as u64, || {}),
         };
         let Case { model, op, tokens, max_rank, rank, loras } = case;
         let name = model.name;
         let rank = if rank == max_rank { rank.to_string() } else { format!("{rank} of {max_rank}") };
         let timed = timed.with_context(|| format!("{name} {op} T={tokens} R={rank}"))?;
-        for (queue, Times { kernels, routed, host, floor, error }) in queues.iter().zip(timed) {
-            let (way, ratio) = (queue.variant(), routed / floor);
+        for (stream, Times { kernels, routed, host, floor, error }) in streams.iter().zip(timed) {
+            let (way, ratio) = (stream.variant(), routed / floor);
             println!(
                 "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
             );
@@ -171,7 +172,7 @@ const ROUTE_TOKENS: [usize; 4] = [80, 1024, 16_384, 131_072];
 /// Routes in a graph.
 const ROUTES: usize = 20;
 
-fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
+fn bench_routes(device: &Device, args: &Args) -> anyhow::Result<()> {
     let mut ways = vec![Options::default()];
     ways.extend(
         args.route_blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }),
@@ -181,20 +182,20 @@ fn bench_routes(gpu: &Gpu, args: &Args) -> anyhow::Result<()> {
     for (seed, &tokens) in (0..).zip(tokens) {
         let case = Case { model: &QWEN3_30B, op: Op::W13, tokens, max_rank: 64, rank: 64, loras: 2 };
         for way in &ways {
-            let queue = gpu.queue(*way)?;
+            let stream = device.new_stream_with(*way)?;
             let (time, host) =
-                time_route(&queue, &case, seed).with_context(|| format!("T={tokens}, {way:?}"))?;
-            println!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, queue.variant());
+                time_route(&stream, &case, seed).with_context(|| format!("T={tokens}, {way:?}"))?;
+            println!("| {} | {} | {time:.2} | {host:.2} |", tokens * case.model.top_k, stream.variant());
         }
     }
     Ok(())
 }
 
 /// Microseconds of a route on the device, and of the thread that asks for it.
-fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64, f64)> {
+fn time_route(stream: &Stream, case: &Case, seed: u64) -> anyhow::Result<(f64, f64)> {
     let projection = case.projection(DType::Bf16)?;
     let s = *projection.sizes();
-    let mut workspace = queue.workspace(&[projection], case.tokens)?;
+    let mut workspace = stream.workspace(&[projection], case.tokens)?;
     let mut rng = StdRng::seed_from_u64(seed);
     let mut draw = || -> (Vec<i32>, Vec<i32>) {
         let experts = (0..case.tokens).flat_map(|_| sample(&mut rng, s.experts, s.top_k));
@@ -209,41 +210,35 @@ fn time_route(queue: &Queue<'_>, case: &Case, seed: u64) -> anyhow::Result<(f64,
         )
     };
     let (topk_ids, token_lora) = draw();
-    let (mut ids_on_device, mut lora_on_device) = (queue.upload(&topk_ids)?, queue.upload(&token_lora)?);
-    check_route(queue, &projection, &mut workspace, (&topk_ids, &token_lora), |workspace| {
-        queue.route(workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
+    let (mut ids_on_device, mut lora_on_device) = (stream.upload(&topk_ids)?, stream.upload(&token_lora)?);
+    macro_rules! routing {
+        () => {
+            RoutingTensors::new(ids_on_device.view(), lora_on_device.view())
+        };
+    }
+    check_route(stream, &projection, &mut workspace, (&topk_ids, &token_lora), |workspace| {
+        stream.route(workspace, &projection, case.tokens, routing!()).map(drop)
     })?;
-    // SAFETY: every buffer outlives the graph.
-    let graph = unsafe {
-        queue.capture(|queue| {
-            (0..ROUTES).try_for_each(|_| {
-                queue.route(
-                    &mut workspace,
-                    &projection,
-                    case.tokens,
-                    routing(&ids_on_device, &lora_on_device),
-                )
-            })
-        })
-    }?;
+    let graph = stream.capture(|stream| {
+        (0..ROUTES)
+            .try_for_each(|_| stream.route(&mut workspace, &projection, case.tokens, routing!()).map(drop))
+    })?;
     // Other routing in the buffers that the graph names.
     for _ in 0..3 {
         let (topk_ids, token_lora) = draw();
-        queue.write(&mut ids_on_device, 0, &topk_ids)?;
-        queue.write(&mut lora_on_device, 0, &token_lora)?;
-        check_route(queue, &projection, &mut workspace, (&topk_ids, &token_lora), |_| queue.replay(&graph))?;
+        stream.write(&mut ids_on_device, 0, &topk_ids)?;
+        stream.write(&mut lora_on_device, 0, &token_lora)?;
+        check_route(stream, &projection, &mut workspace, (&topk_ids, &token_lora), |_| graph.replay())?;
     }
-    queue.time(&graph, WARM_UP)?;
-    let time = median(queue.time(&graph, REPLAYS)?) / ROUTES as f64;
-    let host = host_time(queue, || {
-        queue.route(&mut workspace, &projection, case.tokens, routing(&ids_on_device, &lora_on_device))
-    })?;
+    graph.time(WARM_UP)?;
+    let time = median(graph.time(REPLAYS)?) / ROUTES as f64;
+    let host = host_time(stream, || stream.route(&mut workspace, &projection, case.tokens, routing!()))?;
     Ok((time, host))
 }
 
 /// Lets `route` fill the workspace, and holds what it leaves against the same done plainly, to the bit.
 fn check_route(
-    queue: &Queue<'_>,
+    stream: &Stream,
     projection: &Projection,
     workspace: &mut Workspace,
     (topk_ids, token_lora): (&[i32], &[i32]),
@@ -251,7 +246,7 @@ fn check_route(
 ) -> anyhow::Result<()> {
     let s = projection.sizes();
     route(workspace)?;
-    let got = queue.download_route(workspace, topk_ids.len())?;
+    let got = stream.download_route(workspace, topk_ids.len())?;
     let inactive = s.slots * s.experts;
     let bucket = |pair: usize| match token_lora[pair / s.top_k] {
         -1 => inactive,

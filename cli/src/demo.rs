@@ -4,8 +4,8 @@ use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::adapter::LayerProjection;
 use moe_lora::{
-    Buffer, DType, Element, Enabled, ExpertWeights, Forward, Projection, ProjectionSizes, Route,
-    RoutingTensors, Space, View, ViewMut, reference,
+    Buffer, DType, Element, ExpertWeights, Forward, Projection, ProjectionSizes, RoutingTensors, Space, View,
+    ViewMut, reference,
 };
 use rand::rngs::StdRng;
 use rand::seq::index;
@@ -182,13 +182,7 @@ impl<S: Space, T: Element> Inputs<'_, S, T> {
     fn call<'c>(&'c self, topk_ids: View<'c, S, i32>, out: ViewMut<'c, S, T>) -> Forward<'c, S, T> {
         Forward {
             tokens: self.tokens,
-            route: Route::From(RoutingTensors {
-                topk_ids,
-                token_lora: self.token_lora,
-                adapter_enabled: Enabled::All,
-                ranks: None,
-                expert_map: None,
-            }),
+            routing: RoutingTensors::new(topk_ids, self.token_lora).into(),
             x: self.x.into(),
             a: &self.a,
             b: &self.b,
@@ -249,9 +243,8 @@ impl<T: Element> Batch<T> {
         let mut out = batch.old.clone();
         let mut segments = 0;
         for topk_ids in &batch.topk_ids {
-            let call = inputs.call(topk_ids[..].into(), ViewMut::from(&mut out[..]));
-            let Route::From(routing) = &call.route else { unreachable!("made above") };
-            let targets = reference::targets(projection, tokens, routing);
+            let routing = RoutingTensors::new(topk_ids[..].into(), inputs.token_lora);
+            let targets = reference::targets(projection, tokens, &routing)?;
             segments += targets.iter().flatten().map(|at| (at.slot, at.expert)).collect::<HashSet<_>>().len();
         }
         let call = inputs.call(batch.topk_ids[0][..].into(), ViewMut::from(&mut out[..]));
@@ -346,12 +339,11 @@ impl<B: Timed, T: Element> Measure<T> for Resident<'_, B, T> {
         let all = || {
             let mut call = |ids: &B::Buffer<i32>| {
                 let call = inputs.call(ids.view(), out.view_mut());
-                backend.forward(&mut workspace, projection, call)
+                backend.forward(&mut workspace, projection, call).map(drop)
             };
             topk_ids.iter().try_for_each(&mut call)
         };
-        // SAFETY: every buffer named lives until the end of this function, and calls only queue.
-        let time = unsafe { backend.time(topk_ids.len(), all)? };
+        let time = backend.time(topk_ids.len(), all)?;
         let floor = backend.bandwidth().map(|bandwidth| Duration::from_secs_f64(batch.bytes / bandwidth));
         Ok(Measured { kernel, error, time, floor })
     }

@@ -15,7 +15,7 @@
 use half::{bf16, f16};
 use moe_lora::adapter::{Adapter, AdapterError, LayerProjection, Stack};
 use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Enabled, Forward, Route, RoutingTensors};
+use moe_lora::call::{Forward, RoutingTensors};
 use moe_lora::dtype::{DType, Element};
 use moe_lora::error::Error as CallError;
 use moe_lora::projection::{Projection, XRows};
@@ -149,13 +149,11 @@ impl Run {
         let mut workspace = backend.workspace(&[stack.projection], tokens)?;
         let call = Forward {
             tokens,
-            route: Route::From(RoutingTensors {
-                topk_ids: topk_ids.view(),
-                token_lora: token_lora.view(),
-                adapter_enabled: Enabled::All,
+            routing: RoutingTensors {
                 ranks: Some(ranks.view()),
-                expert_map: None,
-            }),
+                ..RoutingTensors::new(topk_ids.view(), token_lora.view())
+            }
+            .into(),
             x: x.view().into(),
             a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
             b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),

@@ -1,10 +1,10 @@
 //! Times calls on a GPU: right first, then over graphs of many calls on weights that no cache holds.
 
-use moe_lora::cuda::{DeviceBuffer, Queue};
+use moe_lora::cuda::{self, Stream};
 use moe_lora::plan::DeviceLimits;
 use moe_lora::{
-    Backend, Buffer, DType, Device, Element, Enabled, Expand, Forward, Projection, Route, RoutingTensors,
-    Rows, Shrink, View, XRows,
+    Backend, Buffer, Cuda, DType, Element, Expand, Forward, Projection, Route, Routing, RoutingTensors, Rows,
+    Shrink, View, XRows,
 };
 use rand::rngs::StdRng;
 use rand::seq::index::sample;
@@ -124,30 +124,19 @@ pub fn median(mut times: Vec<f64>) -> f64 {
     times[times.len() / 2]
 }
 
-/// The routing of a call whose adapters are all on and of the largest rank.
-pub fn routing<'a>(
-    topk_ids: &'a DeviceBuffer<i32>,
-    token_lora: &'a DeviceBuffer<i32>,
-) -> RoutingTensors<'a, Device> {
-    RoutingTensors {
-        topk_ids: topk_ids.view(),
-        token_lora: token_lora.view(),
-        adapter_enabled: Enabled::All,
-        ranks: None,
-        expert_map: None,
-    }
-}
-
 /// Microseconds that a call takes the host, which waits for nothing.
-pub fn host_time(queue: &Queue<'_>, mut call: impl FnMut() -> moe_lora::Result<()>) -> moe_lora::Result<f64> {
+pub fn host_time(
+    stream: &Stream,
+    mut call: impl FnMut() -> moe_lora::Result<Route>,
+) -> moe_lora::Result<f64> {
     let mut times = Vec::new();
     for _ in 0..WARM_UP + REPLAYS {
-        queue.synchronize()?;
+        stream.synchronize()?;
         let start = Instant::now();
-        (0..QUEUED).try_for_each(|_| call())?;
+        (0..QUEUED).try_for_each(|_| call().map(drop))?;
         times.push(start.elapsed().as_secs_f64() * 1e6 / QUEUED as f64);
     }
-    queue.synchronize()?;
+    stream.synchronize()?;
     Ok(median(times.split_off(WARM_UP)))
 }
 
@@ -170,68 +159,70 @@ fn floor<T: Element>(workload: &Workload, inputs: &Inputs<T>, limits: &DeviceLim
     ((elements * DType::SIZE) as f64 / limits.streamed()).max(operations as f64 / OPERATIONS)
 }
 
-/// Times of a call run on each of `queues`, after each of which `done` is called.
+fn views<T: Element>(slices: &[cuda::Buffer<T>]) -> Vec<View<'_, Cuda, T>> {
+    slices.iter().map(Buffer::view).collect()
+}
+
+/// Times of a call run on each of `streams`, after each of which `done` is called.
 pub fn time<T: Element>(
-    queues: &[Queue<'_>],
+    streams: &[Stream],
     workload: &Workload,
     seed: u64,
     mut done: impl FnMut(),
 ) -> anyhow::Result<Vec<Times>> {
-    let queue = &queues[0];
+    let stream = &streams[0];
     let &Workload { projection, tokens, rank, weighted, split } = workload;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(workload, &mut StdRng::seed_from_u64(seed));
     let pairs = tokens * s.top_k;
 
-    let [topk_ids, token_lora] = [&inputs.topk_ids, &inputs.token_lora].map(|ids| queue.upload(ids));
+    let [topk_ids, token_lora] = [&inputs.topk_ids, &inputs.token_lora].map(|ids| stream.upload(ids));
     let (topk_ids, token_lora) = (topk_ids?, token_lora?);
-    let topk_weights = queue.upload(&inputs.topk_weights)?;
-    let ranks = queue.upload(&vec![rank as i32; s.slots])?;
-    let x = queue.upload(&inputs.x)?;
+    let topk_weights = stream.upload(&inputs.topk_weights)?;
+    let ranks = stream.upload(&vec![rank as i32; s.slots])?;
+    let x = stream.upload(&inputs.x)?;
     let set_bytes = (inputs.a.iter().chain(&inputs.b).map(Vec::len).sum::<usize>()) * DType::SIZE;
     let touched_bytes = touched(workload, &inputs) * DType::SIZE;
     let sets = (ROTATION_BYTES / touched_bytes + 1).min(MAX_BYTES / set_bytes).max(1);
     let upload =
-        |slices: &[Vec<T>]| slices.iter().map(|slice| queue.upload(slice)).collect::<Result<Vec<_>, _>>();
+        |slices: &[Vec<T>]| slices.iter().map(|slice| stream.upload(slice)).collect::<Result<Vec<_>, _>>();
     let weights = (0..sets)
         .map(|_| Ok((upload(&inputs.a)?, upload(&inputs.b)?)))
-        .collect::<moe_lora::Result<Vec<(Vec<DeviceBuffer<T>>, Vec<DeviceBuffer<T>>)>>>()?;
-    let views = |slices: &[DeviceBuffer<T>]| -> Vec<View<'_, Device, T>> {
-        // SAFETY: the buffers outlive the graphs below.
-        slices.iter().map(|slice| unsafe { View::from_raw(slice.view().address(), slice.len()) }).collect()
-    };
+        .collect::<moe_lora::Result<Vec<(Vec<cuda::Buffer<T>>, Vec<cuda::Buffer<T>>)>>>()?;
     let zeros = vec![T::from_f32(0.0); pairs * projection.out_width()];
-    let mut out = queue.upload(&zeros)?;
+    let mut out = stream.upload(&zeros)?;
     let mut h =
-        queue.upload(&vec![T::from_f32(0.0); if split { projection.h_elements(tokens)? } else { 0 }])?;
-    let mut workspace = queue.workspace(&[projection], tokens)?;
-    let mut call = |queue: &Queue<'_>, out: &mut DeviceBuffer<T>, set: usize, kept: bool| {
+        stream.upload(&vec![T::from_f32(0.0); if split { projection.h_elements(tokens)? } else { 0 }])?;
+    let mut workspace = stream.workspace(&[projection], tokens)?;
+    let tensors = RoutingTensors {
+        ranks: (rank < s.max_rank).then(|| ranks.view()),
+        ..RoutingTensors::new(topk_ids.view(), token_lora.view())
+    };
+    let mut call = |stream: &Stream, out: &mut cuda::Buffer<T>, set: usize, on: Option<Route>| {
         let (a, b) = (views(&weights[set].0), views(&weights[set].1));
-        let ranks = (rank < s.max_rank).then(|| ranks.view());
-        let routing = RoutingTensors { ranks, ..routing(&topk_ids, &token_lora) };
-        let route = if kept { Route::Kept } else { Route::From(routing) };
+        let routing = on.map_or(Routing::Tokens(tensors), Routing::On);
         let topk_weights = weighted.then(|| topk_weights.view());
         let (x, out) = (Rows::from(x.view()), out.view_mut().into());
         let (offset, accumulate) = (0, true);
         if split {
-            let shrink = Shrink { tokens, route, x, a: &a, h: h.view_mut() };
-            queue.shrink(&mut workspace, &projection, shrink)?;
-            let (route, h) = (Route::Kept, h.view());
-            let expand = Expand { tokens, route, h, b: &b, topk_weights, out, offset, accumulate };
-            queue.expand(&mut workspace, &projection, expand)
+            let shrink = Shrink { tokens, routing, x, a: &a, h: h.view_mut() };
+            let routing = stream.shrink(&mut workspace, &projection, shrink)?.into();
+            let h = h.view();
+            let expand = Expand { tokens, routing, h, b: &b, topk_weights, out, offset, accumulate };
+            stream.expand(&mut workspace, &projection, expand)
         } else {
-            let forward = Forward { tokens, route, x, a: &a, b: &b, topk_weights, out, offset, accumulate };
-            queue.forward(&mut workspace, &projection, forward)
+            let forward = Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out, offset, accumulate };
+            stream.forward(&mut workspace, &projection, forward)
         }
     };
 
     let mut times = Vec::new();
-    for queue in queues {
-        queue.write(&mut out, 0, &zeros)?;
+    for stream in streams {
+        stream.write(&mut out, 0, &zeros)?;
         // Twice, on a fresh and on a kept route: out was zero, so it now holds twice the delta.
-        call(queue, &mut out, 0, false)?;
-        call(queue, &mut out, 0, true)?;
-        let result = queue.download(&out)?;
+        let route = call(stream, &mut out, 0, None)?;
+        call(stream, &mut out, 0, Some(route))?;
+        let result = stream.download(&out)?;
         let mut rng = StdRng::seed_from_u64(seed + 1);
         let (mut wrong, mut right) = (0.0, 0.0);
         for _ in 0..CHECKED_PAIRS {
@@ -246,27 +237,32 @@ pub fn time<T: Element>(
         // Each of the two sums was rounded to the element type.
         let tolerance = 2.0 * T::DTYPE.tolerance();
         if error.is_nan() || error > tolerance {
-            anyhow::bail!("{}: error {error:.1e}, at most {tolerance:.1e} is allowed", queue.variant());
+            anyhow::bail!("{}: error {error:.1e}, at most {tolerance:.1e} is allowed", stream.variant());
         }
 
         // The graphs: the calls' times do not depend on what out holds, as long as it stays finite.
         let calls = MIN_CALLS.div_ceil(sets) * sets;
-        let mut measured = Vec::new();
-        for kept in [true, false] {
-            // SAFETY: every buffer outlives the graph.
-            let graph = unsafe {
-                queue.capture(|queue| (0..calls).try_for_each(|i| call(queue, &mut out, i % sets, kept)))
-            }?;
-            queue.time(&graph, WARM_UP)?;
-            measured.push(median(queue.time(&graph, REPLAYS)?) / calls as f64);
-        }
-        let [kernels, routed] = measured[..] else { unreachable!("two graphs were timed") };
-        let host = host_time(queue, || call(queue, &mut out, 0, false))?;
+        let mut replayed = |repeats: usize, kept: bool| -> moe_lora::Result<f64> {
+            let graph = stream.capture(|stream| {
+                let mut route = None;
+                (0..repeats).try_for_each(|i| {
+                    let found = call(stream, &mut out, i % sets, route)?;
+                    route = kept.then_some(found);
+                    Ok(())
+                })
+            })?;
+            graph.time(WARM_UP)?;
+            Ok(median(graph.time(REPLAYS)?))
+        };
+        // A recording finds its own route: what the first call costs is taken off again.
+        let kernels = (replayed(1 + calls, true)? - replayed(1, true)?) / calls as f64;
+        let routed = replayed(calls, false)? / calls as f64;
+        let host = host_time(stream, || call(stream, &mut out, 0, None))?;
         times.push(Times {
             kernels,
             routed,
             host,
-            floor: floor(workload, &inputs, &queue.gpu().limits()),
+            floor: floor(workload, &inputs, &stream.device().limits()),
             error,
         });
         done();

@@ -80,7 +80,7 @@ mod tests {
 
     use super::*;
     use moe_lora::Layout;
-    use moe_lora::plan::{DeviceLimits, Kernel, Options, Plan, PrefillPlan, RouteSource, Stage};
+    use moe_lora::plan::{DeviceLimits, Form, Options, Plan, PrefillTile, RouteSource, Stage};
 
     fn w13(model: &Model, slots: usize, rank: usize) -> Projection {
         model.projection(Op::W13, rank, slots, DType::Bf16).expect("the sizes are right")
@@ -109,15 +109,16 @@ mod tests {
     /// The form of a whole call of so many tokens, in the words of [`Options::name`], and the pairs of its tiles where the kernel has room for more.
     fn form(projection: &Projection, tokens: usize, ranked: bool, limits: &DeviceLimits) -> String {
         let plan = plan(projection, tokens, ranked, limits);
-        match (plan.decode, plan.prefill) {
-            (Some(_), _) => "decode".to_owned(),
-            (None, Some(PrefillPlan { launch, shares, .. })) => {
-                let Kernel::Prefill(variant) = launch.entry.kernel else { panic!("{}", launch.entry.name) };
-                let rows = variant.shape.rows;
-                let form = format!("{}prefill(m{rows})", if shares.is_some() { "shared" } else { "" });
-                if plan.tile_rows < rows { format!("{form} in {}", plan.tile_rows) } else { form }
-            }
-            (None, None) => "two launches".to_owned(),
+        let of = |name: &str, tile: PrefillTile| {
+            let (rows, tile_rows) = (tile.rows(), plan.tile_rows());
+            let form = format!("{name}(m{rows})");
+            if tile_rows < rows { format!("{form} in {tile_rows}") } else { form }
+        };
+        match plan.form() {
+            Form::Decode => "decode".to_owned(),
+            Form::Prefill(tile) => of("prefill", tile),
+            Form::SharedPrefill(tile) => of("sharedprefill", tile),
+            Form::TwoLaunches => "two launches".to_owned(),
         }
     }
 
@@ -207,7 +208,8 @@ mod tests {
         for (projection, clusters) in cases {
             for (tokens, expected) in *clusters {
                 let plan = plan(projection, *tokens, false, &DeviceLimits::H200);
-                let cluster = plan.decode.expect("few pairs a segment").launch.cluster;
+                assert_eq!(plan.form(), Form::Decode);
+                let cluster = plan.launches().map(|launch| launch.cluster).max().expect("a launch");
                 assert_eq!(cluster, *expected, "{tokens} tokens of {projection:?}");
             }
         }

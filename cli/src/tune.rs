@@ -4,7 +4,7 @@ use crate::models::{MODELS, Model, Op};
 use anyhow::Context;
 use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
-use moe_lora::cuda::{EMBEDDED, Gpu, Options};
+use moe_lora::cuda::{Device, Options};
 use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::tuning::{TUNING_VAR, Tuned, Tuning, ways};
 use moe_lora::{DType, Layout};
@@ -81,7 +81,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     };
     let model = args.model.or_else(own).context("neither a model nor all of its sizes")?;
     // Without a tuning of before: it would change what is measured as planned.
-    let gpu = Gpu::with_kernels(args.device, EMBEDDED)?;
+    let gpu = Device::untuned(args.device)?;
     let device = &gpu.info().name;
     let mut tuning = match args.file.exists() {
         true => Tuning::load(&args.file)?,
@@ -113,7 +113,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
 }
 
 /// The fastest way of a call: the planner's own, unless another is faster for sure.
-fn fastest(gpu: &Gpu, workload: &Workload) -> anyhow::Result<Tuned> {
+fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
     let &Workload { projection, tokens, .. } = workload;
     let layout = Layout {
         tokens,
@@ -126,20 +126,21 @@ fn fastest(gpu: &Gpu, workload: &Workload) -> anyhow::Result<Tuned> {
     // Ways that come to the same plan are timed once.
     let (mut tried, mut plans) = (Vec::new(), Vec::new());
     for way in ways() {
-        let queue = gpu.queue(way)?;
-        let plan = queue.plan(&projection, &layout, Stage::Forward, RouteSource::Made)?;
+        let stream = device.new_stream_with(way)?;
+        let plan = stream.plan(&projection, &layout, Stage::Forward, RouteSource::Made)?;
         if !plans.contains(&plan) {
             plans.push(plan);
-            tried.push((way, queue));
+            tried.push((way, stream));
         }
     }
-    let (tried, queues): (Vec<_>, Vec<_>) = tried.into_iter().unzip();
-    let progress = ProgressBar::new(queues.len() as u64).with_message(format!("{tokens} tokens")).with_style(
-        ProgressStyle::with_template("{bar:30} {pos}/{len} ways  {msg}").expect("a valid template"),
-    );
+    let (tried, streams): (Vec<_>, Vec<_>) = tried.into_iter().unzip();
+    let progress =
+        ProgressBar::new(streams.len() as u64).with_message(format!("{tokens} tokens")).with_style(
+            ProgressStyle::with_template("{bar:30} {pos}/{len} ways  {msg}").expect("a valid template"),
+        );
     let times = match projection.sizes().dtype {
-        DType::Bf16 => time::<bf16>(&queues, workload, SEED, || progress.inc(1)),
-        DType::F16 => time::<f16>(&queues, workload, SEED, || progress.inc(1)),
+        DType::Bf16 => time::<bf16>(&streams, workload, SEED, || progress.inc(1)),
+        DType::F16 => time::<f16>(&streams, workload, SEED, || progress.inc(1)),
     }?;
     progress.finish_and_clear();
     let planned = times[0].routed;

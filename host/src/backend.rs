@@ -5,6 +5,7 @@ use crate::call::{Expand, Forward, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::projection::Projection;
+use crate::route::Route;
 use crate::tensor::{Space, View, ViewMut};
 use bytemuck::Pod;
 
@@ -56,8 +57,7 @@ pub trait Backend {
     /// [`crate::Error::SizeTooLarge`] for too many tokens, [`crate::Error::Driver`] when there is no room.
     fn workspace(&self, projections: &[Projection], max_tokens: usize) -> Result<Self::Workspace>;
 
-    /// Queues the routing of a layer alone: its segments are kept in the workspace, for calls of as many
-    /// tokens with [`Route::Kept`](crate::Route::Kept).
+    /// Queues the routing of a layer alone, for calls of as many tokens on the route that this returns.
     ///
     /// # Errors
     /// Whatever [`RoutingTensors::check`] finds, before anything is launched.
@@ -67,7 +67,7 @@ pub trait Backend {
         projection: &Projection,
         tokens: usize,
         routing: RoutingTensors<'_, Self::Space>,
-    ) -> Result<()>;
+    ) -> Result<Route>;
 
     /// Queues the sorting of pairs into blocks, the form in which vLLM hands a route on. It needs no workspace.
     ///
@@ -78,35 +78,38 @@ pub trait Backend {
     /// Queues a whole call.
     ///
     /// # Errors
-    /// Whatever [`Forward::check`] finds, before anything is launched.
+    /// Whatever [`Forward::check`] finds, or [`crate::Error::StaleRoute`], before anything is launched;
+    /// [`crate::Error::Driver`] when a launch fails.
     fn forward<T: Element>(
         &self,
         workspace: &mut Self::Workspace,
         projection: &Projection,
         call: Forward<'_, Self::Space, T>,
-    ) -> Result<()>;
+    ) -> Result<Route>;
 
     /// Queues the first half of a call.
     ///
     /// # Errors
-    /// Whatever [`Shrink::check`] finds, before anything is launched.
+    /// Whatever [`Shrink::check`] finds, or [`crate::Error::StaleRoute`], before anything is launched;
+    /// [`crate::Error::Driver`] when a launch fails.
     fn shrink<T: Element>(
         &self,
         workspace: &mut Self::Workspace,
         projection: &Projection,
         call: Shrink<'_, Self::Space, T>,
-    ) -> Result<()>;
+    ) -> Result<Route>;
 
     /// Queues the second half of a call.
     ///
     /// # Errors
-    /// Whatever [`Expand::check`] finds, before anything is launched.
+    /// Whatever [`Expand::check`] finds, or [`crate::Error::StaleRoute`], before anything is launched;
+    /// [`crate::Error::Driver`] when a launch fails.
     fn expand<T: Element>(
         &self,
         workspace: &mut Self::Workspace,
         projection: &Projection,
         call: Expand<'_, Self::Space, T>,
-    ) -> Result<()>;
+    ) -> Result<Route>;
 
     /// Waits for queued work.
     ///

@@ -1,7 +1,7 @@
 //! Routes in vLLM's form: the pairs of each adapter slot, sorted into blocks of one expert each.
 //!
 //! vLLM 0.33.0 routes a layer with `moe_lora_align_block_size` ([`Align`] here), and hands what that leaves to
-//! its operator `fused_moe_lora` ([`Route::Sorted`](crate::Route::Sorted) here). Names and shapes are vLLM's.
+//! its operator `fused_moe_lora` ([`Routing::Sorted`](crate::Routing::Sorted) here). Names and shapes are vLLM's.
 //!
 //! A slot has a row in each array. Its pairs are sorted by local expert, the *segment* of each expert filled up
 //! to whole blocks of `block_size` places with P, which is no pair. Places past `num_tokens_post_padded` hold
@@ -10,7 +10,7 @@
 //!
 //! vLLM's *naive* form, for few tokens, has no sorted arrays: `sorted_token_ids` is `None`, `expert_ids` is
 //! `topk_ids` flattened, the slot of a pair comes from `token_lora_mapping`, and `lora_ids` and
-//! `num_active_loras` go unread. That is [`Route::From`](crate::Route::From) without an expert map.
+//! `num_active_loras` go unread. That is [`Routing::Tokens`](crate::Routing::Tokens) without an expert map.
 
 use crate::call::{Enabled, check_view, check_view_mut};
 use crate::error::{Error, Result};
@@ -80,7 +80,7 @@ impl BlockShape {
 ///
 /// A pair in no block *is no part of the call*: its row of `out` keeps what it holds even when the call
 /// overwrites (vLLM with `add_inputs=False`), and so does its row of `h` in the split form (vLLM hands its
-/// shrink an `h` of zeros). This differs from [`Route::From`](crate::Route::From), which knows all pairs.
+/// shrink an `h` of zeros). This differs from [`Routing::Tokens`](crate::Routing::Tokens), which knows all pairs.
 ///
 /// A pair in two blocks gets the delta of one or both of them. Blocks past those that P pairs in L · E segments
 /// can fill are left out.

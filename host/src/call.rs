@@ -6,6 +6,7 @@ use crate::blocks::SortedTensors;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::projection::{MAX_SIZE, Projection, elements};
+use crate::route::Route;
 use crate::tensor::{Rows, RowsMut, Space, View, ViewMut};
 use bytemuck::Pod;
 
@@ -38,15 +39,32 @@ pub struct RoutingTensors<'a, S: Space> {
 
 /// Where a call's segments come from.
 #[derive(Clone, Copy, Debug)]
-pub enum Route<'a, S: Space> {
-    /// Found by this call, and kept in the workspace.
-    From(RoutingTensors<'a, S>),
-    /// Found elsewhere, in the form of vLLM's `moe_lora_align_block_size`, and kept in the workspace. Pairs that
-    /// it does not name are no part of the call: their rows stay as they are.
+pub enum Routing<'a, S: Space> {
+    /// Found by this call.
+    Tokens(RoutingTensors<'a, S>),
+    /// Found elsewhere, in the form of vLLM's `moe_lora_align_block_size`. Pairs that it does not name are no part
+    /// of the call: their rows stay as they are.
     Sorted(SortedTensors<'a, S>),
-    /// Those that the last call on this workspace found, or [`Backend::route`](crate::Backend::route): all
-    /// projections of a layer have one routing.
-    Kept,
+    /// Found by an earlier call on this workspace, or by [`Backend::route`](crate::Backend::route).
+    On(Route),
+}
+
+impl<'a, S: Space> From<RoutingTensors<'a, S>> for Routing<'a, S> {
+    fn from(tensors: RoutingTensors<'a, S>) -> Self {
+        Routing::Tokens(tensors)
+    }
+}
+
+impl<'a, S: Space> From<SortedTensors<'a, S>> for Routing<'a, S> {
+    fn from(sorted: SortedTensors<'a, S>) -> Self {
+        Routing::Sorted(sorted)
+    }
+}
+
+impl<S: Space> From<Route> for Routing<'_, S> {
+    fn from(route: Route) -> Self {
+        Routing::On(route)
+    }
 }
 
 /// A whole call: `out` (+)= routed weight · b · (a · x), for every active pair.
@@ -55,7 +73,7 @@ pub struct Forward<'a, S: Space, T> {
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
     /// Who goes where.
-    pub route: Route<'a, S>,
+    pub routing: Routing<'a, S>,
     /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
     pub x: Rows<'a, S, T>,
     /// S tensors `[L, E or 1, R, K]`.
@@ -68,7 +86,7 @@ pub struct Forward<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Route::Sorted`]).
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Routing::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -78,12 +96,12 @@ pub struct Shrink<'a, S: Space, T> {
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
     /// Who goes where.
-    pub route: Route<'a, S>,
+    pub routing: Routing<'a, S>,
     /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
     pub x: Rows<'a, S, T>,
     /// S tensors `[L, E or 1, R, K]`.
     pub a: &'a [View<'a, S, T>],
-    /// `[S, P, R]`, written whole, except on a [`Route::Sorted`]: then the rows of pairs that it names.
+    /// `[S, P, R]`, written whole, except on a [`Routing::Sorted`]: then the rows of pairs that it names.
     pub h: ViewMut<'a, S, T>,
 }
 
@@ -93,7 +111,7 @@ pub struct Expand<'a, S: Space, T> {
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
     /// Who goes where.
-    pub route: Route<'a, S>,
+    pub routing: Routing<'a, S>,
     /// `[S, P, R]`, as [`Shrink`] leaves it.
     pub h: View<'a, S, T>,
     /// S tensors `[L, E or 1, N, R]`.
@@ -104,7 +122,7 @@ pub struct Expand<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Route::Sorted`]).
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Routing::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -155,11 +173,12 @@ fn check_extent(
     expected: usize,
     shape: impl Fn() -> String,
 ) -> Result<()> {
-    if expected == 0 {
+    // Also where nothing is expected: a back end may look at all that a view names.
+    if expected == 0 && got == 0 {
         return Ok(());
     }
     if address == 0 {
-        return Err(Error::NullPointer { tensor, expected });
+        return Err(Error::NullPointer { tensor, expected: expected.max(got) });
     }
     if !address.is_multiple_of(align as u64) {
         return Err(Error::Misaligned { tensor, expected: align, address });
@@ -236,18 +255,19 @@ impl<S: Space> Enabled<'_, S> {
     }
 }
 
-impl<S: Space> Route<'_, S> {
+impl<S: Space> Routing<'_, S> {
     fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
         match self {
-            Route::From(routing) => routing.check(projection, tokens),
-            Route::Sorted(sorted) => sorted.check(projection),
-            Route::Kept => Ok(()),
+            Routing::Tokens(tensors) => tensors.check(projection, tokens),
+            Routing::Sorted(sorted) => sorted.check(projection),
+            // Whether the workspace holds it is for the workspace to say.
+            Routing::On(_) => Ok(()),
         }
     }
 
     /// Whether the call finds it, with ranks of the slots' own.
     fn is_ranked(&self) -> bool {
-        matches!(self, Route::From(RoutingTensors { ranks: Some(_), .. }))
+        matches!(self, Routing::Tokens(RoutingTensors { ranks: Some(_), .. }))
     }
 }
 
@@ -336,7 +356,7 @@ impl<S: Space, T: Element> Forward<'_, S, T> {
     pub fn check(&self, projection: &Projection) -> Result<Layout> {
         check_dtype::<T>(projection, "x")?;
         let pairs = check_tokens(projection, self.tokens)?;
-        self.route.check(projection, self.tokens)?;
+        self.routing.check(projection, self.tokens)?;
         let x_stride = check_x(projection, &self.x, self.tokens)?;
         check_a(projection, self.a)?;
         check_b(projection, self.b)?;
@@ -350,7 +370,7 @@ impl<S: Space, T: Element> Forward<'_, S, T> {
             out_stride,
             offset: self.offset,
             aligned,
-            ranked: self.route.is_ranked(),
+            ranked: self.routing.is_ranked(),
         })
     }
 }
@@ -363,7 +383,7 @@ impl<S: Space, T: Element> Shrink<'_, S, T> {
     pub fn check(&self, projection: &Projection) -> Result<Layout> {
         check_dtype::<T>(projection, "x")?;
         let pairs = check_tokens(projection, self.tokens)?;
-        self.route.check(projection, self.tokens)?;
+        self.routing.check(projection, self.tokens)?;
         let x_stride = check_x(projection, &self.x, self.tokens)?;
         check_a(projection, self.a)?;
         check_h(projection, (self.h.address(), self.h.len()), pairs)?;
@@ -375,7 +395,7 @@ impl<S: Space, T: Element> Shrink<'_, S, T> {
             out_stride: 0,
             offset: 0,
             aligned,
-            ranked: self.route.is_ranked(),
+            ranked: self.routing.is_ranked(),
         })
     }
 }
@@ -388,7 +408,7 @@ impl<S: Space, T: Element> Expand<'_, S, T> {
     pub fn check(&self, projection: &Projection) -> Result<Layout> {
         check_dtype::<T>(projection, "h")?;
         let pairs = check_tokens(projection, self.tokens)?;
-        self.route.check(projection, self.tokens)?;
+        self.routing.check(projection, self.tokens)?;
         check_h(projection, (self.h.address(), self.h.len()), pairs)?;
         check_b(projection, self.b)?;
         check_weights(projection, &self.topk_weights, self.tokens)?;
@@ -401,7 +421,7 @@ impl<S: Space, T: Element> Expand<'_, S, T> {
             out_stride,
             offset: self.offset,
             aligned,
-            ranked: self.route.is_ranked(),
+            ranked: self.routing.is_ranked(),
         })
     }
 }

@@ -6,14 +6,14 @@
 
 use crate::backend::{Backend, Buffer};
 use crate::blocks::{Align, BlockShape, SortedTensors};
-use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+use crate::route::{HeldRoute, NOT_RECORDED, Route, RouteSizes};
 use crate::tensor::{Host, View, ViewMut};
 use bytemuck::{Pod, Zeroable};
 use rayon::prelude::*;
-use std::fmt;
 use std::marker::PhantomData;
 
 /// Pairs of a tile: enough that widening the weights is a small part of the work, few enough that a
@@ -73,11 +73,12 @@ impl<T: Pod> Buffer<T> for HostBuffer<T> {
     }
 }
 
-/// What calls keep from one to the next: the route of the last one.
+/// What calls hand on to the next: the route of the last one that found one.
 #[derive(Debug)]
 pub struct Workspace {
     max_pairs: usize,
-    kept: Option<Kept>,
+    held: HeldRoute,
+    segments: Segments,
 }
 
 /// Pairs of one segment that are worked on together.
@@ -110,65 +111,29 @@ struct Segments {
     only_active: bool,
 }
 
-/// The segments that a call found, and the sizes that they hold for.
-#[derive(Debug)]
-struct Kept {
-    sizes: RouteSizes,
-    segments: Segments,
-}
-
-/// What two calls must share for one to use the segments of the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct RouteSizes {
-    tokens: usize,
-    top_k: usize,
-    experts: usize,
-    slots: usize,
-    max_rank: usize,
-}
-
-impl RouteSizes {
-    fn new(projection: &Projection, tokens: usize) -> Self {
-        let &ProjectionSizes { top_k, experts, slots, max_rank, .. } = projection.sizes();
-        RouteSizes { tokens, top_k, experts, slots, max_rank }
-    }
-}
-
-impl fmt::Display for RouteSizes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RouteSizes { tokens, top_k, experts, slots, max_rank } = self;
-        write!(f, "a route of T={tokens} k={top_k} E={experts} L={slots} R={max_rank}")
-    }
-}
-
 impl Workspace {
-    /// The segments of a call of at least one token, whose tensors have been checked.
+    /// The segments of a call whose tensors have been checked, and its route.
     fn segments(
         &mut self,
         projection: &Projection,
         tokens: usize,
-        route: &Route<'_, Host>,
-    ) -> Result<&Segments> {
+        routing: &Routing<'_, Host>,
+    ) -> Result<(&Segments, Route)> {
         let pairs = projection.pairs(tokens)?;
         if pairs > self.max_pairs {
             return Err(Error::WorkspaceTooSmall { what: "pairs", limit: self.max_pairs, got: pairs });
         }
         let sizes = RouteSizes::new(projection, tokens);
-        let segments = match route {
-            Route::From(routing) => Some(Segments::find(projection, pairs, routing)?),
-            Route::Sorted(sorted) => Some(Segments::adopt(projection, pairs, sorted)?),
-            Route::Kept => None,
-        };
-        if let Some(segments) = segments {
-            self.kept = Some(Kept { sizes, segments });
-        }
-        match &self.kept {
-            Some(kept) if kept.sizes == sizes => Ok(&kept.segments),
-            other => {
-                let kept = other.as_ref().map_or("no route".to_owned(), |kept| kept.sizes.to_string());
-                Err(Error::RouteNotKept { kept, needed: sizes.to_string() })
+        let found = match routing {
+            Routing::Tokens(tensors) => Segments::find(projection, pairs, tensors)?,
+            Routing::Sorted(sorted) => Segments::adopt(projection, pairs, sorted)?,
+            Routing::On(route) => {
+                self.held.check(route, sizes, NOT_RECORDED)?;
+                return Ok((&self.segments, *route));
             }
-        }
+        };
+        self.segments = found;
+        Ok((&self.segments, self.held.hold(sizes, TILE_PAIRS as u32, NOT_RECORDED)))
     }
 }
 
@@ -463,7 +428,7 @@ impl Backend for Cpu {
         for projection in projections {
             max_pairs = max_pairs.max(projection.pairs(max_tokens)?);
         }
-        Ok(Workspace { max_pairs, kept: None })
+        Ok(Workspace { max_pairs, held: HeldRoute::default(), segments: Segments::default() })
     }
 
     fn route(
@@ -472,12 +437,10 @@ impl Backend for Cpu {
         projection: &Projection,
         tokens: usize,
         routing: RoutingTensors<'_, Host>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         routing.check(projection, tokens)?;
-        if tokens == 0 {
-            return Ok(());
-        }
-        workspace.segments(projection, tokens, &Route::From(routing)).map(drop)
+        let (_, route) = workspace.segments(projection, tokens, &Routing::Tokens(routing))?;
+        Ok(route)
     }
 
     fn align(&self, call: Align<'_, Host>) -> Result<()> {
@@ -525,12 +488,12 @@ impl Backend for Cpu {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Forward<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         let layout = call.check(projection)?;
+        let (segments, route) = workspace.segments(projection, call.tokens, &call.routing)?;
         if call.tokens == 0 {
-            return Ok(());
+            return Ok(route);
         }
-        let segments = workspace.segments(projection, call.tokens, &call.route)?;
         let x = X::new(projection, call.x.data, layout.x_stride);
         let epilogue = Epilogue {
             topk_weights: call.topk_weights.map(|weights| weights.as_slice()),
@@ -554,7 +517,7 @@ impl Backend for Cpu {
                 }
             });
         epilogue.write_inactive(inactive, projection.out_width());
-        Ok(())
+        Ok(route)
     }
 
     fn shrink<T: Element>(
@@ -562,12 +525,12 @@ impl Backend for Cpu {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Shrink<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         let layout = call.check(projection)?;
+        let (segments, route) = workspace.segments(projection, call.tokens, &call.routing)?;
         if call.tokens == 0 {
-            return Ok(());
+            return Ok(route);
         }
-        let segments = workspace.segments(projection, call.tokens, &call.route)?;
         let x = X::new(projection, call.x.data, layout.x_stride);
         let (pairs, max_rank) = (projection.pairs(call.tokens)?, projection.sizes().max_rank);
         let slices = call.h.into_slice().chunks_mut(pairs * max_rank);
@@ -582,7 +545,7 @@ impl Backend for Cpu {
             });
             inactive.for_each(|row| row.fill(T::zeroed()));
         }
-        Ok(())
+        Ok(route)
     }
 
     fn expand<T: Element>(
@@ -590,12 +553,12 @@ impl Backend for Cpu {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Expand<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         let layout = call.check(projection)?;
+        let (segments, route) = workspace.segments(projection, call.tokens, &call.routing)?;
         if call.tokens == 0 {
-            return Ok(());
+            return Ok(route);
         }
-        let segments = workspace.segments(projection, call.tokens, &call.route)?;
         let epilogue = Epilogue {
             topk_weights: call.topk_weights.map(|weights| weights.as_slice()),
             offset: call.offset,
@@ -620,7 +583,7 @@ impl Backend for Cpu {
             },
         );
         epilogue.write_inactive(inactive, projection.out_width());
-        Ok(())
+        Ok(route)
     }
 
     fn synchronize(&self) -> Result<()> {

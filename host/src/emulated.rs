@@ -6,12 +6,13 @@
 
 use crate::backend::{Backend, Buffer};
 use crate::blocks::Align;
-use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::launch::{Launches, Parameters, Planner, Scratch};
+use crate::launch::{Launched, Launches, Parameters, Place, Planner, Scratch};
 use crate::plan::{DeviceLimits, Launch, Options};
 use crate::projection::Projection;
+use crate::route::{HeldRoute, NOT_RECORDED, Route};
 use crate::tensor::{self, View, ViewMut};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
@@ -48,6 +49,7 @@ pub struct EmulatedBuffer<T> {
 pub struct Workspace {
     memory: EmulatedBuffer<u8>,
     scratch: Scratch,
+    held: HeldRoute,
 }
 
 /// The limits of the emulated device.
@@ -77,6 +79,30 @@ impl Emulated {
 
     fn planner(&self) -> Planner<'static> {
         Planner { limits: LIMITS, options: self.options, tuning: None }
+    }
+
+    /// Refuses a workspace of another emulated device.
+    fn check_own(&self, workspace: &Workspace) -> Result<()> {
+        self.check_memory("workspace", &workspace.memory.memory)
+    }
+
+    fn check_memory(&self, what: &'static str, memory: &Rc<RefCell<Memory>>) -> Result<()> {
+        if Rc::ptr_eq(memory, &self.memory) {
+            return Ok(());
+        }
+        let (expected, got) = ("the emulated device of the call".to_owned(), "another".to_owned());
+        Err(Error::OtherDevice { what, expected, got })
+    }
+
+    /// Runs a call's launches, and returns its route.
+    fn queue(
+        &self,
+        workspace: &Workspace,
+        launched: &Launched,
+        tensors: &[emulate::Buffer],
+    ) -> Result<Route> {
+        let listed = workspace.scratch.listed();
+        launched.queue(&workspace.place(), |launches| self.launch_all(launches, tensors, listed))
     }
 
     /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace
@@ -238,14 +264,14 @@ fn made_route(p: &RouteParams) -> [emulate::Buffer; 3] {
     [buffer("pairs", p.pairs, p.pair_count.into()), buffer("tiles", p.tiles, tiles), counts(p.counts)]
 }
 
-fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
-    let (mut buffers, adapter_enabled, ranks) = match route {
-        Route::From(routing) => {
-            let ids = [tensor("topk_ids", routing.topk_ids), tensor("token_lora", routing.token_lora)];
-            let map = routing.expert_map.map(|map| tensor("expert_map", map));
-            (ids.into_iter().chain(map).collect(), routing.adapter_enabled, routing.ranks)
+fn routing_tensors(routing: &Routing<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
+    let (mut buffers, adapter_enabled, ranks) = match routing {
+        Routing::Tokens(tensors) => {
+            let ids = [tensor("topk_ids", tensors.topk_ids), tensor("token_lora", tensors.token_lora)];
+            let map = tensors.expert_map.map(|map| tensor("expert_map", map));
+            (ids.into_iter().chain(map).collect(), tensors.adapter_enabled, tensors.ranks)
         }
-        Route::Sorted(sorted) => {
+        Routing::Sorted(sorted) => {
             let blocks = vec![
                 tensor("sorted_token_ids", sorted.sorted_token_ids),
                 tensor("expert_ids", sorted.expert_ids),
@@ -254,7 +280,7 @@ fn routing_tensors(route: &Route<'_, tensor::Emulated>) -> Vec<emulate::Buffer> 
             ];
             (blocks, sorted.adapter_enabled, sorted.ranks)
         }
-        Route::Kept => return Vec::new(),
+        Routing::On(_) => return Vec::new(),
     };
     buffers.extend(flags(adapter_enabled));
     buffers.extend(ranks.map(|ranks| tensor("ranks", ranks)));
@@ -297,8 +323,9 @@ impl<T: Pod> Buffer<T> for EmulatedBuffer<T> {
 }
 
 impl Workspace {
-    fn scratch(&mut self) -> (&mut Scratch, u64) {
-        (&mut self.scratch, self.memory.address)
+    fn place(&self) -> Place<'_> {
+        let Workspace { memory, scratch, held } = self;
+        Place { scratch, base: memory.address, held, recording: NOT_RECORDED }
     }
 }
 
@@ -320,6 +347,7 @@ impl Backend for Emulated {
     }
 
     fn download<T: Pod>(&self, buffer: &EmulatedBuffer<T>) -> Result<Vec<T>> {
+        self.check_memory("buffer", &buffer.memory)?;
         self.synchronize()?;
         let memory = self.memory.borrow();
         let bytes = memory.bytes(buffer.address, (buffer.len * size_of::<T>()) as u64);
@@ -333,7 +361,7 @@ impl Backend for Emulated {
         let memories = &mut *self.memory.borrow_mut();
         memories.bytes_mut(memory.address, zeros).fill(0);
         memories.forget(memory.address + zeros, all - zeros, POISON);
-        Ok(Workspace { memory, scratch })
+        Ok(Workspace { memory, scratch, held: HeldRoute::default() })
     }
 
     fn route(
@@ -342,9 +370,10 @@ impl Backend for Emulated {
         projection: &Projection,
         tokens: usize,
         routing: RoutingTensors<'_, tensor::Emulated>,
-    ) -> Result<()> {
-        let launches = self.planner().route(workspace.scratch(), projection, tokens, routing)?;
-        self.launch_all(&launches, &routing_tensors(&Route::From(routing)), workspace.scratch.listed())
+    ) -> Result<Route> {
+        self.check_own(workspace)?;
+        let launched = self.planner().route(&workspace.place(), projection, tokens, routing)?;
+        self.queue(workspace, &launched, &routing_tensors(&Routing::Tokens(routing)))
     }
 
     fn align(&self, call: Align<'_, tensor::Emulated>) -> Result<()> {
@@ -363,15 +392,16 @@ impl Backend for Emulated {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Forward<'_, tensor::Emulated, T>,
-    ) -> Result<()> {
-        let launches = self.planner().forward(workspace.scratch(), projection, &call)?;
-        let mut tensors = routing_tensors(&call.route);
+    ) -> Result<Route> {
+        self.check_own(workspace)?;
+        let launched = self.planner().forward(&workspace.place(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.routing);
         tensors.push(tensor("x", call.x.data));
         tensors.extend(slices("a", call.a));
         tensors.extend(slices("b", call.b));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
-        self.launch_all(&launches, &tensors, workspace.scratch.listed())
+        self.queue(workspace, &launched, &tensors)
     }
 
     fn shrink<T: Element>(
@@ -379,12 +409,13 @@ impl Backend for Emulated {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Shrink<'_, tensor::Emulated, T>,
-    ) -> Result<()> {
-        let launches = self.planner().shrink(workspace.scratch(), projection, &call)?;
-        let mut tensors = routing_tensors(&call.route);
+    ) -> Result<Route> {
+        self.check_own(workspace)?;
+        let launched = self.planner().shrink(&workspace.place(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.routing);
         tensors.push(tensor("x", call.x.data));
         tensors.extend(slices("a", call.a));
-        self.launch_all(&launches, &tensors, workspace.scratch.listed())
+        self.queue(workspace, &launched, &tensors)
     }
 
     fn expand<T: Element>(
@@ -392,13 +423,14 @@ impl Backend for Emulated {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Expand<'_, tensor::Emulated, T>,
-    ) -> Result<()> {
-        let launches = self.planner().expand(workspace.scratch(), projection, &call)?;
-        let mut tensors = routing_tensors(&call.route);
+    ) -> Result<Route> {
+        self.check_own(workspace)?;
+        let launched = self.planner().expand(&workspace.place(), projection, &call)?;
+        let mut tensors = routing_tensors(&call.routing);
         tensors.extend(slices("b", call.b));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
-        self.launch_all(&launches, &tensors, workspace.scratch.listed())
+        self.queue(workspace, &launched, &tensors)
     }
 
     fn synchronize(&self) -> Result<()> {

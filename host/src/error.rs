@@ -6,7 +6,8 @@ use thiserror::Error;
 /// Result with this crate's [`enum@Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a call was refused. Whatever the variant, nothing was launched and nothing was written.
+/// Why a call was refused. Nothing was launched and nothing was written, but after [`Error::Driver`] and
+/// `Error::KernelFault`: these are found while the call is under way, and part of it may have been done.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -134,13 +135,29 @@ pub enum Error {
         /// What the call needs.
         got: usize,
     },
-    /// `Route::Kept` was asked for, but the workspace keeps no route that fits this call.
-    #[error("the workspace keeps {kept}, this call needs {needed}: pass Route::From once per layer")]
-    RouteNotKept {
-        /// What the last call left.
-        kept: String,
-        /// What this call needs.
-        needed: String,
+    /// The [`Route`](crate::Route) that a call was to be made on is not valid, or not for this call.
+    #[error("the route is not valid: {reason}")]
+    StaleRoute {
+        /// Why not.
+        reason: String,
+    },
+    /// A call on a route says of its routing what belongs to the call that finds it.
+    #[error(
+        "{what} belongs to the call that finds the route, and this call is made on a route that was found"
+    )]
+    PartOfRoute {
+        /// What was said.
+        what: &'static str,
+    },
+    /// Memory or a workspace of another device than the call runs on.
+    #[error("{what} is on {got}, expected {expected}")]
+    OtherDevice {
+        /// The tensor, or `workspace`.
+        what: &'static str,
+        /// The device that the call runs on.
+        expected: String,
+        /// The device that it is on.
+        got: String,
     },
     /// The driver library is not there, or there is no device.
     #[error("no CUDA device: {reason}")]
@@ -174,20 +191,38 @@ pub enum Error {
         /// Name of this device.
         device: String,
     },
-    /// An emulated kernel did what no kernel may. Unlike every other error, this one is found while the
-    /// call runs: what it had written by then stays.
+    /// An emulated kernel did what no kernel may. It is found while the call runs: what it had written by then
+    /// stays.
     #[cfg(feature = "emulate")]
     #[error("fault of a kernel: {report}")]
     KernelFault {
         /// Kernel, block, thread, line, and what was wrong.
         report: String,
     },
-    /// A driver call failed.
-    #[error("{call} failed: {reason}")]
+    /// A function of the CUDA driver failed. Launches that came before it in the call are queued.
+    #[error("{call} failed: {name} ({code}): {reason}")]
     Driver {
-        /// Driver function.
+        /// The driver's function.
         call: &'static str,
-        /// The driver's own words.
+        /// The value of the `CUresult`.
+        code: u32,
+        /// Its name, `CUDA_ERROR_OUT_OF_MEMORY` for example.
+        name: String,
+        /// What the driver says of it.
         reason: String,
+    },
+    /// What cannot be part of a graph was asked of a stream while one is recorded there.
+    #[error("{what} cannot be part of a graph: do it before or after the recording")]
+    NotRecordable {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// The driver is older than the kernels need.
+    #[error("the driver is for CUDA {version}, expected CUDA {needed} or newer: update the NVIDIA driver")]
+    DriverTooOld {
+        /// The newest CUDA version that it knows.
+        version: String,
+        /// The oldest that will do.
+        needed: &'static str,
     },
 }

@@ -6,11 +6,12 @@ mod scratch;
 pub(crate) use scratch::{Parts, Scratch};
 
 use crate::blocks::{Align, BlockShape, SortedTensors};
-use crate::call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
 use crate::plan::{self, DeviceLimits, Launch, Options, PassShares, Plan, PrefillPlan, RouteSource, Stage};
 use crate::projection::{Projection, XRows};
+use crate::route::{HeldRoute, Route, RouteSizes};
 use crate::tensor::{Space, View};
 use crate::tuning::Tuning;
 use bytemuck::Pod;
@@ -32,11 +33,47 @@ pub(crate) enum Parameters {
     Expand(ExpandParams),
 }
 
-/// What a call launches, in order.
+/// Launches, in order.
 pub(crate) type Launches = [Option<(Launch, Parameters)>; 3];
 
-/// Nothing, which is what a call of no tokens launches.
-const NOTHING: Launches = [None, None, None];
+/// What a call launches, and the route that it has afterwards.
+pub(crate) struct Launched {
+    launches: Launches,
+    route: AfterCall,
+}
+
+/// The route of a call.
+enum AfterCall {
+    /// The call finds it, in tiles of so many pairs at most.
+    Found(RouteSizes, u32),
+    /// It was given.
+    Given(Route),
+}
+
+/// Where a call runs: its workspace, and the recording of a graph that it is part of.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'w> {
+    pub scratch: &'w Scratch,
+    /// Address of the workspace's memory.
+    pub base: u64,
+    pub held: &'w HeldRoute,
+    /// The number of the recording, or [`NOT_RECORDED`](crate::route::NOT_RECORDED).
+    pub recording: u64,
+}
+
+impl Launched {
+    /// Has `run` queue the launches. Unless all are queued, the workspace holds no route afterwards.
+    pub fn queue(&self, place: &Place<'_>, run: impl FnOnce(&Launches) -> Result<()>) -> Result<Route> {
+        if matches!(self.route, AfterCall::Found(..)) {
+            place.held.forget();
+        }
+        run(&self.launches).inspect_err(|_| place.held.forget())?;
+        Ok(match self.route {
+            AfterCall::Found(sizes, tile_rows) => place.held.hold(sizes, tile_rows, place.recording),
+            AfterCall::Given(route) => route,
+        })
+    }
+}
 
 /// What decides how calls are planned.
 pub(crate) struct Planner<'t> {
@@ -60,45 +97,52 @@ impl Planner<'_> {
         Plan::new(projection, layout, stage, route, &self.limits, &tuned.unwrap_or(self.options))
     }
 
-    /// Plans a checked call and makes its workspace, which lies at `base`, ready; `None` when there is
-    /// nothing to do.
-    fn prepare<'c, S: Space>(
+    /// Plans a checked call, and has `launches` make its launches; none when there is nothing to do.
+    fn prepare<S: Space>(
         &self,
-        (scratch, base): (&mut Scratch, u64),
-        projection: &'c Projection,
+        place: &Place<'_>,
+        projection: &Projection,
         layout: Layout,
         stage: Stage,
-        route: &Route<'_, S>,
-    ) -> Result<Option<Prepared<'c>>> {
+        routing: &Routing<'_, S>,
+        launches: impl FnOnce(&Prepared<'_>) -> Launches,
+    ) -> Result<Launched> {
+        let sizes = RouteSizes::new(projection, layout.tokens);
+        let after = |tile_rows| match *routing {
+            Routing::On(route) => AfterCall::Given(route),
+            _ => AfterCall::Found(sizes, tile_rows),
+        };
+        let source = place.route_source(projection, layout.tokens, routing)?;
         if layout.tokens == 0 {
-            return Ok(None);
+            return Ok(Launched { launches: [None, None, None], route: after(0) });
         }
-        let source = scratch.route_source(projection, layout.tokens, route)?;
-        let Some(plan) = self.plan(projection, &layout, stage, source)? else { return Ok(None) };
-        let parts = scratch.prepare(projection, layout.tokens, &plan, base)?;
+        let Some(plan) = self.plan(projection, &layout, stage, source)? else {
+            return Ok(Launched { launches: [None, None, None], route: after(0) });
+        };
+        let parts = place.scratch.parts_of(projection, layout.tokens, &plan, place.base)?;
         let pair_count = projection.pairs(layout.tokens)? as u32;
-        Ok(Some(Prepared { projection, layout, plan, parts, pair_count }))
+        let route = after(plan.tile_rows);
+        let prepared = Prepared { projection, layout, plan, parts, pair_count };
+        Ok(Launched { launches: launches(&prepared), route })
     }
 
     /// Checks and plans the routing alone.
     pub fn route<S: Space>(
         &self,
-        workspace: (&mut Scratch, u64),
+        place: &Place<'_>,
         projection: &Projection,
         tokens: usize,
-        routing: RoutingTensors<'_, S>,
-    ) -> Result<Launches> {
-        routing.check(projection, tokens)?;
+        tensors: RoutingTensors<'_, S>,
+    ) -> Result<Launched> {
+        tensors.check(projection, tokens)?;
         // The tile of a fast call: any call can use its route, in parts if need be.
         let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked: false };
-        let route = Route::From(routing);
-        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Route, &route)? else {
-            return Ok(NOTHING);
-        };
-        Ok([prepared.route(&route), None, None])
+        let routing = Routing::Tokens(tensors);
+        let route = |prepared: &Prepared<'_>| [prepared.route(&routing), None, None];
+        self.prepare(place, projection, layout, Stage::Route, &routing, route)
     }
 
-    /// Checks and plans the sorting of pairs into blocks.
+    /// Checks and plans the sorting of pairs into blocks, which has no workspace and leaves no route.
     pub fn align<S: Space>(&self, call: &Align<'_, S>) -> Result<Launches> {
         call.check()?;
         let &Align { experts, slots, expert_map, .. } = call;
@@ -129,70 +173,87 @@ impl Planner<'_> {
         Ok([Some((launch, Parameters::Align(parameters))), None, None])
     }
 
-    /// Checks and plans a whole call on the workspace at `base`.
+    /// Checks and plans a whole call.
     pub fn forward<S: Space, T: Element>(
         &self,
-        workspace: (&mut Scratch, u64),
+        place: &Place<'_>,
         projection: &Projection,
         call: &Forward<'_, S, T>,
-    ) -> Result<Launches> {
+    ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Forward, &call.route)? else {
-            return Ok(NOTHING);
+        let &Forward { a, b, topk_weights, accumulate, .. } = call;
+        let (x, out) = (call.x.data.address(), call.out.data.address());
+        let tail = ExpandTail { b, topk_weights, out, accumulate };
+        let launches = |prepared: &Prepared<'_>| {
+            let route = prepared.route(&call.routing);
+            if let Some(decode) = prepared.decode(x, a, &tail, &call.routing) {
+                return [route, Some(decode), None];
+            }
+            if let Some(plan) = &prepared.plan.prefill {
+                return [route, Some(prepared.prefill(plan, Some((x, a)), H::Scratch, Some(&tail))), None];
+            }
+            [route, prepared.shrink(x, a, H::Scratch), prepared.expand(&tail, H::Scratch)]
         };
-        let &Forward { b, topk_weights, accumulate, .. } = call;
-        let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        if let Some(decode) = prepared.decode(call.x.data.address(), call.a, &tail, &call.route) {
-            return Ok([prepared.route(&call.route), Some(decode), None]);
-        }
-        if let Some(prefill) = prepared.plan.prefill {
-            let head = Some((call.x.data.address(), call.a));
-            let prefill = prepared.prefill(&prefill, head, H::Scratch, Some(&tail));
-            return Ok([prepared.route(&call.route), Some(prefill), None]);
-        }
-        Ok([
-            prepared.route(&call.route),
-            prepared.shrink(call.x.data.address(), call.a, H::Scratch),
-            prepared.expand(&tail, H::Scratch),
-        ])
+        self.prepare(place, projection, layout, Stage::Forward, &call.routing, launches)
     }
 
     /// Checks and plans the first half of a call.
     pub fn shrink<S: Space, T: Element>(
         &self,
-        workspace: (&mut Scratch, u64),
+        place: &Place<'_>,
         projection: &Projection,
         call: &Shrink<'_, S, T>,
-    ) -> Result<Launches> {
+    ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Shrink, &call.route)? else {
-            return Ok(NOTHING);
-        };
         let (x, h) = (call.x.data.address(), H::Caller(call.h.address()));
-        let prefill = prepared.plan.prefill.map(|plan| prepared.prefill(&plan, Some((x, call.a)), h, None));
-        Ok([prepared.route(&call.route), prefill.or_else(|| prepared.shrink(x, call.a, h)), None])
+        let launches = |prepared: &Prepared<'_>| {
+            let prefill = prepared.plan.prefill.as_ref();
+            let prefill = prefill.map(|plan| prepared.prefill(plan, Some((x, call.a)), h, None));
+            [prepared.route(&call.routing), prefill.or_else(|| prepared.shrink(x, call.a, h)), None]
+        };
+        self.prepare(place, projection, layout, Stage::Shrink, &call.routing, launches)
     }
 
     /// Checks and plans the second half of a call.
     pub fn expand<S: Space, T: Element>(
         &self,
-        workspace: (&mut Scratch, u64),
+        place: &Place<'_>,
         projection: &Projection,
         call: &Expand<'_, S, T>,
-    ) -> Result<Launches> {
+    ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let Some(prepared) = self.prepare(workspace, projection, layout, Stage::Expand, &call.route)? else {
-            return Ok(NOTHING);
-        };
         let &Expand { b, topk_weights, accumulate, .. } = call;
         let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
         let h = H::Caller(call.h.address());
-        let prefill = prepared.plan.prefill.map(|plan| prepared.prefill(&plan, None, h, Some(&tail)));
-        Ok([prepared.route(&call.route), None, prefill.or_else(|| prepared.expand(&tail, h))])
+        let launches = |prepared: &Prepared<'_>| {
+            let prefill = prepared.plan.prefill.as_ref();
+            let prefill = prefill.map(|plan| prepared.prefill(plan, None, h, Some(&tail)));
+            [prepared.route(&call.routing), None, prefill.or_else(|| prepared.expand(&tail, h))]
+        };
+        self.prepare(place, projection, layout, Stage::Expand, &call.routing, launches)
     }
 }
 
-/// A call that was checked and planned, and whose workspace is ready.
+impl Place<'_> {
+    /// Where a call's route comes from: itself, or what the workspace holds.
+    pub fn route_source<S: Space>(
+        &self,
+        projection: &Projection,
+        tokens: usize,
+        routing: &Routing<'_, S>,
+    ) -> Result<RouteSource> {
+        Ok(match routing {
+            Routing::Tokens(_) => RouteSource::Made,
+            Routing::Sorted(sorted) => RouteSource::Sorted { tile_rows: sorted.shape.block_size as u32 },
+            Routing::On(route) => {
+                self.held.check(route, RouteSizes::new(projection, tokens), self.recording)?;
+                RouteSource::Kept { tile_rows: route.tile_rows() }
+            }
+        })
+    }
+}
+
+/// A call that was checked and planned.
 struct Prepared<'c> {
     projection: &'c Projection,
     layout: Layout,
@@ -203,12 +264,12 @@ struct Prepared<'c> {
 }
 
 impl Prepared<'_> {
-    fn route<S: Space>(&self, route: &Route<'_, S>) -> Option<(Launch, Parameters)> {
+    fn route<S: Space>(&self, routing: &Routing<'_, S>) -> Option<(Launch, Parameters)> {
         let launch = self.plan.route?;
-        let parameters = match route {
-            Route::From(routing) => Parameters::Route(self.routing(routing)),
-            Route::Sorted(sorted) => Parameters::Adopt(self.adopt(sorted)),
-            Route::Kept => return None,
+        let parameters = match routing {
+            Routing::Tokens(tensors) => Parameters::Route(self.routing(tensors)),
+            Routing::Sorted(sorted) => Parameters::Adopt(self.adopt(sorted)),
+            Routing::On(_) => return None,
         };
         Some((launch, parameters))
     }
@@ -268,15 +329,15 @@ impl Prepared<'_> {
         x: u64,
         a: &[View<'_, S, T>],
         tail: &ExpandTail<'_, S, T>,
-        route: &Route<'_, S>,
+        routing: &Routing<'_, S>,
     ) -> Option<(Launch, Parameters)> {
         let Prepared { projection, layout, plan, .. } = self;
         let decode = plan.decode?;
         let sizes = projection.sizes();
         let clusters = decode.launch.blocks / decode.launch.cluster;
         let parameters = DecodeParams {
-            route: match route {
-                Route::From(routing) if decode.finds => self.routing(routing),
+            route: match routing {
+                Routing::Tokens(tensors) if decode.finds => self.routing(tensors),
                 _ => self.made(),
             },
             x: Global::new(x),

@@ -20,17 +20,23 @@ pub mod emulated;
 pub mod error;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 mod launch;
+#[cfg(all(doctest, feature = "cuda"))]
+mod misuse;
+pub mod operator;
 pub mod plan;
 pub mod projection;
 pub mod reference;
+pub mod route;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
 
 pub use backend::{Backend, Buffer};
 pub use blocks::{Align, BlockShape, SortedTensors};
-pub use call::{Enabled, Expand, Forward, Layout, Route, RoutingTensors, Shrink};
+pub use call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
+pub use operator::{Call, Operator, OperatorBuilder};
 pub use projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
-pub use tensor::{Device, Host, Rows, RowsMut, Space, View, ViewMut};
+pub use route::Route;
+pub use tensor::{Cuda, Host, Rows, RowsMut, Space, View, ViewMut};

@@ -4,6 +4,11 @@
 #[cfg(test)]
 mod blackwell;
 mod heuristics;
+mod options;
+#[doc(hidden)]
+pub mod promises;
+
+pub use options::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
 
 use crate::call::Layout;
 use crate::dtype::DType;
@@ -14,9 +19,9 @@ use moe_lora_kernels::align;
 use moe_lora_kernels::decode::segments::{self, Room};
 use moe_lora_kernels::params::Shares;
 use moe_lora_kernels::tile::TileShape;
-pub use moe_lora_kernels::{DecodeRows, IndexWidth, Kernel, TileKind};
 use moe_lora_kernels::{
-    ENTRIES, ElementType, Entry, PrefillVariant, Variant, adopt, decode, expand, prefill, route, shrink,
+    self as kernels, ENTRIES, ElementType, Entry, Kernel, PrefillVariant, Variant, adopt, decode, expand,
+    prefill, route, shrink,
 };
 use std::fmt;
 
@@ -67,91 +72,6 @@ impl DeviceLimits {
     }
 }
 
-/// Choices that a caller may take out of the planner's hands; `None` leaves them there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Options {
-    /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
-    pub index: Option<IndexWidth>,
-    /// Which kernels a whole call runs. [`Form::Decode`] and [`Form::Prefill`] are honoured only where the device,
-    /// the shapes and the route allow.
-    pub form: Option<Form>,
-    /// Tile of `shrink` and `expand`. A tile for sizes in multiples of 8 is honoured only where they are.
-    pub tile: Option<TileKind>,
-    /// Pairs of a tile of `decode`. Honoured only where shared memory has room.
-    pub rows: Option<DecodeRows>,
-    /// Blocks of a cluster of `decode`, 1 ..= 8.
-    pub cluster: Option<u32>,
-    /// Blocks of `route`: honoured up to as many as [`most_route_blocks`] allows.
-    pub route_blocks: Option<u32>,
-}
-
-/// Which kernels a whole call runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Form {
-    /// `decode`, one launch of clusters that shrink and expand: few pairs a segment, on sm_90 and later.
-    Decode,
-    /// `prefill`, one launch of warpgroups that shrink and expand: many pairs a segment, on sm_90a.
-    Prefill(PrefillTile),
-    /// `prefill`, in which blocks share passes over a tile: few segments.
-    SharedPrefill(PrefillTile),
-    /// `shrink`, then `expand`.
-    TwoLaunches,
-}
-
-/// The tiles of `prefill`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum PrefillTile {
-    /// 64 pairs: one warpgroup.
-    M64,
-    /// 128 pairs: two.
-    M128,
-}
-
-impl PrefillTile {
-    /// Both.
-    pub const ALL: [Self; 2] = [Self::M64, Self::M128];
-
-    /// Pairs.
-    pub const fn rows(self) -> u32 {
-        match self {
-            PrefillTile::M64 => 64,
-            PrefillTile::M128 => 128,
-        }
-    }
-}
-
-impl Options {
-    /// Every way that a call can be run: as planned, and with each form, tile and index width forced.
-    pub fn every() -> Vec<Self> {
-        let mut every = vec![Options::default()];
-        for index in [IndexWidth::I32, IndexWidth::I64] {
-            let with_index = Options { index: Some(index), ..Options::default() };
-            every.extend(TileKind::ALL.map(|tile| Options { tile: Some(tile), ..with_index }));
-            let decode = Options { form: Some(Form::Decode), ..with_index };
-            every.extend(DecodeRows::ALL.map(|rows| Options { rows: Some(rows), ..decode }));
-            let prefills = PrefillTile::ALL.map(|tile| [Form::Prefill(tile), Form::SharedPrefill(tile)]);
-            every.extend(
-                prefills.into_iter().flatten().map(|form| Options { form: Some(form), ..with_index }),
-            );
-        }
-        let decode = Options { form: Some(Form::Decode), ..Options::default() };
-        every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
-        every.push(Options { form: Some(Form::TwoLaunches), route_blocks: Some(2), ..Options::default() });
-        every
-    }
-
-    /// A back end's name and what was forced on it: `cuda i64 m32`.
-    pub fn name(&self, backend: &str) -> String {
-        let index = self.index.map_or(String::new(), |index| format!(" {index:?}"));
-        let form = self.form.map_or(String::new(), |form| format!(" {form:?}"));
-        let tile = self.tile.map_or(String::new(), |tile| format!(" {tile:?}"));
-        let rows = self.rows.map_or(String::new(), |rows| format!(" {rows:?}"));
-        let cluster = self.cluster.map_or(String::new(), |cluster| format!(" cluster{cluster}"));
-        let route = self.route_blocks.map_or(String::new(), |blocks| format!(" route{blocks}"));
-        format!("{backend}{index}{form}{tile}{rows}{cluster}{route}").to_lowercase()
-    }
-}
-
 /// Where a call's route comes from, as far as a plan must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RouteSource {
@@ -194,7 +114,7 @@ pub enum Stage {
 
 /// One launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Launch {
+pub(crate) struct Launch {
     /// The kernel.
     pub entry: &'static Entry,
     /// Blocks: a multiple of `cluster`.
@@ -209,7 +129,7 @@ pub struct Launch {
 
 /// How `route` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sorting {
+pub(crate) struct Sorting {
     /// The form.
     pub kernel: Kernel,
     /// Blocks.
@@ -222,7 +142,7 @@ pub struct Sorting {
 
 /// How `decode` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DecodePlan {
+pub(crate) struct DecodePlan {
     /// The launch.
     pub launch: Launch,
     /// Whether each block finds the segments itself.
@@ -235,7 +155,7 @@ pub struct DecodePlan {
 
 /// How `shrink` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShrinkPlan {
+pub(crate) struct ShrinkPlan {
     /// The launch.
     pub launch: Launch,
     /// Blocks that share a tile's columns.
@@ -250,7 +170,7 @@ pub struct ShrinkPlan {
 
 /// How `expand` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExpandPlan {
+pub(crate) struct ExpandPlan {
     /// The launch.
     pub launch: Launch,
     /// Blocks that share a slice's columns.
@@ -261,7 +181,7 @@ pub struct ExpandPlan {
 
 /// How `prefill` runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PrefillPlan {
+pub(crate) struct PrefillPlan {
     /// The launch.
     pub launch: Launch,
     /// Passes that a tile of the largest rank is taken in.
@@ -278,7 +198,7 @@ pub struct PrefillPlan {
 
 /// How blocks share a pass of `prefill`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PassShares {
+pub(crate) struct PassShares {
     /// Shares of K.
     pub depth: Shares,
     /// Shares of a slice's columns.
@@ -298,30 +218,47 @@ fn shares_of(length: usize, most: u32, unit: u32) -> Shares {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// Width of element offsets.
-    pub index: IndexWidth,
+    pub(crate) index: kernels::IndexWidth,
     /// Tile of `shrink` and `expand`.
-    pub tile: TileKind,
+    pub(crate) tile: kernels::TileKind,
     /// Pairs a tile of the route: as many as the kernel takes or, for `prefill`, fewer; or as many as the route came with.
-    pub tile_rows: u32,
+    pub(crate) tile_rows: u32,
     /// Most tiles that the route can have.
-    pub route_tiles: u64,
+    pub(crate) route_tiles: u64,
     /// Parts that a tile of the route is taken in.
-    pub tile_parts: u32,
+    pub(crate) tile_parts: u32,
     /// Largest element offset over all tensors of the call.
-    pub largest_offset: u64,
+    pub(crate) largest_offset: u64,
     /// The launch that makes or takes over the route; `None` when it is kept from an earlier call, or found by
     /// `decode`.
-    pub route: Option<Launch>,
+    pub(crate) route: Option<Launch>,
     /// How that launch divides its work, if it makes the route.
-    pub sorting: Sorting,
+    pub(crate) sorting: Sorting,
     /// The launch that shrinks and expands, in place of the two.
-    pub decode: Option<DecodePlan>,
+    pub(crate) decode: Option<DecodePlan>,
     /// The launch that does so for many pairs.
-    pub prefill: Option<PrefillPlan>,
+    pub(crate) prefill: Option<PrefillPlan>,
     /// The shrink launch; `None` in [`Stage::Route`] and [`Stage::Expand`].
-    pub shrink: Option<ShrinkPlan>,
+    pub(crate) shrink: Option<ShrinkPlan>,
     /// The expand launch; `None` in [`Stage::Route`] and [`Stage::Shrink`].
-    pub expand: Option<ExpandPlan>,
+    pub(crate) expand: Option<ExpandPlan>,
+}
+
+/// One launch of a [`Plan`], as the driver is asked for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlannedLaunch {
+    /// Name of the kernel's entry point.
+    pub kernel: &'static str,
+    /// Blocks: a multiple of `cluster`.
+    pub blocks: u32,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Blocks of a cluster; 1: no clusters.
+    pub cluster: u32,
+    /// Whether all blocks must run at once.
+    pub cooperative: bool,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
 }
 
 /// Elements of f32 that partial sums of `h` may take: 16 MiB. Beyond, a call has blocks enough without
@@ -396,7 +333,7 @@ pub(crate) fn exchange_words(projection: &Projection, tokens: usize) -> Result<u
 /// Most tiles that any call of up to `tokens` tokens can have, whatever the tile.
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub(crate) fn max_tiles(projection: &Projection, tokens: usize) -> Result<u64> {
-    Ok(tiles(projection, projection.pairs(tokens)?, DecodeRows::M8.count()))
+    Ok(tiles(projection, projection.pairs(tokens)?, kernels::DecodeRows::M8.count()))
 }
 
 /// One launch of `kernel`, in clusters of `cluster` blocks.
@@ -460,7 +397,7 @@ impl Plan {
         // A route made alone suits any call: those that cannot take its tiles whole take them in parts.
         let aligned = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
         let fast = aligned || stage == Stage::Route;
-        let fits = |tile: &TileKind| {
+        let fits = |tile: &kernels::TileKind| {
             let shape = tile.shape();
             let room = column_room(projection, shape);
             let bytes =
@@ -468,8 +405,8 @@ impl Plan {
             let in_route = route.tile_rows().is_none_or(|rows| shape.rows() <= rows);
             in_route && bytes <= limits.shared_bytes
         };
-        let tile = match options.tile {
-            _ if !fast => TileKind::Any,
+        let tile = match options.tile.map(kernels::TileKind::from) {
+            _ if !fast => kernels::TileKind::Any,
             Some(tile) if fits(&tile) => tile,
             _ => heuristics::tile(pairs, buckets(projection), fits),
         };
@@ -481,7 +418,7 @@ impl Plan {
         // A route made alone is made for the calls that will use it.
         let decodes = decode_shape.is_some() || stage != Stage::Forward;
         // A call before that found its route as `decode` does had ranks that said so.
-        let ranked = layout.ranked || route.tile_rows() == Some(DecodeRows::M8.count());
+        let ranked = layout.ranked || route.tile_rows() == Some(kernels::DecodeRows::M8.count());
         let least = heuristics::prefill_least(sizes, decodes, ranked, limits);
         let prefill =
             PrefillChoice::new(projection, pairs, stage, route, limits, options, least).filter(|_| fast);
@@ -507,7 +444,9 @@ impl Plan {
         let steps = (sizes.in_dim as u32).div_ceil(TileShape::DEPTH);
         let splits = match (stage, tile) {
             // The split form's h is whole, and only the fast kernels store parts.
-            (Stage::Forward, TileKind::M16 | TileKind::M32 | TileKind::M64) if !one_launch => {
+            (Stage::Forward, kernels::TileKind::M16 | kernels::TileKind::M32 | kernels::TileKind::M64)
+                if !one_launch =>
+            {
                 let most_parts = (MAX_PARTIAL / h).min(u64::from(heuristics::MAX_SPLITS)) as u32;
                 heuristics::splits(busy * u64::from(column_blocks), steps, most_parts, limits)
             }
@@ -535,10 +474,10 @@ impl Plan {
         ]
         .into_iter()
         .fold(0, u64::max);
-        let index = match options.index {
-            _ if largest_offset > i32::MAX as u64 => IndexWidth::I64,
+        let index = match options.index.map(kernels::IndexWidth::from) {
+            _ if largest_offset > i32::MAX as u64 => kernels::IndexWidth::I64,
             Some(index) => index,
-            None => IndexWidth::I32,
+            None => kernels::IndexWidth::I32,
         };
 
         let element = match sizes.dtype {
@@ -632,8 +571,62 @@ impl Plan {
     }
 
     /// Parts that `h` is summed from.
-    pub fn splits(&self) -> u32 {
+    pub(crate) fn splits(&self) -> u32 {
         self.shrink.map_or(1, |shrink| shrink.splits)
+    }
+
+    /// Width of element offsets.
+    pub fn index_width(&self) -> IndexWidth {
+        self.index.into()
+    }
+
+    /// Largest element offset over all tensors of the call, which decides the width.
+    pub fn largest_offset(&self) -> u64 {
+        self.largest_offset
+    }
+
+    /// Which kernels shrink and expand; [`Form::TwoLaunches`] also where the plan is of one of the two, or of the
+    /// route alone.
+    pub fn form(&self) -> Form {
+        match (&self.decode, &self.prefill) {
+            (Some(_), _) => Form::Decode,
+            (None, Some(PrefillPlan { launch, shares, .. })) => {
+                let rows = match launch.entry.kernel {
+                    Kernel::Prefill(variant) => variant.shape.rows,
+                    _ => unreachable!("a plan of prefill launches it"),
+                };
+                let of_rows = |tile: &PrefillTile| tile.rows() == rows;
+                let tile = PrefillTile::ALL.into_iter().find(of_rows).expect("prefill has these tiles alone");
+                if shares.is_some() { Form::SharedPrefill(tile) } else { Form::Prefill(tile) }
+            }
+            (None, None) => Form::TwoLaunches,
+        }
+    }
+
+    /// Tile of `shrink` and `expand`, where these run.
+    pub fn tile(&self) -> TileKind {
+        self.tile.into()
+    }
+
+    /// Pairs of the route's largest tile.
+    pub fn tile_rows(&self) -> u32 {
+        self.tile_rows
+    }
+
+    /// What is launched, in order.
+    pub fn launches(&self) -> impl Iterator<Item = PlannedLaunch> {
+        let launches = [
+            self.route,
+            self.decode.map(|decode| decode.launch),
+            self.prefill.map(|prefill| prefill.launch),
+            self.shrink.map(|shrink| shrink.launch),
+            self.expand.map(|expand| expand.launch),
+        ];
+        launches.into_iter().flatten().map(|launch| {
+            let Launch { entry, blocks, cluster, cooperative, shared_bytes } = launch;
+            let (kernel, threads) = (entry.name, entry.threads);
+            PlannedLaunch { kernel, blocks, threads, cluster, cooperative, shared_bytes }
+        })
     }
 }
 
@@ -666,7 +659,7 @@ fn sorting(projection: &Projection, pairs: usize, limits: &DeviceLimits, options
 
 /// How `decode` will be used for a call.
 struct DecodeShape {
-    rows: DecodeRows,
+    rows: kernels::DecodeRows,
     cluster: u32,
     finds: bool,
     room: Room,
@@ -704,12 +697,15 @@ impl DecodeShape {
             && pairs <= segments::MAX_PAIRS as usize
             && sizes.slots.max(sizes.experts) <= segments::MAX_NUMBER as usize;
         let most_rows = route.tile_rows().unwrap_or(u32::MAX);
-        let wanted = options.rows.unwrap_or_else(|| heuristics::decode_rows(pairs, buckets(projection)));
+        let wanted = options
+            .rows
+            .map(kernels::DecodeRows::from)
+            .unwrap_or_else(|| heuristics::decode_rows(pairs, buckets(projection)));
         // From the wanted size downwards: a large rank may leave no room for a large tile, and a route may have
         // small ones.
-        DecodeRows::ALL.into_iter().rev().skip_while(|rows| *rows > wanted).find_map(|rows| {
+        kernels::DecodeRows::ALL.into_iter().rev().skip_while(|rows| *rows > wanted).find_map(|rows| {
             let count = rows.count();
-            if count > most_rows.max(DecodeRows::M8.count()) {
+            if count > most_rows.max(kernels::DecodeRows::M8.count()) {
                 return None;
             }
             let tiles = tiles(projection, pairs, count);
@@ -740,7 +736,7 @@ impl DecodeShape {
         projection: &Projection,
         units: u64,
         element: ElementType,
-        index: IndexWidth,
+        index: kernels::IndexWidth,
         limits: &DeviceLimits,
     ) -> Result<DecodePlan> {
         let DecodeShape { rows, cluster, finds, room, stages, blocks } = self;
@@ -755,8 +751,8 @@ impl DecodeShape {
 }
 
 /// Blocks of `decode` with tiles of so many pairs for which a multiprocessor has registers.
-fn decode_blocks(rows: DecodeRows) -> u32 {
-    let (element, index) = (ElementType::Bf16, IndexWidth::I32);
+fn decode_blocks(rows: kernels::DecodeRows) -> u32 {
+    let (element, index) = (ElementType::Bf16, kernels::IndexWidth::I32);
     entry(Kernel::Decode { element, index, rows }).min_blocks
 }
 

@@ -53,6 +53,44 @@ pub struct ProjectionSizes {
     pub b_experts: ExpertWeights,
 }
 
+impl ProjectionSizes {
+    /// Gate and up (w13) of experts of width `intermediate` on tokens of width `hidden`: two slices, a row of `x` a
+    /// token. Of all else there is one, in bf16, for ranks up to 64: say what differs by
+    /// `ProjectionSizes { experts: 128, top_k: 8, ..ProjectionSizes::gate_up(2048, 768) }`.
+    pub fn gate_up(hidden: usize, intermediate: usize) -> Self {
+        ProjectionSizes {
+            dtype: DType::Bf16,
+            top_k: 1,
+            experts: 1,
+            slots: 1,
+            max_rank: 64,
+            slices: 2,
+            in_dim: hidden,
+            out_dim: intermediate,
+            x_rows: XRows::Token,
+            a_experts: ExpertWeights::PerExpert,
+            b_experts: ExpertWeights::PerExpert,
+        }
+    }
+
+    /// Down (w2) of the same experts: one slice, a row of `x` a pair. All else as for [`ProjectionSizes::gate_up`].
+    pub fn down(hidden: usize, intermediate: usize) -> Self {
+        ProjectionSizes {
+            slices: 1,
+            in_dim: intermediate,
+            out_dim: hidden,
+            x_rows: XRows::Pair,
+            ..Self::gate_up(hidden, intermediate)
+        }
+    }
+}
+
+impl From<Projection> for ProjectionSizes {
+    fn from(projection: Projection) -> Self {
+        projection.0
+    }
+}
+
 /// Sizes that have been checked: a `Projection` that exists can be planned for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Projection(ProjectionSizes);

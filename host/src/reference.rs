@@ -4,7 +4,7 @@
 //! Host ranks over `max_rank` are clamped here, as ranks on a device are, and `h` is never rounded.
 
 use crate::blocks::{BlockShape, SortedTensors};
-use crate::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::projection::{ExpertWeights, Projection, XRows};
@@ -43,16 +43,15 @@ pub struct Expected {
 
 /// The weights of each of the P pairs; `None` where a pair is inactive. Any id may have any value.
 ///
-/// The tensors must be as long as [`Forward::check`] demands.
+/// # Errors
+/// As [`RoutingTensors::check`].
 pub fn targets(
     projection: &Projection,
     tokens: usize,
     routing: &RoutingTensors<'_, Host>,
-) -> Vec<Option<Target>> {
+) -> Result<Vec<Option<Target>>> {
+    routing.check(projection, tokens)?;
     let sizes = projection.sizes();
-    if tokens == 0 {
-        return Vec::new();
-    }
     let (topk_ids, token_lora) = (routing.topk_ids.as_slice(), routing.token_lora.as_slice());
     let rank = |slot| rank_of(slot, sizes.max_rank, &routing.ranks);
     let local_expert = |global: i32| match &routing.expert_map {
@@ -64,21 +63,23 @@ pub fn targets(
         let expert = index_below(local_expert(topk_ids[pair])?, sizes.experts)?;
         is_on(slot, &routing.adapter_enabled).then(|| Target { slot, expert, rank: rank(slot) })
     };
-    (0..tokens * sizes.top_k).map(target).collect()
+    Ok((0..projection.pairs(tokens)?).map(target).collect())
 }
 
 /// The weights of each of the P pairs on a route in vLLM's form; `None` where a pair is in no block. Of two
 /// blocks that hold a pair, the first counts. Any id may have any value.
 ///
-/// The tensors must be as long as [`SortedTensors::check`] demands.
+/// # Errors
+/// As [`SortedTensors::check`].
 pub fn sorted_targets(
     projection: &Projection,
     tokens: usize,
     sorted: &SortedTensors<'_, Host>,
-) -> Vec<Option<Target>> {
+) -> Result<Vec<Option<Target>>> {
+    sorted.check(projection)?;
     let sizes = projection.sizes();
     let BlockShape { block_size, max_padded, max_blocks } = sorted.shape;
-    let mut targets = vec![None; tokens * sizes.top_k];
+    let mut targets = vec![None; projection.pairs(tokens)?];
     for slot in 0..sizes.slots {
         let listed = sorted.lora_ids.as_slice().contains(&(slot as i32));
         let rank = rank_of(slot, sizes.max_rank, &sorted.ranks);
@@ -98,11 +99,19 @@ pub fn sorted_targets(
             }
         }
     }
-    targets
+    Ok(targets)
 }
 
-/// Whether a slot below L is on.
-pub fn is_on(slot: usize, adapter_enabled: &Enabled<'_, Host>) -> bool {
+/// Which of the slots are on.
+///
+/// # Errors
+/// As [`RoutingTensors::check`] for `adapter_enabled`.
+pub fn slots_on(slots: usize, adapter_enabled: &Enabled<'_, Host>) -> Result<Vec<bool>> {
+    adapter_enabled.check(slots)?;
+    Ok((0..slots).map(|slot| is_on(slot, adapter_enabled)).collect())
+}
+
+fn is_on(slot: usize, adapter_enabled: &Enabled<'_, Host>) -> bool {
     match adapter_enabled {
         Enabled::All => true,
         Enabled::U8(flags) => flags.as_slice()[slot] != 0,
@@ -126,10 +135,10 @@ fn index_below(id: i32, limit: usize) -> Option<usize> {
 /// `[P, S·N]`: weight · b · (a · x).
 ///
 /// # Errors
-/// As [`Forward::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+/// As [`Forward::check`]; [`Error::StaleRoute`] for a call without routing tensors.
 pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>) -> Result<Expected> {
     let layout = call.check(projection)?;
-    let targets = route_targets(projection, call.tokens, &call.route)?;
+    let targets = route_targets(projection, call.tokens, &call.routing)?;
     let x = X { projection, data: call.x.data, stride: layout.x_stride };
     let weights = call.topk_weights;
     let values =
@@ -140,10 +149,10 @@ pub fn forward<T: Element>(projection: &Projection, call: &Forward<'_, Host, T>)
 /// `[S, P, R]`: a · x, zero above a slot's rank.
 ///
 /// # Errors
-/// As [`Shrink::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+/// As [`Shrink::check`]; [`Error::StaleRoute`] for a call without routing tensors.
 pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -> Result<Expected> {
     let layout = call.check(projection)?;
-    let targets = route_targets(projection, call.tokens, &call.route)?;
+    let targets = route_targets(projection, call.tokens, &call.routing)?;
     let x = X { projection, data: call.x.data, stride: layout.x_stride };
     let mut values = vec![0.0; projection.h_elements(call.tokens)?];
     values.par_chunks_mut(projection.sizes().max_rank).enumerate().for_each(|(row, h)| {
@@ -158,11 +167,11 @@ pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -
 /// `[P, S·N]`: weight · b · h.
 ///
 /// # Errors
-/// As [`Expand::check`]; [`Error::RouteNotKept`] for a call without routing tensors.
+/// As [`Expand::check`]; [`Error::StaleRoute`] for a call without routing tensors.
 pub fn expand<T: Element>(projection: &Projection, call: &Expand<'_, Host, T>) -> Result<Expected> {
     call.check(projection)?;
     let max_rank = projection.sizes().max_rank;
-    let targets = route_targets(projection, call.tokens, &call.route)?;
+    let targets = route_targets(projection, call.tokens, &call.routing)?;
     let values = delta(projection, &targets, call.b, call.topk_weights, |s, pair, target| {
         let row = (s * targets.len() + pair) * max_rank;
         widened(&call.h.as_slice()[row..][..target.rank]).collect()
@@ -231,14 +240,13 @@ fn dot<T: Element>(weights: &[T], values: &[f64]) -> f64 {
 fn route_targets(
     projection: &Projection,
     tokens: usize,
-    route: &Route<'_, Host>,
+    routing: &Routing<'_, Host>,
 ) -> Result<Vec<Option<Target>>> {
-    match route {
-        Route::From(routing) => Ok(targets(projection, tokens, routing)),
-        Route::Sorted(sorted) => Ok(sorted_targets(projection, tokens, sorted)),
-        Route::Kept => Err(Error::RouteNotKept {
-            kept: "nothing: the reference has none".to_owned(),
-            needed: "routing tensors".to_owned(),
-        }),
+    match routing {
+        Routing::Tokens(tensors) => targets(projection, tokens, tensors),
+        Routing::Sorted(sorted) => sorted_targets(projection, tokens, sorted),
+        Routing::On(_) => {
+            Err(Error::StaleRoute { reason: "the reference holds none: pass routing tensors".to_owned() })
+        }
     }
 }

@@ -4,42 +4,77 @@
 //! different spaces are different types, so a CPU call cannot be handed device memory.
 
 use bytemuck::Pod;
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Where memory lives.
-pub trait Space: Copy + std::fmt::Debug + 'static {}
+pub trait Space: sealed::Sealed + Copy + fmt::Debug + 'static {
+    /// The allocation that a view lies in, where a back end must know it.
+    #[doc(hidden)]
+    type Memory: Send + Sync;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::Host {}
+    impl Sealed for super::Cuda {}
+    #[cfg(feature = "emulate")]
+    impl Sealed for super::Emulated {}
+}
 
 /// Memory of the host.
 #[derive(Clone, Copy, Debug)]
 pub enum Host {}
 /// Memory of a CUDA device.
 #[derive(Clone, Copy, Debug)]
-pub enum Device {}
+pub enum Cuda {}
 /// Memory of the emulated machine.
 #[cfg(feature = "emulate")]
 #[derive(Clone, Copy, Debug)]
 pub enum Emulated {}
 
-impl Space for Host {}
-impl Space for Device {}
+impl Space for Host {
+    type Memory = ();
+}
+impl Space for Cuda {
+    #[cfg(feature = "cuda")]
+    type Memory = crate::cuda::Memory;
+    #[cfg(not(feature = "cuda"))]
+    type Memory = ();
+}
 #[cfg(feature = "emulate")]
-impl Space for Emulated {}
+impl Space for Emulated {
+    type Memory = ();
+}
 
 /// A shared view of `len` elements in space `S`.
-#[derive(Debug)]
 pub struct View<'a, S: Space, T> {
     address: u64,
     len: usize,
+    memory: Option<&'a Arc<S::Memory>>,
     owner: PhantomData<(&'a [T], S)>,
 }
 
 /// A view of `len` elements in space `S` that may be written.
-#[derive(Debug)]
 pub struct ViewMut<'a, S: Space, T> {
     address: u64,
     len: usize,
+    memory: Option<&'a Arc<S::Memory>>,
     owner: PhantomData<(&'a mut [T], S)>,
+}
+
+impl<S: Space, T> fmt::Debug for View<'_, S, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "View({:#x}, {} elements)", self.address, self.len)
+    }
+}
+
+impl<S: Space, T> fmt::Debug for ViewMut<'_, S, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ViewMut({:#x}, {} elements)", self.address, self.len)
+    }
 }
 
 impl<S: Space, T> Clone for View<'_, S, T> {
@@ -53,11 +88,27 @@ impl<'a, S: Space, T: Pod> View<'a, S, T> {
     /// Views raw memory.
     ///
     /// # Safety
-    /// `address` must be valid in space `S` for reads of `len` elements of `T` for all of `'a`; for
-    /// device memory that includes all work queued with this view. A null or unaligned address is
-    /// allowed here and refused, with an error, by the call that is given the view.
+    /// `address` must be valid in space `S` for reads of `len` elements of `T` for all of `'a`. For device memory
+    /// that includes all work queued with this view, every replay of a graph that records it among them, and other
+    /// streams may not write it meanwhile. A null or unaligned address is allowed here and refused, with an error,
+    /// by the call that is given the view.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        View { address, len, owner: PhantomData }
+        View { address, len, memory: None, owner: PhantomData }
+    }
+
+    /// All of an allocation.
+    ///
+    /// # Safety
+    /// As for [`View::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in order.
+    #[cfg(feature = "cuda")]
+    pub(crate) unsafe fn of(address: u64, len: usize, memory: &'a Arc<S::Memory>) -> Self {
+        View { address, len, memory: Some(memory), owner: PhantomData }
+    }
+
+    /// The allocation that it lies in, where that is known.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn memory(&self) -> Option<&'a Arc<S::Memory>> {
+        self.memory
     }
 
     /// Address of the first element.
@@ -82,7 +133,7 @@ impl<'a, S: Space, T: Pod> View<'a, S, T> {
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a view of {}", self.len);
         let address = self.address + (range.start * size_of::<T>()) as u64;
-        View { address, len: range.len(), owner: PhantomData }
+        View { address, len: range.len(), memory: self.memory, owner: PhantomData }
     }
 
     /// The same memory as elements of another type of the same size (`u16` as `bf16`, say).
@@ -91,7 +142,7 @@ impl<'a, S: Space, T: Pod> View<'a, S, T> {
     /// When the two types differ in size.
     pub fn cast<U: Pod>(self) -> View<'a, S, U> {
         assert_eq!(size_of::<T>(), size_of::<U>(), "cast between element sizes");
-        View { address: self.address, len: self.len, owner: PhantomData }
+        View { address: self.address, len: self.len, memory: self.memory, owner: PhantomData }
     }
 }
 
@@ -101,7 +152,22 @@ impl<'a, S: Space, T: Pod> ViewMut<'a, S, T> {
     /// # Safety
     /// As for [`View::from_raw`], for reads and writes, and nothing else may use the memory meanwhile.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
-        ViewMut { address, len, owner: PhantomData }
+        ViewMut { address, len, memory: None, owner: PhantomData }
+    }
+
+    /// All of an allocation, to be written.
+    ///
+    /// # Safety
+    /// As for [`ViewMut::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in order.
+    #[cfg(feature = "cuda")]
+    pub(crate) unsafe fn of(address: u64, len: usize, memory: &'a Arc<S::Memory>) -> Self {
+        ViewMut { address, len, memory: Some(memory), owner: PhantomData }
+    }
+
+    /// The allocation that it lies in, where that is known.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn memory(&self) -> Option<&'a Arc<S::Memory>> {
+        self.memory
     }
 
     /// Address of the first element.
@@ -121,7 +187,7 @@ impl<'a, S: Space, T: Pod> ViewMut<'a, S, T> {
 
     /// A shared view of the same memory, for as long as this one is borrowed.
     pub fn as_view(&self) -> View<'_, S, T> {
-        View { address: self.address, len: self.len, owner: PhantomData }
+        View { address: self.address, len: self.len, memory: self.memory, owner: PhantomData }
     }
 
     /// The elements in `range`.
@@ -131,7 +197,7 @@ impl<'a, S: Space, T: Pod> ViewMut<'a, S, T> {
     pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a view of {}", self.len);
         let address = self.address + (range.start * size_of::<T>()) as u64;
-        ViewMut { address, len: range.len(), owner: PhantomData }
+        ViewMut { address, len: range.len(), memory: self.memory, owner: PhantomData }
     }
 
     /// The same memory as elements of another type of the same size.
@@ -140,7 +206,7 @@ impl<'a, S: Space, T: Pod> ViewMut<'a, S, T> {
     /// When the two types differ in size.
     pub fn cast<U: Pod>(self) -> ViewMut<'a, S, U> {
         assert_eq!(size_of::<T>(), size_of::<U>(), "cast between element sizes");
-        ViewMut { address: self.address, len: self.len, owner: PhantomData }
+        ViewMut { address: self.address, len: self.len, memory: self.memory, owner: PhantomData }
     }
 }
 
@@ -171,13 +237,13 @@ impl<'a, T: Pod> ViewMut<'a, Host, T> {
 
 impl<'a, T: Pod> From<&'a [T]> for View<'a, Host, T> {
     fn from(slice: &'a [T]) -> Self {
-        View { address: slice.as_ptr() as u64, len: slice.len(), owner: PhantomData }
+        View { address: slice.as_ptr() as u64, len: slice.len(), memory: None, owner: PhantomData }
     }
 }
 
 impl<'a, T: Pod> From<&'a mut [T]> for ViewMut<'a, Host, T> {
     fn from(slice: &'a mut [T]) -> Self {
-        ViewMut { address: slice.as_mut_ptr() as u64, len: slice.len(), owner: PhantomData }
+        ViewMut { address: slice.as_mut_ptr() as u64, len: slice.len(), memory: None, owner: PhantomData }
     }
 }
 

@@ -2,15 +2,15 @@
 //! the projection follow from them.
 
 use crate::fault::Outcome;
-use crate::place::{self, Place, Workspace};
+use crate::place::{self, On, Place, Workspace};
 use crate::read::{Delta, Optional, Output, Reader, Slices, element, x_rows};
 use crate::routing::{FLAGS, Routing, Source, Tokens, enabled};
 use crate::tensor::{Dim, Tensor, Type};
 use half::{bf16, f16};
-use moe_lora::cuda::{self, Queue};
+use moe_lora::cuda;
 use moe_lora::{
-    Backend, BlockShape, DType, Device, Element, Error, Expand, ExpertWeights, Forward, Projection,
-    ProjectionSizes, Route, Shrink, XRows,
+    Backend, BlockShape, Cuda, DType, Element, Error, Expand, ExpertWeights, Forward, Projection,
+    ProjectionSizes, Route, Routing as CallRouting, Shrink, XRows,
 };
 use pyo3::prelude::*;
 
@@ -29,10 +29,10 @@ trait Queued {
     /// `T` is the type of the call's tensors, which outlive what is queued.
     unsafe fn run<T: Element>(
         &self,
-        queue: &Queue<'_>,
+        on: On<'_>,
         workspace: &mut cuda::Workspace,
         projection: &Projection,
-    ) -> moe_lora::Result<()>;
+    ) -> moe_lora::Result<Route>;
 }
 
 /// Finds the place, and queues the work there.
@@ -47,13 +47,13 @@ fn run(
     let projection = Projection::new(sizes)?;
     let stream = place::stream(arguments.stream, reader)?;
     let place = Place { ordinal: reader.ordinal, stream, workspace: arguments.workspace };
-    place.run(&projection, tokens, kept, |queue, workspace| {
+    place.run(&projection, tokens, kept, |on, workspace| {
         // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their memory
         // does so in the order of the stream, as for any work that is queued on it.
         unsafe {
             match sizes.dtype {
-                DType::Bf16 => work.run::<bf16>(queue, workspace, &projection),
-                DType::F16 => work.run::<f16>(queue, workspace, &projection),
+                DType::Bf16 => work.run::<bf16>(on, workspace, &projection),
+                DType::F16 => work.run::<f16>(on, workspace, &projection),
             }
         }
     })
@@ -78,16 +78,16 @@ pub fn forward<'py>(
     impl Queued for Call {
         unsafe fn run<T: Element>(
             &self,
-            queue: &Queue<'_>,
+            on: On<'_>,
             workspace: &mut cuda::Workspace,
             projection: &Projection,
-        ) -> moe_lora::Result<()> {
+        ) -> moe_lora::Result<Route> {
             let Call { x, x_stride, a, b, output, source } = self;
             // SAFETY: as the caller promises.
             unsafe {
-                let call = Forward::<Device, T> {
+                let call = Forward::<Cuda, T> {
                     tokens: output.tokens(),
-                    route: source.route(),
+                    routing: source.routing(on.1)?,
                     x: x.rows(*x_stride),
                     a: &a.views(),
                     b: &b.views(),
@@ -96,7 +96,7 @@ pub fn forward<'py>(
                     offset: output.offset,
                     accumulate: output.accumulate,
                 };
-                queue.forward(workspace, projection, call)
+                on.0.forward(workspace, projection, call)
             }
         }
     }
@@ -189,17 +189,22 @@ pub fn shrink<'py>(
     impl Queued for Call {
         unsafe fn run<T: Element>(
             &self,
-            queue: &Queue<'_>,
+            on: On<'_>,
             workspace: &mut cuda::Workspace,
             projection: &Projection,
-        ) -> moe_lora::Result<()> {
+        ) -> moe_lora::Result<Route> {
             let &Call { tokens, x_stride, .. } = self;
             // SAFETY: as the caller promises.
             unsafe {
                 let (x, h) = (self.x.rows(x_stride), self.h.view_mut());
-                let call =
-                    Shrink::<Device, T> { tokens, route: self.source.route(), x, a: &self.a.views(), h };
-                queue.shrink(workspace, projection, call)
+                let call = Shrink::<Cuda, T> {
+                    tokens,
+                    routing: self.source.routing(on.1)?,
+                    x,
+                    a: &self.a.views(),
+                    h,
+                };
+                on.0.shrink(workspace, projection, call)
             }
         }
     }
@@ -251,16 +256,16 @@ pub fn expand<'py>(
     impl Queued for Call {
         unsafe fn run<T: Element>(
             &self,
-            queue: &Queue<'_>,
+            on: On<'_>,
             workspace: &mut cuda::Workspace,
             projection: &Projection,
-        ) -> moe_lora::Result<()> {
+        ) -> moe_lora::Result<Route> {
             let Call { h, b, output, source } = self;
             // SAFETY: as the caller promises.
             unsafe {
-                let call = Expand::<Device, T> {
+                let call = Expand::<Cuda, T> {
                     tokens: output.tokens(),
-                    route: source.route(),
+                    routing: source.routing(on.1)?,
                     h: h.view(),
                     b: &b.views(),
                     topk_weights: output.weights(),
@@ -268,7 +273,7 @@ pub fn expand<'py>(
                     offset: output.offset,
                     accumulate: output.accumulate,
                 };
-                queue.expand(workspace, projection, call)
+                on.0.expand(workspace, projection, call)
             }
         }
     }
@@ -330,15 +335,14 @@ pub fn route<'py>(
     impl Queued for Call {
         unsafe fn run<T: Element>(
             &self,
-            queue: &Queue<'_>,
+            on: On<'_>,
             workspace: &mut cuda::Workspace,
             projection: &Projection,
-        ) -> moe_lora::Result<()> {
+        ) -> moe_lora::Result<Route> {
             // SAFETY: as the caller promises.
-            match unsafe { self.source.route() } {
-                Route::From(routing) => queue.route(workspace, projection, self.tokens, routing),
-                // Routing alone is of tokens.
-                Route::Sorted(_) | Route::Kept => Ok(()),
+            match unsafe { self.source.routing(on.1)? } {
+                CallRouting::Tokens(routing) => on.0.route(workspace, projection, self.tokens, routing),
+                CallRouting::Sorted(_) | CallRouting::On(_) => unreachable!("routing alone is of tokens"),
             }
         }
     }
@@ -384,10 +388,10 @@ pub fn align<'py>(call: &Align<'_, 'py>, stream: Optional<'_, 'py>) -> Outcome<(
     let expert_ids = reader.packed("expert_ids", call.expert_ids, Type::I32)?;
     let num_tokens_post_padded = reader.packed("num_tokens_post_pad", call.num_tokens_post_pad, Type::I32)?;
     let stream = place::stream(stream, &reader)?;
-    Place { ordinal: reader.ordinal, stream, workspace: None }.run_alone(|queue| {
+    Place { ordinal: reader.ordinal, stream, workspace: None }.run_alone(|stream| {
         // SAFETY: the types were checked. The caller holds the tensors, as for the other calls.
         unsafe {
-            queue.align(moe_lora::Align {
+            stream.align(moe_lora::Align {
                 tokens,
                 top_k,
                 experts,

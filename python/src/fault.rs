@@ -36,13 +36,12 @@ impl From<Fault> for PyErr {
             Fault::Argument(message) => PyValueError::new_err(message),
             Fault::Raised(error) => error,
             Fault::Refused(error) => match error {
-                Error::NoDevice { .. } | Error::UnsupportedDevice { .. } | Error::Driver { .. } => {
-                    PyRuntimeError::new_err(error.to_string())
-                }
-                // The library's own words name a type of Rust.
-                Error::RouteNotKept { kept, needed } => PyValueError::new_err(format!(
-                    "the workspace keeps {kept}, this call needs {needed}: \
-                     pass topk_ids and token_lora in the first call of a layer"
+                Error::NoDevice { .. }
+                | Error::UnsupportedDevice { .. }
+                | Error::DriverTooOld { .. }
+                | Error::Driver { .. } => PyRuntimeError::new_err(error.to_string()),
+                Error::StaleRoute { .. } => PyValueError::new_err(format!(
+                    "{error}: pass topk_ids and token_lora in the first call of a layer"
                 )),
                 error => PyValueError::new_err(error.to_string()),
             },

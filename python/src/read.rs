@@ -2,7 +2,7 @@
 
 use crate::fault::{Fault, Outcome};
 use crate::tensor::{Dim, Exchange, Name, Tensor, Type};
-use moe_lora::{DType, Device, Element, ExpertWeights, Projection, RowsMut, View, XRows};
+use moe_lora::{Cuda, DType, Element, ExpertWeights, Projection, RowsMut, View, XRows};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
@@ -102,7 +102,7 @@ pub struct Slices {
 impl Slices {
     /// # Safety
     /// As for [`Tensor::view`].
-    pub unsafe fn views<T: Element>(&self) -> Vec<View<'_, Device, T>> {
+    pub unsafe fn views<T: Element>(&self) -> Vec<View<'_, Cuda, T>> {
         // SAFETY: as the caller promises.
         self.tensors.iter().map(|tensor| unsafe { tensor.view() }).collect()
     }
@@ -199,14 +199,14 @@ impl Output {
 
     /// # Safety
     /// As for [`Tensor::view`].
-    pub unsafe fn rows<T: Element>(&self) -> RowsMut<'_, Device, T> {
+    pub unsafe fn rows<T: Element>(&self) -> RowsMut<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         unsafe { self.out.rows_mut(self.stride) }
     }
 
     /// # Safety
     /// As for [`Tensor::view`].
-    pub unsafe fn weights(&self) -> Option<View<'_, Device, f32>> {
+    pub unsafe fn weights(&self) -> Option<View<'_, Cuda, f32>> {
         // SAFETY: as the caller promises; the type was checked.
         self.topk_weights.as_ref().map(|weights| unsafe { weights.view() })
     }

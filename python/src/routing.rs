@@ -3,7 +3,7 @@
 use crate::fault::{Fault, Outcome};
 use crate::read::{Optional, Reader};
 use crate::tensor::{Dim, Tensor, Type};
-use moe_lora::{BlockShape, Device, Enabled, Route, RoutingTensors, SortedTensors};
+use moe_lora::{BlockShape, Cuda, Enabled, Error, Route, RoutingTensors, SortedTensors};
 use pyo3::prelude::*;
 
 /// Who goes where, as the caller says it.
@@ -101,7 +101,7 @@ pub const FLAGS: [Type; 3] = [Type::I32, Type::U8, Type::BOOL];
 
 /// # Safety
 /// As for [`Tensor::view`], of a tensor of one of [`FLAGS`].
-pub unsafe fn enabled(flags: Option<&Tensor>) -> Enabled<'_, Device> {
+pub unsafe fn enabled(flags: Option<&Tensor>) -> Enabled<'_, Cuda> {
     // SAFETY: as the caller promises.
     unsafe {
         match flags {
@@ -200,14 +200,16 @@ impl Source {
         matches!(self, Source::Kept)
     }
 
+    /// The routing of a call on a workspace whose last call left the route `last`.
+    ///
     /// # Safety
     /// As for [`Tensor::view`].
-    pub unsafe fn route(&self) -> Route<'_, Device> {
+    pub unsafe fn routing(&self, last: Option<Route>) -> moe_lora::Result<moe_lora::Routing<'_, Cuda>> {
         // SAFETY: as the caller promises; the types were checked.
-        unsafe {
+        Ok(unsafe {
             match self {
                 Source::Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map } => {
-                    Route::From(RoutingTensors {
+                    moe_lora::Routing::Tokens(RoutingTensors {
                         topk_ids: topk_ids.view(),
                         token_lora: token_lora.view(),
                         adapter_enabled: enabled(adapter_enabled.as_ref()),
@@ -222,7 +224,7 @@ impl Source {
                     lora_ids,
                     adapter_enabled,
                     block_size,
-                } => Route::Sorted(SortedTensors {
+                } => moe_lora::Routing::Sorted(SortedTensors {
                     shape: BlockShape {
                         block_size: *block_size,
                         max_padded: sorted_token_ids.shape()[1],
@@ -235,8 +237,13 @@ impl Source {
                     adapter_enabled: enabled(adapter_enabled.as_ref()),
                     ranks: None,
                 }),
-                Source::Kept => Route::Kept,
+                Source::Kept => last.ok_or_else(Self::no_route)?.into(),
             }
-        }
+        })
+    }
+
+    fn no_route() -> Error {
+        let reason = "no call on this workspace and stream has found one, or the last that was to has failed";
+        Error::StaleRoute { reason: reason.to_owned() }
     }
 }

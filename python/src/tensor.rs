@@ -9,7 +9,7 @@ use dlpack_ffi::{
     DLDataType, DLDataTypeCode, DLDevice, DLDeviceType, DLManagedTensor, DLPACK_MAJOR_VERSION,
     DLPackExchangeAPI, DLTensor,
 };
-use moe_lora::{Device, Rows, RowsMut, View, ViewMut};
+use moe_lora::{Cuda, Rows, RowsMut, View, ViewMut};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -442,7 +442,7 @@ impl Tensor {
     ///
     /// # Safety
     /// `T` is its type. Its memory outlives the call that the view is handed to, and what that queues.
-    pub unsafe fn view<T: Pod>(&self) -> View<'_, Device, T> {
+    pub unsafe fn view<T: Pod>(&self) -> View<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         unsafe { View::from_raw(self.address, self.elements()) }
     }
@@ -451,7 +451,7 @@ impl Tensor {
     ///
     /// # Safety
     /// As for [`Tensor::view`], and nothing else uses the memory meanwhile.
-    pub unsafe fn view_mut<T: Pod>(&self) -> ViewMut<'_, Device, T> {
+    pub unsafe fn view_mut<T: Pod>(&self) -> ViewMut<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         unsafe { ViewMut::from_raw(self.address, self.elements()) }
     }
@@ -460,7 +460,7 @@ impl Tensor {
     ///
     /// # Safety
     /// As for [`Tensor::view`].
-    pub unsafe fn rows<T: Pod>(&self, stride: usize) -> Rows<'_, Device, T> {
+    pub unsafe fn rows<T: Pod>(&self, stride: usize) -> Rows<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         let data = unsafe { View::from_raw(self.address, self.extent(stride)) };
         Rows { data, stride: Some(stride) }
@@ -470,7 +470,7 @@ impl Tensor {
     ///
     /// # Safety
     /// As for [`Tensor::view_mut`].
-    pub unsafe fn rows_mut<T: Pod>(&self, stride: usize) -> RowsMut<'_, Device, T> {
+    pub unsafe fn rows_mut<T: Pod>(&self, stride: usize) -> RowsMut<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         let data = unsafe { ViewMut::from_raw(self.address, self.extent(stride)) };
         RowsMut { data, stride: Some(stride) }

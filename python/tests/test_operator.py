@@ -131,7 +131,7 @@ def test_a_workspace_is_refused_when_it_is_too_small_or_keeps_no_route() -> None
     small = moe_lora.Workspace(8, top_k=8, experts=16, slots=3, max_rank=16)
     with pytest.raises(ValueError, match="workspace has room for"):
         forward(case, case.base, workspace=small)
-    with pytest.raises(ValueError, match="no route"):
+    with pytest.raises(ValueError, match="route is not valid"):
         moe_lora.forward(case.x, case.a, case.b, None, None, case.base, workspace=small)
 
 

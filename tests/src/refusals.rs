@@ -4,7 +4,7 @@ use bytemuck::Pod;
 use half::bf16;
 use moe_lora::{
     Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Forward, Projection, ProjectionSizes,
-    Result, Route, RoutingTensors, Rows, RowsMut, Shrink, Space, View, ViewMut, XRows,
+    Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, Space, View, ViewMut, XRows,
 };
 
 /// Which call.
@@ -106,7 +106,8 @@ struct Memory {
 struct Call {
     sizes: ProjectionSizes,
     tokens: usize,
-    kept: bool,
+    /// A route to be made on, in place of the tensors.
+    on: Option<Route>,
     flags: Tensor,
     memory: [Memory; DEMANDS.len()],
     slices_a: usize,
@@ -139,9 +140,9 @@ impl Call {
         unsafe { ViewMut::from_raw(address, len) }
     }
 
-    fn run<B: Backend>(&self, backend: &B, workspace: &mut B::Workspace, stage: Stage) -> Result<()> {
+    fn run<B: Backend>(&self, backend: &B, workspace: &mut B::Workspace, stage: Stage) -> Result<Route> {
         let projection = Projection::new(self.sizes)?;
-        let routing = RoutingTensors {
+        let tensors = RoutingTensors {
             topk_ids: self.view(Tensor::TopkIds),
             token_lora: self.view(Tensor::TokenLora),
             adapter_enabled: match self.flags {
@@ -151,7 +152,7 @@ impl Call {
             ranks: Some(self.view(Tensor::Ranks)),
             expert_map: Some(self.view(Tensor::ExpertMap)),
         };
-        let route = if self.kept { Route::Kept } else { Route::From(routing) };
+        let routing = self.on.map_or(Routing::Tokens(tensors), Routing::On);
         let x = Rows { data: self.view(Tensor::X), stride: self.x_stride };
         let a = vec![self.view(Tensor::A); self.slices_a];
         let b = vec![self.view(Tensor::B); self.slices_b];
@@ -159,19 +160,19 @@ impl Call {
         let (tokens, offset) = (self.tokens, self.offset);
         let out = RowsMut { data: self.view_mut(Tensor::Out), stride: self.out_stride };
         match stage {
-            Stage::Route => backend.route(workspace, &projection, tokens, routing),
+            Stage::Route => backend.route(workspace, &projection, tokens, tensors),
             Stage::Forward => {
                 let call =
-                    Forward { tokens, route, x, a: &a, b: &b, topk_weights, out, offset, accumulate: true };
+                    Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out, offset, accumulate: true };
                 backend.forward(workspace, &projection, call)
             }
             Stage::Shrink => {
                 let h = self.view_mut(Tensor::H);
-                backend.shrink(workspace, &projection, Shrink { tokens, route, x, a: &a, h })
+                backend.shrink(workspace, &projection, Shrink { tokens, routing, x, a: &a, h })
             }
             Stage::Expand => {
                 let h = self.view(Tensor::H);
-                let call = Expand { tokens, route, h, b: &b, topk_weights, out, offset, accumulate: true };
+                let call = Expand { tokens, routing, h, b: &b, topk_weights, out, offset, accumulate: true };
                 backend.expand(workspace, &projection, call)
             }
         }
@@ -272,7 +273,7 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
     let good = Call {
         sizes: GOOD,
         tokens: TOKENS,
-        kept: false,
+        on: None,
         flags: Tensor::FlagsI32,
         memory,
         slices_a: GOOD.slices,
@@ -294,7 +295,7 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
     for &stage in WRITES {
         let before = outputs();
         let result = good.run(backend, &mut workspace(good.room), stage);
-        assert_eq!(result, Ok(()), "{stage:?} of a good call");
+        assert!(result.is_ok(), "{stage:?} of a good call: {result:?}");
         assert_ne!(outputs(), before, "{stage:?} of a good call writes");
     }
     let before = outputs();
@@ -306,16 +307,25 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
         }
     }
     for &stage in WRITES {
-        let kept = Call { kept: true, ..good.clone() };
-        let mut workspace = workspace(good.room);
-        let is_refused = |workspace: &mut B::Workspace, what| {
-            let result = kept.run(backend, workspace, stage);
-            assert!(matches!(result, Err(Error::RouteNotKept { .. })), "{stage:?} on {what}: {result:?}");
+        let (mut held, mut other) = (workspace(good.room), workspace(good.room));
+        let find = |workspace: &mut B::Workspace, tokens| {
+            let call = Call { tokens, ..good.clone() };
+            call.run(backend, workspace, Stage::Route).expect("a good call")
+        };
+        let is_refused = |workspace: &mut B::Workspace, route, what| {
+            let result = Call { on: Some(route), ..good.clone() }.run(backend, workspace, stage);
+            assert!(matches!(result, Err(Error::StaleRoute { .. })), "{stage:?} on {what}: {result:?}");
             assert_eq!(outputs(), before, "{stage:?} on {what} wrote something");
         };
-        is_refused(&mut workspace, "a workspace that keeps no route");
-        let shorter = Call { tokens: TOKENS - 1, ..good.clone() };
-        assert_eq!(shorter.run(backend, &mut workspace, Stage::Shrink), Ok(()));
-        is_refused(&mut workspace, "the route of fewer tokens");
+        let route = find(&mut held, TOKENS);
+        is_refused(&mut other, route, "the route of another workspace");
+        is_refused(&mut held, find(&mut other, TOKENS - 1), "the route of fewer tokens");
+        // What is refused leaves the route as it is.
+        let mut short = Call { on: Some(route), ..good.clone() };
+        short.memory[Tensor::A as usize].len = 0;
+        short.memory[Tensor::B as usize].len = 0;
+        assert!(short.run(backend, &mut held, stage).is_err());
+        find(&mut held, TOKENS);
+        is_refused(&mut held, route, "a route that another was found after");
     }
 }

@@ -7,7 +7,7 @@ use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
 use moe_lora::{
     Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, Projection,
-    ProjectionSizes, Route, SortedTensors, View, ViewMut, XRows, reference,
+    ProjectionSizes, Routing, SortedTensors, View, ViewMut, XRows, reference,
 };
 use moe_lora_tests::cases::check_some;
 use moe_lora_tests::tally::Tally;
@@ -256,7 +256,7 @@ impl Wild {
         };
         let call = Forward {
             tokens: self.tokens,
-            route: Route::Sorted(sorted),
+            routing: Routing::Sorted(sorted),
             x: View::from(&x[..]).into(),
             a: &host_a,
             b: &host_b,
@@ -277,7 +277,7 @@ impl Wild {
         let mut placed = floats(&out);
         let (a, b) = ([a.view()], [b.view()]);
         let mut workspace = backend.workspace(&[projection], self.tokens).expect("room");
-        let route = Route::Sorted(SortedTensors {
+        let routing = Routing::Sorted(SortedTensors {
             shape: self.shape,
             sorted_token_ids: places.view(),
             expert_ids: block_experts.view(),
@@ -288,7 +288,7 @@ impl Wild {
         });
         let call = Forward {
             tokens: self.tokens,
-            route,
+            routing,
             x: x.view().into(),
             a: &a,
             b: &b,
@@ -427,9 +427,10 @@ impl Pieces {
         let x = backend.upload(&[bf16::ONE; 8]).expect("room");
         let mut h = backend.upload(&[bf16::ONE; 8]).expect("room");
         let a = [weights.view()];
-        let (route, x, h) = (Route::Sorted(sorted), x.view().into(), h.view_mut());
+        let (routing, x, h) = (Routing::Sorted(sorted), x.view().into(), h.view_mut());
         let mut workspace = backend.workspace(&[projection], 1).expect("room");
-        backend.shrink(&mut workspace, &projection, moe_lora::Shrink { tokens: 0, route, x, a: &a, h })
+        let call = moe_lora::Shrink { tokens: 0, routing, x, a: &a, h };
+        backend.shrink(&mut workspace, &projection, call).map(drop)
     }
 }
 

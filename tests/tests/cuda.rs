@@ -17,6 +17,9 @@ fn main() {
 #[path = "cuda/blocks.rs"]
 mod blocks;
 #[cfg(feature = "cuda")]
+#[path = "cuda/engine.rs"]
+mod engine;
+#[cfg(feature = "cuda")]
 #[path = "cuda/graphs.rs"]
 mod graphs;
 #[cfg(feature = "cuda")]
@@ -25,22 +28,23 @@ mod wide;
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{blocks, graphs, skipped, wide};
+    use super::{blocks, engine, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::cuda::{Cubin, EMBEDDED, Embedded, Gpu, LoadedFrom, Options, Packed, Queue};
+    use moe_lora::cuda::{Cubin, Device, Embedded, LoadedFrom, Options, Packed, Stream};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
     use moe_lora_verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
 
-    type Test = Box<dyn FnOnce(&Gpu) -> Result<(), Failed> + Send>;
+    type Test = Box<dyn FnOnce(&Device) -> Result<(), Failed> + Send>;
 
     /// Every test, on device 0; all of them skipped where there is none.
     pub fn tests(arguments: &Arguments) -> Vec<Trial> {
-        match Gpu::new(0) {
-            Ok(gpu) => {
-                // Tests run until the process ends.
-                let gpu: &'static Gpu = Box::leak(Box::new(gpu));
-                let trial = |(name, test): (String, Test)| Trial::test(name, move || test(gpu));
+        match Device::new(0) {
+            Ok(device) => {
+                let trial = |(name, test): (String, Test)| {
+                    let device = device.clone();
+                    Trial::test(name, move || test(&device))
+                };
                 list().into_iter().map(trial).collect()
             }
             Err(why) => list().iter().map(|(name, _)| skipped(arguments, name, &why.to_string())).collect(),
@@ -49,24 +53,23 @@ mod gpu {
 
     fn list() -> Vec<(String, Test)> {
         let mut tests = Vec::new();
-        let mut test = |name: &str, test: fn(&Gpu) -> Result<(), Failed>| {
+        let mut test = |name: &str, test: fn(&Device) -> Result<(), Failed>| {
             let test: Test = Box::new(test);
             tests.push((name.to_owned(), test));
         };
-        test("whatever_is_wrong_is_refused_and_nothing_is_written", |gpu| {
-            check_refusals(&gpu.queue(Options::default())?, false);
+        test("whatever_is_wrong_is_refused_and_nothing_is_written", |device| {
+            check_refusals(&device.new_stream()?, false);
             Ok(())
         });
-        test("every_mode_passes_on_a_small_call", |gpu| all_pass(gpu, &quick_grid()));
-        test("every_mode_passes_on_calls_of_many_shapes", |gpu| all_pass(gpu, &full_grid()));
+        test("every_mode_passes_on_a_small_call", |device| all_pass(device, &quick_grid()));
+        test("every_mode_passes_on_calls_of_many_shapes", |device| all_pass(device, &full_grid()));
         test("kernels_of_the_oldest_generation_pass_too", |_| {
-            let oldest = EMBEDDED.iter().position(|kernels| kernels.sm == 80).expect("sm_80 is embedded");
-            all_pass(&Gpu::with_kernels(0, &EMBEDDED[oldest..=oldest])?, &full_grid())
+            all_pass(&Device::with_generation(0, 80)?, &full_grid())
         });
-        test("kernels_load_from_their_cubin_and_without_it_from_ptx", |gpu| {
-            let kernels = *gpu.embedded();
+        test("kernels_load_from_their_cubin_and_without_it_from_ptx", |device| {
+            let kernels = *device.kernels();
             let has_cubin = kernels.cubin.is_some();
-            assert_eq!(*gpu.loaded_from() == LoadedFrom::Cubin, has_cubin, "{:?}", gpu.loaded_from());
+            assert_eq!(*device.loaded_from() == LoadedFrom::Cubin, has_cubin, "{:?}", device.loaded_from());
             // One run of 15 literals.
             let image = Packed::of(b"\x0f\0\0\0\xf0\0no machine code");
             assert_eq!(image.unpack(), b"no machine code");
@@ -74,27 +77,32 @@ mod gpu {
             for cubin in [None, Some(broken)] {
                 // As static as those of the program.
                 let kernels = Box::leak(Box::new([Embedded { cubin, ..kernels }]));
-                let gpu = Gpu::with_kernels(0, kernels)?;
-                match gpu.loaded_from() {
+                // SAFETY: the PTX is the program's own, and what is no cubin is not loaded.
+                let device = unsafe { Device::with_kernels(0, kernels)? };
+                match device.loaded_from() {
                     LoadedFrom::Ptx { cubin_refused } => assert_eq!(cubin_refused.is_some(), cubin.is_some()),
                     LoadedFrom::Cubin => panic!("loaded a cubin where none will do"),
                 }
-                pass(&gpu, vec![Options::default()], &quick_grid())?;
+                pass(&device, vec![Options::default()], &quick_grid())?;
             }
             Ok(())
         });
         // As planned: its adapters are large, and each way would upload them again.
-        test("vllms_own_grid_passes", |gpu| pass(gpu, vec![Options::default()], &vllm_grid()));
-        test("any_number_of_buckets_is_routed", |gpu| all_pass(gpu, &many_buckets()));
+        test("vllms_own_grid_passes", |device| pass(device, vec![Options::default()], &vllm_grid()));
+        test("any_number_of_buckets_is_routed", |device| all_pass(device, &many_buckets()));
         test("vllms_own_grid_of_blocks_passes", blocks::vllms_own_grid_of_blocks_passes);
         test("blocks_of_every_size_pass", blocks::blocks_of_every_size_pass);
         test("captured_blocks_replay_with_other_routing", blocks::captured_blocks_replay_with_other_routing);
+        test(
+            "an_engine_owns_all_of_it_and_drops_it_in_any_order",
+            engine::an_engine_owns_all_of_it_and_drops_it_in_any_order,
+        );
         test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
         test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
         test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);
         for (name, options) in ways() {
             let name = format!("every_call_agrees_with_the_reference_and_touches_nothing_else::{name}");
-            let test: Test = Box::new(move |gpu| Ok(check_cases(&gpu.queue(options)?)?));
+            let test: Test = Box::new(move |device| Ok(check_cases(&device.new_stream_with(options)?)?));
             tests.push((name, test));
         }
         tests
@@ -123,15 +131,15 @@ mod gpu {
         tokens.into_iter().chain(overwriting).collect()
     }
 
-    fn all_pass(gpu: &Gpu, cases: &[Case]) -> Result<(), Failed> {
-        pass(gpu, ways().into_iter().map(|(_, options)| options).collect(), cases)
+    fn all_pass(device: &Device, cases: &[Case]) -> Result<(), Failed> {
+        pass(device, ways().into_iter().map(|(_, options)| options).collect(), cases)
     }
 
-    fn pass(gpu: &Gpu, ways: Vec<Options>, cases: &[Case]) -> Result<(), Failed> {
-        let queues: Vec<Queue<'_>> =
-            ways.into_iter().map(|options| gpu.queue(options)).collect::<Result<_, _>>()?;
+    fn pass(device: &Device, ways: Vec<Options>, cases: &[Case]) -> Result<(), Failed> {
+        let streams: Vec<Stream> =
+            ways.into_iter().map(|options| device.new_stream_with(options)).collect::<Result<_, _>>()?;
         for case in cases {
-            check_each(&queues, case)?;
+            check_each(&streams, case)?;
         }
         Ok(())
     }

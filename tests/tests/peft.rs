@@ -16,9 +16,9 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use moe_lora::adapter::{Adapter, LayerProjection, Stack};
 use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use moe_lora::cuda::{Gpu, Options};
+use moe_lora::cuda::Device;
 use moe_lora::tensor_file::{FileError, TensorFile};
-use moe_lora::{Backend, Buffer, DType, Element, Enabled, Forward, Route, RoutingTensors, View};
+use moe_lora::{Backend, Buffer, DType, Element, Enabled, Forward, Route, Routing, RoutingTensors, View};
 use moe_lora_cli::files::{Run, RunError};
 #[cfg(feature = "cuda")]
 use moe_lora_tests::skip::skipped;
@@ -171,10 +171,10 @@ impl<B: Backend> OnBackend<'_, B> {
     fn deltas<T: Element>(
         &mut self,
         stack: &Stack<T>,
-        route: Route<'_, B::Space>,
+        routing: Routing<'_, B::Space>,
         x: &[f32],
         topk_weights: Option<View<'_, B::Space, f32>>,
-    ) -> moe_lora::Result<Vec<f32>> {
+    ) -> moe_lora::Result<(Vec<f32>, Route)> {
         let OnBackend { backend, tokens, workspace } = self;
         let projection = &stack.projection;
         let upload = |slice: &Vec<T>| backend.upload(slice);
@@ -185,7 +185,7 @@ impl<B: Backend> OnBackend<'_, B> {
         let mut out = backend.upload(&unwritten)?;
         let call = Forward {
             tokens: *tokens,
-            route,
+            routing,
             x: x.view().into(),
             a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
             b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),
@@ -194,8 +194,8 @@ impl<B: Backend> OnBackend<'_, B> {
             offset: 0,
             accumulate: false,
         };
-        backend.forward(workspace, projection, call)?;
-        Ok(backend.download(&out)?.into_iter().map(T::to_f32).collect())
+        let route = backend.forward(workspace, projection, call)?;
+        Ok((backend.download(&out)?.into_iter().map(T::to_f32).collect(), route))
     }
 }
 
@@ -219,9 +219,9 @@ fn a_block_gives_what_peft_gives<T: Element, B: Backend>(backend: &B, model: &st
     };
     let workspace = backend.workspace(&[w13.projection, w2.projection], block.tokens)?;
     let mut layer = OnBackend { backend, tokens: block.tokens, workspace };
-    let gate_up = layer.deltas(&w13, Route::From(routing), &block.x, None)?;
+    let (gate_up, route) = layer.deltas(&w13, routing.into(), &block.x, None)?;
     let activations = block.activations(&gate_up);
-    let down = layer.deltas(&w2, Route::Kept, &activations, Some(topk_weights.view()))?;
+    let (down, _) = layer.deltas(&w2, route.into(), &activations, Some(topk_weights.view()))?;
     let tolerance = Tolerance::of(T::DTYPE).block;
     expect_within("y", relative_error(&block.output(&activations, &down), &block.y), tolerance)?;
 
@@ -389,16 +389,16 @@ impl Promise {
 
 /// The GPU, opened once.
 #[cfg(feature = "cuda")]
-fn gpu() -> &'static moe_lora::Result<Gpu> {
-    static GPU: OnceLock<moe_lora::Result<Gpu>> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::new(0))
+fn gpu() -> &'static moe_lora::Result<Device> {
+    static GPU: OnceLock<moe_lora::Result<Device>> = OnceLock::new();
+    GPU.get_or_init(|| Device::new(0))
 }
 
 /// A test on the GPU, skipped where there is none.
 #[cfg(feature = "cuda")]
 fn on_gpu(arguments: &Arguments, name: &str, promise: Promise, model: &'static str, dtype: DType) -> Trial {
     match gpu() {
-        Ok(gpu) => Trial::test(name, move || promise.keep(&gpu.queue(Options::default())?, model, dtype)),
+        Ok(gpu) => Trial::test(name, move || promise.keep(&gpu.new_stream()?, model, dtype)),
         Err(why) => skipped(arguments, name, &why.to_string()),
     }
 }

@@ -4,7 +4,7 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::reference::{self, Target};
 use moe_lora::{
-    Backend, DType, Enabled, Expand, ExpertWeights, Forward, Projection, ProjectionSizes, Route,
+    Backend, DType, Enabled, Expand, ExpertWeights, Forward, Projection, ProjectionSizes, Routing,
     RoutingTensors, Rows, Shrink, View, ViewMut, XRows,
 };
 
@@ -75,12 +75,12 @@ fn a_call_of_two_tokens_by_hand() {
     let mut out = values(&[f32::NAN; 16]);
     let mut split_out = out.clone();
     let mut workspace = Cpu.workspace(&[projection], 2).expect("room");
-    let (tokens, route, x) = (2, Route::From(routing), Rows::from(View::from(&x[..])));
+    let (tokens, routing, x) = (2, Routing::Tokens(routing), Rows::from(View::from(&x[..])));
     let (topk_weights, offset, accumulate) = (Some(topk_weights[..].into()), 0, false);
 
     let call = Forward {
         tokens,
-        route,
+        routing,
         x,
         a: &a,
         b: &b,
@@ -92,13 +92,13 @@ fn a_call_of_two_tokens_by_hand() {
     let forward = reference::forward(&projection, &call).expect("a legal call");
     Cpu.forward(&mut workspace, &projection, call).expect("a legal call");
 
-    let call = Shrink { tokens, route, x, a: &a, h: (&mut h[..]).into() };
+    let call = Shrink { tokens, routing, x, a: &a, h: (&mut h[..]).into() };
     let shrink = reference::shrink(&projection, &call).expect("a legal call");
     Cpu.shrink(&mut workspace, &projection, call).expect("a legal call");
 
     let call = Expand {
         tokens,
-        route,
+        routing,
         h: h[..].into(),
         b: &b,
         topk_weights,

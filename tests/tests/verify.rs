@@ -4,7 +4,7 @@ use bytemuck::Pod;
 use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::{
-    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route,
+    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, Routing,
     RoutingTensors, Shrink, XRows,
 };
 use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
@@ -157,7 +157,7 @@ impl Backend for Faulty {
         projection: &Projection,
         tokens: usize,
         mut routing: RoutingTensors<'_, Host>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         if matches!(self.mistake, RoutesAloneWithoutFlags) {
             routing.adapter_enabled = Enabled::All;
         }
@@ -173,20 +173,20 @@ impl Backend for Faulty {
         workspace: &mut Workspace,
         projection: &Projection,
         mut call: Forward<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         self.calls.set(self.calls.get() + 1);
-        let Route::From(mut routing) = call.route else {
+        let Routing::Tokens(mut routing) = call.routing else {
             let first = call.out.data.address();
-            Cpu.forward(workspace, projection, call)?;
-            // The first call on the route that its workspace kept is the third of all.
+            let route = Cpu.forward(workspace, projection, call)?;
+            // The first call on a route that was found is the third of all.
             match self.mistake {
                 IsOffOnAKeptRoute => change::<T>(first, 0, |out| out + 1.0),
                 DiffersOnTheSecondKeptCall if self.calls.get() == 4 => change::<T>(first, 0, |out| out + 1.0),
                 _ => {}
             }
-            return Ok(());
+            return Ok(route);
         };
-        let targets = reference::targets(projection, call.tokens, &routing);
+        let targets = reference::targets(projection, call.tokens, &routing)?;
         let (ids, out, past) = (routing.topk_ids, call.out.data.address(), call.out.data.len() as isize);
         let width = projection.out_width() as isize;
         let stride = call.out.stride.expect("a case has strides") as isize;
@@ -204,11 +204,11 @@ impl Backend for Faulty {
             IgnoresWeights => call.topk_weights = None,
             IgnoresOffset => call.offset = 0,
             ConfusesModes => call.accumulate = !call.accumulate,
-            Refuses => return Err(Error::Driver { call: "nothing", reason: "a mistake".to_owned() }),
+            Refuses => return Err(Error::NoDevice { reason: "a mistake".to_owned() }),
             _ => {}
         }
         let b = if matches!(self.mistake, SwapsSlices) { &swapped } else { call.b };
-        Cpu.forward(workspace, projection, Forward { route: Route::From(routing), b, ..call })?;
+        let route = Cpu.forward(workspace, projection, Forward { routing: routing.into(), b, ..call })?;
         match self.mistake {
             LeavesOneElementOut => change::<T>(out, first_where(true) + width - 1, |_| f32::NAN),
             IsOffInOneElement => change::<T>(out, first_where(true) + 1, |out| out + 0.1),
@@ -223,7 +223,7 @@ impl Backend for Faulty {
             DiffersOnTheSecondCall if self.calls.get() == 2 => change::<T>(out, 0, |_| 1.0),
             _ => {}
         }
-        Ok(())
+        Ok(route)
     }
 
     fn shrink<T: Element>(
@@ -231,13 +231,13 @@ impl Backend for Faulty {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Shrink<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         let h = call.h.address();
-        Cpu.shrink(workspace, projection, call)?;
+        let route = Cpu.shrink(workspace, projection, call)?;
         if matches!(self.mistake, LeavesHOut) {
             change::<T>(h, 0, |_| f32::NAN);
         }
-        Ok(())
+        Ok(route)
     }
 
     fn expand<T: Element>(
@@ -245,7 +245,7 @@ impl Backend for Faulty {
         workspace: &mut Workspace,
         projection: &Projection,
         call: Expand<'_, Host, T>,
-    ) -> Result<()> {
+    ) -> Result<Route> {
         Cpu.expand(workspace, projection, call)
     }
 

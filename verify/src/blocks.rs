@@ -3,7 +3,7 @@ use crate::check::{Fault, Placed, check_guards};
 use crate::data::{CaseData, Tensor};
 use moe_lora::backend::Backend;
 use moe_lora::blocks::{Align, BlockShape, SortedTensors};
-use moe_lora::call::{Route, RoutingTensors};
+use moe_lora::call::{Routing, RoutingTensors};
 use moe_lora::reference::Target;
 use moe_lora::tensor::View;
 use std::ops::Range;
@@ -135,12 +135,12 @@ impl<'d, B: Backend> Blocks<'d, B> {
     }
 
     /// The blocks as a route, unless they are too small to be one; flags and ranks are the case's own.
-    pub fn route<'b>(&'b self, routing: RoutingTensors<'b, B::Space>) -> Option<Route<'b, B::Space>> {
+    pub fn routing<'b>(&'b self, routing: RoutingTensors<'b, B::Space>) -> Option<Routing<'b, B::Space>> {
         if self.blank.shape.block_size < BlockShape::MIN_BLOCK_SIZE {
             return None;
         }
         let view = |array: &'b Placed<'d, B, i32>| -> View<'b, B::Space, i32> { array.view() };
-        Some(Route::Sorted(SortedTensors {
+        Some(Routing::Sorted(SortedTensors {
             shape: self.blank.shape,
             sorted_token_ids: view(&self.sorted_token_ids),
             expert_ids: view(&self.expert_ids),

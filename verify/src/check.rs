@@ -4,11 +4,12 @@ use crate::data::{CaseData, FlagTensor, Operands, Tensor};
 use bytemuck::Pod;
 use half::{bf16, f16};
 use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use moe_lora::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
 use moe_lora::dtype::{DType, Element};
 use moe_lora::error::Error;
 use moe_lora::projection::Projection;
 use moe_lora::reference::{self, Expected, Target};
+use moe_lora::route::Route;
 use moe_lora::tensor::{View, ViewMut};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
@@ -182,12 +183,11 @@ impl<'d, T: Element> Trial<'d, T> {
         let operands = data.operands();
         // The reference only reads: these stand in for what the call would write.
         let (mut h, mut out) = (data.h.elements().to_vec(), data.out.elements().to_vec());
-        let delta =
-            reference::forward(&projection, &operands.forward(case, false, out.as_mut_slice().into()))?;
+        let delta = reference::forward(&projection, &operands.forward(case, out.as_mut_slice().into()))?;
         let h = match case.form {
             Form::Forward => None,
             Form::Split => {
-                Some(reference::shrink(&projection, &operands.shrink(case, false, h.as_mut_slice().into()))?)
+                Some(reference::shrink(&projection, &operands.shrink(case, h.as_mut_slice().into()))?)
             }
         };
         Ok(Trial { case, projection, data, delta, h, blank: Blank::new(case, data) })
@@ -196,10 +196,10 @@ impl<'d, T: Element> Trial<'d, T> {
     fn run<B: Backend>(&self, backend: &B) -> Result<Outcome, Fault> {
         let inputs = Uploaded::new(backend, self.data)?;
         let routing = inputs.routing();
-        let own = Route::From(routing);
+        let own = Routing::Tokens(routing);
         let workspace = || backend.workspace(&[self.projection], self.case.tokens);
         let (mut used, mut routed) = (workspace()?, workspace()?);
-        let first = self.call(backend, &mut used, &inputs, own)?;
+        let (first, _) = self.call(backend, &mut used, &inputs, own)?;
         self.check_h(&first.h, Named::All)?;
         let error = self.check_out(&first.out, Named::All)?;
 
@@ -207,11 +207,11 @@ impl<'d, T: Element> Trial<'d, T> {
         let new = || Written::new(backend, self.data);
         let (mut fresh, mut kept, mut kept_again) = (new()?, new()?, new()?);
         let (mut alone, mut behind) = (new()?, new()?);
-        self.queue(backend, &mut used, &inputs, own, &mut fresh)?;
-        self.queue(backend, &mut used, &inputs, Route::Kept, &mut kept)?;
-        self.queue(backend, &mut used, &inputs, Route::Kept, &mut kept_again)?;
-        backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
-        self.queue(backend, &mut routed, &inputs, Route::Kept, &mut alone)?;
+        let route = self.queue(backend, &mut used, &inputs, own, &mut fresh)?;
+        self.queue(backend, &mut used, &inputs, route.into(), &mut kept)?;
+        self.queue(backend, &mut used, &inputs, route.into(), &mut kept_again)?;
+        let route = backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
+        self.queue(backend, &mut routed, &inputs, route.into(), &mut alone)?;
         self.queue(backend, &mut routed, &inputs, own, &mut behind)?;
         let same = |one: &Outputs<T>, written: &Written<'_, B, T>, run| {
             let other = written.download(backend)?;
@@ -228,15 +228,13 @@ impl<'d, T: Element> Trial<'d, T> {
         }
         same(&kept, &kept_again, "run again on the kept route")?;
         if let Some(blank) = &self.blank {
-            let on: Vec<bool> = (0..self.case.slots)
-                .map(|slot| reference::is_on(slot, &self.data.routing().adapter_enabled))
-                .collect();
+            let on = reference::slots_on(self.case.slots, &self.data.routing().adapter_enabled)?;
             let blocks = Blocks::sorted(backend, blank, routing, &self.delta.targets, &on)?;
-            if let Some(route) = blocks.route(routing) {
-                let sorted = self.call(backend, &mut used, &inputs, route)?;
+            if let Some(sorted) = blocks.routing(routing) {
+                let (sorted, route) = self.call(backend, &mut used, &inputs, sorted)?;
                 self.check_h(&sorted.h, Named::InBlocks)?;
                 self.check_out(&sorted.out, Named::InBlocks)?;
-                let again = self.call(backend, &mut used, &inputs, Route::Kept)?;
+                let (again, _) = self.call(backend, &mut used, &inputs, route.into())?;
                 check_same(&self.data.h, &sorted.h, &again.h, "run again on the kept blocks")?;
                 check_same(&self.data.out, &sorted.out, &again.out, "run again on the kept blocks")?;
             }
@@ -255,36 +253,35 @@ impl<'d, T: Element> Trial<'d, T> {
         backend: &B,
         workspace: &mut B::Workspace,
         inputs: &Uploaded<'_, B, T>,
-        route: Route<'_, B::Space>,
-    ) -> Result<Outputs<T>, Fault> {
+        routing: Routing<'_, B::Space>,
+    ) -> Result<(Outputs<T>, Route), Fault> {
         let mut written = Written::new(backend, self.data)?;
-        self.queue(backend, workspace, inputs, route, &mut written)?;
-        Ok(written.download(backend)?)
+        let route = self.queue(backend, workspace, inputs, routing, &mut written)?;
+        Ok((written.download(backend)?, route))
     }
 
-    /// Queues the case's calls.
+    /// Queues the case's calls, and returns their route.
     fn queue<B: Backend>(
         &self,
         backend: &B,
         workspace: &mut B::Workspace,
         inputs: &Uploaded<'_, B, T>,
-        route: Route<'_, B::Space>,
+        routing: Routing<'_, B::Space>,
         Written { h, out }: &mut Written<'_, B, T>,
-    ) -> Result<(), Fault> {
+    ) -> Result<Route, Fault> {
         let operands = inputs.operands();
         match self.case.form {
             Form::Forward => {
-                let call = operands.forward(self.case, false, out.view_mut());
-                backend.forward(workspace, &self.projection, Forward { route, ..call })?;
+                let call = operands.forward(self.case, out.view_mut());
+                Ok(backend.forward(workspace, &self.projection, Forward { routing, ..call })?)
             }
             Form::Split => {
-                let call = operands.shrink(self.case, false, h.view_mut());
-                backend.shrink(workspace, &self.projection, Shrink { route, ..call })?;
-                let call = operands.expand(self.case, false, h.view(), out.view_mut());
-                backend.expand(workspace, &self.projection, Expand { route, ..call })?;
+                let call = operands.shrink(self.case, h.view_mut());
+                backend.shrink(workspace, &self.projection, Shrink { routing, ..call })?;
+                let call = operands.expand(self.case, h.view(), out.view_mut());
+                Ok(backend.expand(workspace, &self.projection, Expand { routing, ..call })?)
             }
         }
-        Ok(())
     }
 
     /// The pair's weights, when it is active and the route names it.

@@ -1,6 +1,6 @@
 use crate::case::{Case, Experts, Flags, Loras, Ranks};
 use bytemuck::Pod;
-use moe_lora::call::{Enabled, Expand, Forward, Route, RoutingTensors, Shrink};
+use moe_lora::call::{Enabled, Expand, Forward, RoutingTensors, Shrink};
 use moe_lora::dtype::Element;
 use moe_lora::error::Result;
 use moe_lora::projection::{ExpertWeights, XRows};
@@ -194,7 +194,7 @@ impl<T: Element> CaseData<T> {
                 normals.fill(&mut row[case.offset..case.out_width()], OLD_OUT * weight, seed ^ pair as u64);
             });
         }
-        let targets = reference::targets(&projection, case.tokens, &data.routing());
+        let targets = reference::targets(&projection, case.tokens, &data.routing())?;
         for _ in 0..case.slices {
             data.a.push(weights_a(case, &targets, &normals, rng.next_u64()));
             data.b.push(weights_b(case, &targets, &normals, rng.next_u64()));
@@ -260,11 +260,11 @@ pub struct Operands<'a, S: Space, T> {
 }
 
 impl<S: Space, T: Element> Operands<'_, S, T> {
-    /// The whole call, on the operands' own routing or on a kept route.
-    pub fn forward<'c>(&'c self, case: &Case, kept: bool, out: ViewMut<'c, S, T>) -> Forward<'c, S, T> {
+    /// The whole call, on the operands' own routing.
+    pub fn forward<'c>(&'c self, case: &Case, out: ViewMut<'c, S, T>) -> Forward<'c, S, T> {
         Forward {
             tokens: case.tokens,
-            route: self.route(kept),
+            routing: self.routing.into(),
             x: Rows { data: self.x, stride: Some(case.x_stride()) },
             a: &self.a,
             b: &self.b,
@@ -276,10 +276,10 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
     }
 
     /// The first half of the call.
-    pub fn shrink<'c>(&'c self, case: &Case, kept: bool, h: ViewMut<'c, S, T>) -> Shrink<'c, S, T> {
+    pub fn shrink<'c>(&'c self, case: &Case, h: ViewMut<'c, S, T>) -> Shrink<'c, S, T> {
         Shrink {
             tokens: case.tokens,
-            route: self.route(kept),
+            routing: self.routing.into(),
             x: Rows { data: self.x, stride: Some(case.x_stride()) },
             a: &self.a,
             h,
@@ -287,16 +287,10 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
     }
 
     /// The second half of the call.
-    pub fn expand<'c>(
-        &'c self,
-        case: &Case,
-        kept: bool,
-        h: View<'c, S, T>,
-        out: ViewMut<'c, S, T>,
-    ) -> Expand<'c, S, T> {
+    pub fn expand<'c>(&'c self, case: &Case, h: View<'c, S, T>, out: ViewMut<'c, S, T>) -> Expand<'c, S, T> {
         Expand {
             tokens: case.tokens,
-            route: self.route(kept),
+            routing: self.routing.into(),
             h,
             b: &self.b,
             topk_weights: self.topk_weights,
@@ -304,10 +298,6 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
             offset: case.offset,
             accumulate: case.accumulate,
         }
-    }
-
-    fn route(&self, kept: bool) -> Route<'_, S> {
-        if kept { Route::Kept } else { Route::From(self.routing) }
     }
 }
 

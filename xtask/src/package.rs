@@ -20,10 +20,9 @@ const KERNELS: &str = "kernels";
 /// What crates.io takes: bytes of a .crate file.
 const LARGEST: u64 = 10_000_000;
 
-/// What the crates that use the packages ask of moe-lora beside no default features.
-///
-/// `cudarc` goes here as soon as moe-lora compiles with it and without `cust`.
-const FEATURES: &[&str] = &[];
+/// What the crate that uses the packages asks of moe-lora in place of the default features: the driver that
+/// needs no word of where a CUDA toolkit is.
+const FEATURES: &[&str] = &["cudarc"];
 
 /// The crate that uses the packages.
 const CONSUMER: &str = include_str!("consumer.rs.in");
@@ -39,9 +38,9 @@ const TOOLS: &[&str] = &["PTXAS", "NVDISASM", "LIBNVVM", "CUDA_HOME", "CUDA_PATH
 /// cubins, those for the newest GPUs first, and says so.
 ///
 /// Then a crate outside of this repository uses the packages, unpacked, and nothing else. It sees no compiler
-/// for GPUs and no CUDA toolkit. It is built and run three times: with the CPU's back end; with the default
-/// features; and with `from-source`, with a compiler. That is what shows that the packages compile: `cargo
-/// package` itself does not try it, as it would compile each crate and all that it depends on again.
+/// for GPUs and no CUDA toolkit. It is built and run three times: with `cudarc` for a driver; with the
+/// default features; and with `from-source`, with a compiler. That is what shows that the packages compile:
+/// `cargo package` itself does not try it, as it would compile each crate and all that it depends on again.
 ///
 /// To publish: run `cargo publish --workspace` in target/package-stage.
 #[derive(Default, clap::Args)]
@@ -77,7 +76,7 @@ pub fn run(args: &Args) -> Result<()> {
         with_compiler.push(("MOE_LORA_KERNEL_RUSTC", toolchain.rustc.clone().into_os_string()));
     }
     let stub = outside.unpacked("moe-lora")?.join("cuda-stub").into_os_string();
-    outside.run("the CPU's back end", &[], &[], &CodegenArgs::default())?;
+    outside.run("cudarc", &[], &[], &CodegenArgs::default())?;
     outside.run(
         "the default features",
         &["default-features"],
@@ -194,8 +193,8 @@ fn package(stage: &Path, crates: &[Crate], kernels: &Path) -> Result<Vec<PathBuf
     }
 }
 
-/// Removes the cubin for the newest architecture that has one, and returns which; `None` where none is left. The
-/// oldest architectures are what most devices are, and what this was tested on.
+/// Removes the cubin for the newest architecture that has one, and returns which; `None` where none is left.
+/// The oldest architectures are what most devices are, and what this was tested on.
 fn leave_out_newest(kernels: &Path) -> Result<Option<String>> {
     let manifest = kernels.join("manifest.txt");
     let text = std::fs::read_to_string(&manifest)?;

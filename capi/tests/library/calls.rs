@@ -8,7 +8,7 @@ use crate::functions::{Context, Functions};
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Buffer, DType, Enabled, ProjectionSizes, Route, RoutingTensors, View, ViewMut};
+use moe_lora::{Backend, Buffer, DType, Enabled, ProjectionSizes, RoutingTensors, View, ViewMut};
 use std::ffi::{CStr, c_void};
 use std::ptr;
 
@@ -156,14 +156,14 @@ fn expected<B: Backend>(backend: &B) -> moe_lora::Result<[Vec<u16>; 2]> {
     let (inputs, mut whole, mut halves) =
         (Operands::new(backend)?, Operands::new(backend)?, Operands::new(backend)?);
     let (a, b) = ([inputs.a.view()], [inputs.b.view()]);
-    let (tokens, route) = (TOKENS, Route::From(inputs.rust_routing()));
+    let (tokens, routing) = (TOKENS, moe_lora::Routing::Tokens(inputs.rust_routing()));
     let topk_weights = Some(inputs.weights.view());
     backend.forward(
         &mut workspace,
         &projection,
         moe_lora::Forward {
             tokens,
-            route,
+            routing,
             x: inputs.x.view().into(),
             a: &a,
             b: &b,
@@ -174,12 +174,12 @@ fn expected<B: Backend>(backend: &B) -> moe_lora::Result<[Vec<u16>; 2]> {
         },
     )?;
     let x = inputs.x.view().into();
-    let shrink = moe_lora::Shrink { tokens, route, x, a: &a, h: halves.h.view_mut() };
+    let shrink = moe_lora::Shrink { tokens, routing, x, a: &a, h: halves.h.view_mut() };
     backend.shrink(&mut workspace, &projection, shrink)?;
     let out = halves.out.view_mut().into();
     let h = halves.h.view();
     let expand =
-        moe_lora::Expand { tokens, route, h, b: &b, topk_weights, out, offset: 0, accumulate: false };
+        moe_lora::Expand { tokens, routing, h, b: &b, topk_weights, out, offset: 0, accumulate: false };
     backend.expand(&mut workspace, &projection, expand)?;
     Ok([outputs(backend, &whole), outputs(backend, &halves)])
 }
@@ -222,12 +222,12 @@ pub fn on_cpu(functions: &Functions) -> Result<(), Failed> {
 
 /// The library's own context and this program's share the device's primary context, as they would PyTorch's.
 #[cfg(feature = "cuda")]
-pub fn on_cuda(functions: &Functions, gpu: &moe_lora::cuda::Gpu) -> Result<(), Failed> {
-    let queue = gpu.queue(Default::default())?;
+pub fn on_cuda(functions: &Functions, device: &moe_lora::cuda::Device) -> Result<(), Failed> {
+    let stream = device.new_stream()?;
     let mut context = ptr::null_mut();
     // SAFETY: written here.
     functions.done(unsafe { (functions.context_create_cuda)(0, &mut context) });
-    agrees(functions, context, queue.stream().cast(), &queue)
+    agrees(functions, context, stream.as_raw(), &stream)
 }
 
 pub fn workspace_outlives_context(functions: &Functions) -> Result<(), Failed> {
@@ -276,5 +276,7 @@ pub fn plan_is_cut(functions: &Functions) -> Result<(), Failed> {
 pub fn version(functions: &Functions) -> Result<(), Failed> {
     // SAFETY: a constant C string.
     assert_eq!(unsafe { CStr::from_ptr((functions.version)()) }.to_str()?, env!("CARGO_PKG_VERSION"));
+    // SAFETY: it takes nothing.
+    assert_eq!(unsafe { (functions.abi_version)() }, crate::abi::MOE_LORA_ABI_VERSION);
     Ok(())
 }

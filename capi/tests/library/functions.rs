@@ -41,6 +41,7 @@ macro_rules! functions {
 }
 
 functions! {
+    abi_version: moe_lora_abi_version: unsafe extern "C" fn() -> u32,
     context_create_cpu: moe_lora_context_create_cpu: unsafe extern "C" fn(*mut *mut Context) -> Status,
     context_create_cuda: moe_lora_context_create_cuda: unsafe extern "C" fn(u32, *mut *mut Context) -> Status,
     context_destroy: moe_lora_context_destroy: unsafe extern "C" fn(*mut Context) -> Status,

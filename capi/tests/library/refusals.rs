@@ -33,7 +33,7 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
         (|call| call.projection.dtype = 3, UnsupportedDtype, "projection.dtype is 3, expected 1 (bf16) or 2 (f16)"),
         (|call| call.routing.ranks = crate::abi::Tensor { data: (&raw const RANKS).cast(), elements: 2 }, RankTooLarge, "ranks[1] is 9, expected at most max_rank = 8"),
         (|call| { call.projection.top_k = 3; call.routing.topk_ids = call.forward.x; call.routing.topk_ids.elements = 9; call.forward.topk_weights = ABSENT; call.forward.out.elements = 72 }, WorkspaceTooSmall, "workspace has room for pairs = 6, this call needs 9"),
-        (|call| call.routed = false, RouteNotKept, "the workspace keeps no route, this call needs a route of T=3 k=2 E=4 L=2 R=8: pass Route::From once per layer"),
+        (|call| call.routed = false, RouteNotKept, "the route is not valid: no call on this workspace has found one, or the last that was to has failed"),
         (|call| call.projection.size -= 1, StructSize, "projection.size is 79, expected 80"),
         (|call| call.routing.size = 0, StructSize, "routing.size is 0, expected 96"),
         (|call| call.forward.size = 8, StructSize, "call.size is 8, expected 232"),

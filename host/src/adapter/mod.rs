@@ -26,6 +26,7 @@ mod name;
 #[cfg(test)]
 mod tests;
 
+use crate::backend::Backend;
 use crate::dtype::{DType, Element};
 use crate::error::Error;
 use crate::projection::{ExpertWeights, Projection, ProjectionSizes, XRows, elements};
@@ -311,10 +312,58 @@ pub struct Stack<T> {
     pub ranks: Vec<i32>,
 }
 
+/// The weights of a [`Stack`] where calls run.
+pub struct Uploaded<B: Backend, T: Element> {
+    /// S tensors `[L, E, R, K]`.
+    pub a: Vec<B::Buffer<T>>,
+    /// S tensors `[L, E, N, R]`.
+    pub b: Vec<B::Buffer<T>>,
+    /// `[L]`.
+    pub ranks: B::Buffer<i32>,
+}
+
+/// The stacked weights of both projections of a layer.
+#[derive(Debug)]
+pub struct Layer<T> {
+    /// Gate and up.
+    pub w13: Stack<T>,
+    /// Down.
+    pub w2: Stack<T>,
+}
+
+impl<T: Element> Layer<T> {
+    /// Reads one layer of PEFT adapters; the adapter of folder `i` becomes slot `i`. `experts` is as for
+    /// [`Stack::load`].
+    ///
+    /// # Errors
+    /// As for [`Adapter::open`] and [`Stack::load`].
+    pub fn load(
+        folders: &[impl AsRef<Path>],
+        layer: usize,
+        top_k: usize,
+        experts: Option<usize>,
+    ) -> Result<Self, AdapterError> {
+        let adapters = folders.iter().map(Adapter::open).collect::<Result<Vec<_>, _>>()?;
+        let stack = |projection| Stack::load(&adapters, layer, projection, top_k, experts);
+        Ok(Layer { w13: stack(LayerProjection::W13)?, w2: stack(LayerProjection::W2)? })
+    }
+}
+
 impl<T: Element> Stack<T> {
     /// Most experts when their number is taken from the adapters. No model has as many, and a name
     /// in a file must not decide how much is allocated.
     pub const MAX_EXPERTS: usize = 4096;
+
+    /// Copies the weights to where calls run.
+    ///
+    /// # Errors
+    /// As for [`Backend::upload`].
+    pub fn upload<B: Backend>(&self, backend: &B) -> Result<Uploaded<B, T>, Error> {
+        let upload = |slices: &[Vec<T>]| {
+            slices.iter().map(|slice| backend.upload(slice)).collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Uploaded { a: upload(&self.a)?, b: upload(&self.b)?, ranks: backend.upload(&self.ranks)? })
+    }
 
     /// Reads one projection of one layer; adapter `i` becomes slot `i`.
     ///

@@ -1,142 +1,180 @@
 //! Calls recorded once and replayed often.
 
 use crate::backend::Backend;
-use crate::cuda::gpu::start_driver;
-use crate::cuda::{Queue, status};
+use crate::cuda::driver::{Api, CaptureMode, Handle, api};
+use crate::cuda::memory::{Access, Memory};
+use crate::cuda::stream::{Event, RawStream, Recorded, Stream};
 use crate::error::Result;
-use cust::sys::{self, CUevent, CUgraphExec, CUstreamCaptureMode};
-use std::marker::PhantomData;
-use std::ptr;
+use crate::route::{HeldRoute, NOT_RECORDED, unique};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::{fmt, ptr};
 
-/// A recording of queued work. The buffers that were named in it must outlive it; what they hold may
-/// change between replays.
-pub struct Graph<'a> {
-    executable: CUgraphExec,
-    queue: PhantomData<&'a Queue<'a>>,
+/// A recording of queued work, replayed on the stream that it was recorded on.
+///
+/// It keeps the buffers and workspaces that its calls name alive, and each replay waits for what other streams do
+/// with them. What the buffers hold may change between replays.
+pub struct Graph {
+    /// A driver's graph may be launched by one thread at a time.
+    executable: Mutex<Executable>,
+    stream: Stream,
+    memories: Vec<(Arc<Memory>, Access)>,
+    routes: Vec<Arc<HeldRoute>>,
 }
 
-impl<'a> Queue<'a> {
-    /// Records what `work` queues here, without running it.
-    ///
-    /// # Safety
-    /// All device memory that the recorded calls name must outlive the graph.
-    ///
-    /// # Errors
-    /// `work`'s own, or [`crate::Error::Driver`] when it did something that cannot be recorded. Nothing was
-    /// run either way.
-    pub unsafe fn capture(&self, work: impl FnOnce(&Self) -> Result<()>) -> Result<Graph<'_>> {
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let mut graph = ptr::null_mut();
-        let mut executable = ptr::null_mut();
-        // SAFETY: the stream is live, and this thread's; the graph is instantiated, then let go.
-        unsafe {
-            status("cuStreamBeginCapture", sys::cuStreamBeginCapture_v2(self.stream(), mode))?;
-            let queued = work(self);
-            let ended = status("cuStreamEndCapture", sys::cuStreamEndCapture(self.stream(), &mut graph));
-            queued.and(ended)?;
-            let made = status(
-                "cuGraphInstantiateWithFlags",
-                sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0),
-            );
-            status("cuGraphDestroy", sys::cuGraphDestroy(graph))?;
-            made?;
-        }
-        Ok(Graph { executable, queue: PhantomData })
+/// `CUgraphExec`.
+struct Executable(Handle);
+
+// SAFETY: it may be used from any thread, by one at a time.
+unsafe impl Send for Executable {}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph(on {:?})", self.stream)
+    }
+}
+
+/// A capture under way; it is ended when this is dropped, also by a panic.
+struct Capture<'a> {
+    api: &'a Api,
+    stream: &'a RawStream,
+    ended: bool,
+}
+
+impl<'a> Capture<'a> {
+    fn begin(api: &'a Api, stream: &'a RawStream) -> Result<Self> {
+        // SAFETY: the stream is live.
+        unsafe { api.cuStreamBeginCapture_v2(stream.handle(), CaptureMode::ThreadLocal as u32)? };
+        // A stream that is captured already was refused just now.
+        stream.recording().store(unique(), Ordering::Release);
+        Ok(Capture { api, stream, ended: false })
     }
 
-    /// Queues everything that was recorded.
+    /// Ends it, and returns the driver's graph and what its calls use.
+    fn end(&mut self) -> Result<(Handle, Recorded)> {
+        self.ended = true;
+        let recorded = std::mem::take(&mut *self.stream.recorded());
+        self.stream.recording().store(NOT_RECORDED, Ordering::Release);
+        // What they found was not found yet.
+        recorded.routes.iter().for_each(|held| held.forget());
+        let mut graph = ptr::null_mut();
+        // SAFETY: this thread has begun it; writes one handle.
+        unsafe { self.api.cuStreamEndCapture(self.stream.handle(), &mut graph)? };
+        Ok((graph, recorded))
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        if let Ok((graph, _)) = self.end() {
+            // SAFETY: it came from the capture, and nothing else has it. A failure here has nobody to go to.
+            let _ = unsafe { self.api.cuGraphDestroy(graph) };
+        }
+    }
+}
+
+impl Stream {
+    /// Records what `work` queues on this stream, without running it. Routes that are found in it are valid in it
+    /// alone.
+    ///
+    /// # Errors
+    /// `work`'s own, or [`crate::Error::Driver`] when it did something that cannot be recorded. Nothing was run either way.
+    pub fn capture(&self, work: impl FnOnce(&Self) -> Result<()>) -> Result<Graph> {
+        let (api, raw) = (api()?, self.raw());
+        let _bound = self.device().bind()?;
+        let mut capture = Capture::begin(api, raw)?;
+        let queued = work(self);
+        let (graph, Recorded { memories, routes }) = match (queued, capture.end()) {
+            (Ok(()), ended) => ended?,
+            (Err(error), Ok((graph, _))) => {
+                // SAFETY: it came from the capture, and nothing else has it.
+                let _ = unsafe { api.cuGraphDestroy(graph) };
+                return Err(error);
+            }
+            (Err(error), Err(_)) => return Err(error),
+        };
+        let mut executable = ptr::null_mut();
+        // SAFETY: the graph is live, and let go of once.
+        unsafe {
+            let made = api.cuGraphInstantiateWithFlags(&mut executable, graph, 0);
+            let destroyed = api.cuGraphDestroy(graph);
+            made?;
+            destroyed?;
+        }
+        Ok(Graph {
+            executable: Mutex::new(Executable(executable)),
+            stream: self.clone(),
+            memories: once_each(memories),
+            routes,
+        })
+    }
+}
+
+/// Each allocation once, written if any of its uses writes.
+fn once_each(mut memories: Vec<(Arc<Memory>, Access)>) -> Vec<(Arc<Memory>, Access)> {
+    memories.sort_by_key(|(memory, access)| (Arc::as_ptr(memory), *access == Access::Read));
+    memories.dedup_by(|(one, _), (other, _)| Arc::ptr_eq(one, other));
+    memories
+}
+
+impl Graph {
+    /// The stream that it was recorded on, and is replayed on.
+    pub fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Queues everything that was recorded. Routes that were found on its workspaces before are no longer valid.
     ///
     /// # Errors
     /// [`crate::Error::Driver`] when the driver refuses.
-    pub fn replay(&self, graph: &Graph<'_>) -> Result<()> {
+    pub fn replay(&self) -> Result<()> {
+        let (api, raw, device) = (api()?, self.stream.raw(), self.stream.device());
+        let _bound = device.bind()?;
+        let _queueing = device.queueing().write().unwrap_or_else(PoisonError::into_inner);
+        let executable = self.executable.lock().unwrap_or_else(PoisonError::into_inner);
+        self.memories.iter().try_for_each(|(memory, access)| raw.use_memory(memory, *access))?;
+        self.routes.iter().for_each(|held| held.forget());
+        if self.stream.recording() != NOT_RECORDED {
+            raw.recorded().routes.extend(self.routes.iter().cloned());
+        }
         // SAFETY: both are live.
-        status("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph.executable, self.stream()) })
+        unsafe { api.cuGraphLaunch(executable.0, raw.handle()) }
     }
 
     /// Microseconds that each of `repeats` replays takes on the device.
     ///
     /// # Errors
     /// [`crate::Error::Driver`] when the driver refuses or the work fails.
-    pub fn time(&self, graph: &Graph<'_>, repeats: usize) -> Result<Vec<f64>> {
-        let (start, end) = (TimeStamp::new()?, TimeStamp::new()?);
-        (0..repeats)
-            .map(|_| {
-                start.record(self)?;
-                self.replay(graph)?;
-                end.record(self)?;
-                self.synchronize()?;
-                end.microseconds_since(&start)
-            })
-            .collect()
+    pub fn time(&self, repeats: usize) -> Result<Vec<f64>> {
+        let api = api()?;
+        let _bound = self.stream.device().bind()?;
+        let (start, end) = (Event::new(api, Event::TIMED)?, Event::new(api, Event::TIMED)?);
+        let once = |_| {
+            start.record(self.stream.raw())?;
+            self.replay()?;
+            end.record(self.stream.raw())?;
+            self.stream.synchronize()?;
+            let mut milliseconds = 0.0;
+            // SAFETY: both are live; writes one number.
+            unsafe { api.cuEventElapsedTime(&mut milliseconds, start.handle, end.handle)? };
+            Ok(f64::from(milliseconds) * 1e3)
+        };
+        (0..repeats).map(once).collect()
     }
 }
 
-impl Drop for Graph<'_> {
+impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: instantiated by `capture`, and dropped once. A failure here has nobody to go to.
-        let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
-    }
-}
-
-/// Lets this thread allocate, free and load modules until it is dropped, whatever is being captured meanwhile: a
-/// library that prepares itself at its first call, which may be made within a capture. What is done so is done
-/// once, at the call, and is no part of the graph.
-pub struct AllowAllocation(CUstreamCaptureMode);
-
-impl AllowAllocation {
-    /// Begins the stretch.
-    ///
-    /// # Errors
-    /// [`crate::Error::NoDevice`] without a driver or device, [`crate::Error::Driver`] when the driver refuses.
-    pub fn begin() -> Result<Self> {
-        start_driver()?;
-        Ok(AllowAllocation(exchange_mode(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?))
-    }
-}
-
-impl Drop for AllowAllocation {
-    fn drop(&mut self) {
-        // A failure here has nobody to go to.
-        let _ = exchange_mode(self.0);
-    }
-}
-
-/// Makes `mode` this thread's, and returns what was.
-fn exchange_mode(mut mode: CUstreamCaptureMode) -> Result<CUstreamCaptureMode> {
-    // SAFETY: reads and writes one value.
-    status("cuThreadExchangeStreamCaptureMode", unsafe {
-        sys::cuThreadExchangeStreamCaptureMode(&mut mode)
-    })?;
-    Ok(mode)
-}
-
-/// An event, on any stream: cust's own records on its own streams alone.
-struct TimeStamp(CUevent);
-
-impl TimeStamp {
-    fn new() -> Result<Self> {
-        let mut event = ptr::null_mut();
-        // SAFETY: writes one handle.
-        status("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, 0) })?;
-        Ok(TimeStamp(event))
-    }
-
-    fn record(&self, queue: &Queue<'_>) -> Result<()> {
-        // SAFETY: both are live.
-        status("cuEventRecord", unsafe { sys::cuEventRecord(self.0, queue.stream()) })
-    }
-
-    fn microseconds_since(&self, start: &Self) -> Result<f64> {
-        let mut milliseconds = 0.0;
-        // SAFETY: both are live; writes one number.
-        status("cuEventElapsedTime", unsafe { sys::cuEventElapsedTime(&mut milliseconds, start.0, self.0) })?;
-        Ok(f64::from(milliseconds) * 1e3)
-    }
-}
-
-impl Drop for TimeStamp {
-    fn drop(&mut self) {
-        // SAFETY: created by `new`, and dropped once. A failure here has nobody to go to.
-        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+        let Ok(_bound) = self.stream.device().bind() else { return };
+        let executable = self.executable.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(api) = api() {
+            // A replay may be under way. A failure here has nobody to go to.
+            let _ = self.stream.raw().wait_unless_captured(api);
+            // SAFETY: instantiated by `capture`, and dropped once.
+            let _ = unsafe { api.cuGraphExecDestroy(executable.0) };
+        }
     }
 }

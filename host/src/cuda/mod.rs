@@ -1,44 +1,41 @@
-//! The GPU back end, on `cust`.
+//! The GPU back end.
 //!
 //! | here | what it is | in CUDA's words |
 //! |---|---|---|
-//! | [`Gpu`] | a device with the kernels loaded | primary context, module |
-//! | [`Queue`] | a stream that calls run on; a [`crate::Backend`] | stream |
-//! | [`DeviceBuffer`] | memory that is freed when dropped | `cuMemAlloc` |
+//! | [`Device`] | a device with the kernels loaded | primary context, module |
+//! | [`Stream`] | what calls run on; a [`crate::Backend`] | stream |
+//! | [`Buffer`] | memory that is freed when dropped | `cuMemAlloc` |
 //! | [`Workspace`] | scratch memory of calls | `cuMemAlloc` |
 //! | [`Graph`] | calls recorded once, replayed often | stream capture, graph |
-//! | [`AllowAllocation`] | a stretch in which a stream may be captured and memory allocated | relaxed capture mode |
+//!
+//! All of them own what they need: a device lives until the last thing made of it is gone, in whatever order they are
+//! dropped. All can be sent to other threads. Each call makes the device's context current while it lasts, and leaves
+//! the thread's own as it was.
 //!
 //! The driver is bound when it is first used, so a program with this back end starts on a machine without
 //! a GPU and is told [`crate::Error::NoDevice`].
 
-mod bind;
-mod gpu;
+#[cfg(feature = "cudarc")]
+mod cudarc;
+mod device;
+mod driver;
 mod graph;
+mod info;
 mod launch;
-mod queue;
+mod memory;
+mod stream;
+mod tensors;
 mod workspace;
 
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
-pub use gpu::{CallersContext, DeviceInfo, Gpu, LoadedFrom, device_of};
-pub use graph::{AllowAllocation, Graph};
+#[cfg(feature = "cudarc")]
+pub use cudarc::{CudarcRead, CudarcStream, CudarcWrite};
+pub use device::{Device, LoadedFrom, device_of};
+pub use graph::Graph;
+pub use info::DeviceInfo;
+pub use memory::Buffer;
+#[doc(hidden)]
+pub use memory::Memory;
 pub use moe_lora_prebuilt::{Cubin, KERNELS as EMBEDDED, Kernels as Embedded, Packed};
-pub use queue::{DeviceBuffer, KeptRoute, Queue};
+pub use stream::{RouteContents, RouteTile, Stream};
 pub use workspace::Workspace;
-
-use crate::error::{Error, Result};
-use cust::error::CudaError;
-use cust::sys::CUresult;
-
-/// Names the call of cust that failed.
-fn failed(call: &'static str) -> impl Fn(CudaError) -> Error {
-    move |error| Error::Driver { call, reason: format!("{error:?}") }
-}
-
-/// The status of a driver function that cust has no safe form of.
-fn status(call: &'static str, status: CUresult) -> Result<()> {
-    match status {
-        CUresult::CUDA_SUCCESS => Ok(()),
-        status => Err(Error::Driver { call, reason: format!("{status:?}") }),
-    }
-}

@@ -1,48 +1,59 @@
 //! Scratch memory of calls: made once, so that a call allocates nothing.
 
-use crate::call::Route;
-use crate::cuda::{failed, status};
+use crate::backend::Backend;
+use crate::cuda::device::{Device, Relaxed};
+use crate::cuda::driver::api;
+use crate::cuda::memory::Memory;
+use crate::cuda::stream::Stream;
 use crate::error::Result;
-use crate::launch::Scratch;
-use crate::plan::RouteSource;
+use crate::launch::{Parts, Place, Scratch};
+use crate::plan::Options;
 use crate::projection::Projection;
-use crate::tensor::Space;
-use cust::memory::DeviceBuffer;
-use cust::stream::{Stream, StreamFlags};
-use cust::sys;
+use crate::route::HeldRoute;
+use std::fmt;
+use std::sync::Arc;
 
-/// Scratch memory on the device. One call at a time may use it, on one stream.
+/// Scratch memory on a device. One call at a time may use it. A call on another stream than the last one's waits for
+/// that one.
 pub struct Workspace {
-    memory: DeviceBuffer<u8>,
+    memory: Arc<Memory>,
     scratch: Scratch,
+    held: Arc<HeldRoute>,
+}
+
+impl fmt::Debug for Workspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Workspace({} bytes on {:?})", self.bytes(), self.memory.device())
+    }
 }
 
 impl Workspace {
-    pub(super) fn new(projections: &[Projection], max_tokens: usize) -> Result<Self> {
-        Self::with(Scratch::new(projections, max_tokens)?)
+    pub(super) fn new(device: &Device, projections: &[Projection], max_tokens: usize) -> Result<Self> {
+        Self::with(device, Scratch::new(projections, max_tokens)?)
     }
 
-    fn with(scratch: Scratch) -> Result<Self> {
-        // SAFETY: every part is written by the kernel that comes before its reader, or zeroed below.
-        let memory = unsafe { DeviceBuffer::uninitialized(scratch.bytes()) }.map_err(failed("cuMemAlloc"))?;
-        // On a stream of its own: the default one may not be used while another is captured.
-        let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
-        // SAFETY: the memory is long enough, and nobody else uses it yet.
-        status("cuMemsetD8Async", unsafe {
-            let start = memory.as_device_ptr().as_raw();
-            sys::cuMemsetD8Async(start, 0, scratch.zero_bytes(), stream.as_inner())
-        })?;
-        stream.synchronize().map_err(failed("cuStreamSynchronize"))?;
-        Ok(Workspace { memory, scratch })
+    fn with(device: &Device, scratch: Scratch) -> Result<Self> {
+        let memory = Memory::new(device, scratch.bytes())?;
+        // On a stream of its own: that of the first call may be captured.
+        let stream = Stream::new(device, Options::default())?;
+        {
+            let (api, _bound) = (api()?, device.bind()?);
+            let _relaxed = Relaxed::begin(api)?;
+            // SAFETY: the memory is long enough, and nobody else uses it yet. Every other part is written by the
+            // kernel that comes before its reader.
+            unsafe { api.cuMemsetD8Async(memory.address(), 0, scratch.zero_bytes(), stream.as_raw())? };
+            stream.synchronize()?;
+        }
+        Ok(Workspace { memory: Arc::new(memory), scratch, held: Arc::default() })
     }
 
-    /// Another workspace, on the device whose context is current, with room for whatever this one has room for
-    /// and for calls of up to `max_tokens` tokens on `projection`. It keeps no route.
+    /// Another workspace on the same device, with room for whatever this one has room for and for calls of up to
+    /// `max_tokens` tokens on `projection`. It holds no route.
     ///
     /// # Errors
-    /// As for [`Backend::workspace`](crate::Backend::workspace).
+    /// As for [`Backend::workspace`].
     pub fn grown(&self, projection: &Projection, max_tokens: usize) -> Result<Self> {
-        Self::with(self.scratch.grown(projection, max_tokens)?)
+        Self::with(self.memory.device(), self.scratch.grown(projection, max_tokens)?)
     }
 
     /// Checks that a call of `tokens` tokens on `projection` fits.
@@ -55,24 +66,39 @@ impl Workspace {
 
     /// Bytes of device memory that this workspace takes.
     pub fn bytes(&self) -> usize {
-        self.scratch.bytes()
+        self.memory.bytes()
     }
 
-    /// Where a call's route comes from: itself, or what this workspace keeps.
-    ///
-    /// # Errors
-    /// [`crate::Error::RouteNotKept`] when it keeps none that fits the call.
-    pub fn route_source<S: Space>(
-        &self,
-        projection: &Projection,
-        tokens: usize,
-        route: &Route<'_, S>,
-    ) -> Result<RouteSource> {
-        self.scratch.route_source(projection, tokens, route)
+    /// The device that it is on.
+    pub fn device(&self) -> &Device {
+        self.memory.device()
     }
 
-    /// The parts, and the address of the memory that they are in.
-    pub(super) fn scratch(&mut self) -> (&mut Scratch, u64) {
-        (&mut self.scratch, self.memory.as_device_ptr().as_raw())
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    pub(super) fn held(&self) -> &Arc<HeldRoute> {
+        &self.held
+    }
+
+    /// Where a call on `stream` runs.
+    pub(super) fn place(&self, stream: &Stream) -> Place<'_> {
+        let Workspace { memory, scratch, held } = self;
+        Place { scratch, base: memory.address(), held, recording: stream.recording() }
+    }
+
+    pub(super) fn parts(&self) -> Parts {
+        self.scratch.parts(self.memory.address())
+    }
+
+    /// Refuses more pairs than there is room for.
+    pub(super) fn check_pairs(&self, pairs: usize) -> Result<()> {
+        self.scratch.check_pairs(pairs)
+    }
+
+    /// Refuses more tiles than there is room for.
+    pub(super) fn check_tiles(&self, tiles: usize) -> Result<()> {
+        self.scratch.check_tiles(tiles)
     }
 }

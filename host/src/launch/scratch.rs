@@ -1,49 +1,20 @@
-//! What a workspace has room for, where its parts are, and which route it keeps. The memory itself is the
-//! back end's.
+//! What a workspace has room for, and where its parts are. The memory itself is the back end's.
 
-use crate::call::Route;
 use crate::error::{Error, Result};
-use crate::plan::{self, Plan, RouteSource};
-use crate::projection::{Projection, ProjectionSizes};
-use crate::tensor::Space;
+use crate::plan::{self, Plan};
+use crate::projection::Projection;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Tile, count};
 use moe_lora_kernels::prefill::MAX_COUNTERS;
 use moe_lora_kernels::route::EXCHANGE_HEAD;
-use std::fmt;
 
 /// Alignment of each part.
 const ALIGNMENT: usize = 256;
 
-/// What a route was made for: a call with another of these cannot use it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct RouteKey {
-    tokens: usize,
-    top_k: usize,
-    slots: usize,
-    experts: usize,
-    max_rank: usize,
-}
-
-impl RouteKey {
-    fn new(projection: &Projection, tokens: usize) -> Self {
-        let &ProjectionSizes { top_k, slots, experts, max_rank, .. } = projection.sizes();
-        RouteKey { tokens, top_k, slots, experts, max_rank }
-    }
-}
-
-impl fmt::Display for RouteKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RouteKey { tokens, top_k, slots, experts, max_rank } = self;
-        write!(f, "a route of T={tokens} k={top_k} L={slots} E={experts} R={max_rank}")
-    }
-}
-
-/// A workspace without its memory. One call at a time may use it.
+/// A workspace without its memory.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Scratch {
     room: Room,
-    /// The last call's route, and the pairs of its tiles.
-    kept: Option<(RouteKey, u32)>,
 }
 
 /// What a workspace has room for, or a call needs.
@@ -165,19 +136,31 @@ impl Scratch {
         for projection in projections {
             room = room.max(Room::of(projection, max_tokens)?);
         }
-        Ok(Scratch { room, kept: None })
+        Ok(Scratch { room })
     }
 
     /// Room for what fits here, and for calls of up to `max_tokens` tokens on `projection`.
     #[cfg(feature = "cuda")]
     pub fn grown(&self, projection: &Projection, max_tokens: usize) -> Result<Self> {
-        Ok(Scratch { room: self.room.max(Room::of(projection, max_tokens)?), kept: None })
+        Ok(Scratch { room: self.room.max(Room::of(projection, max_tokens)?) })
     }
 
     /// Checks that a call of `tokens` tokens fits.
     #[cfg(feature = "cuda")]
     pub fn check_room(&self, projection: &Projection, tokens: usize) -> Result<()> {
         self.room.check(&Room::of(projection, tokens)?)
+    }
+
+    /// Refuses more pairs than there is room for.
+    #[cfg(feature = "cuda")]
+    pub fn check_pairs(&self, pairs: usize) -> Result<()> {
+        self.room.check(&Room { pairs, ..Room::default() })
+    }
+
+    /// Refuses more tiles than there is room for.
+    #[cfg(feature = "cuda")]
+    pub fn check_tiles(&self, tiles: usize) -> Result<()> {
+        self.room.check(&Room { tiles, ..Room::default() })
     }
 
     /// Bytes of memory that the parts take.
@@ -202,30 +185,9 @@ impl Scratch {
         self.room.parts(base).0
     }
 
-    /// Where a call's route comes from: itself, or what this workspace keeps.
-    pub fn route_source<S: Space>(
+    /// Checks that a planned call fits.
+    pub(super) fn parts_of(
         &self,
-        projection: &Projection,
-        tokens: usize,
-        route: &Route<'_, S>,
-    ) -> Result<RouteSource> {
-        let needed = RouteKey::new(projection, tokens);
-        match (route, self.kept) {
-            (Route::From(_), _) => Ok(RouteSource::Made),
-            (Route::Sorted(sorted), _) => {
-                Ok(RouteSource::Sorted { tile_rows: sorted.shape.block_size as u32 })
-            }
-            (Route::Kept, Some((kept, tile_rows))) if kept == needed => Ok(RouteSource::Kept { tile_rows }),
-            (Route::Kept, kept) => Err(Error::RouteNotKept {
-                kept: kept.map_or_else(|| "no route".to_owned(), |(kept, _)| kept.to_string()),
-                needed: needed.to_string(),
-            }),
-        }
-    }
-
-    /// Checks that a planned call fits. From here on the workspace keeps the call's route.
-    pub(super) fn prepare(
-        &mut self,
         projection: &Projection,
         tokens: usize,
         plan: &Plan,
@@ -235,7 +197,6 @@ impl Scratch {
         // Blocks smaller than any tile make more tiles than any other route.
         needed.tiles = needed.tiles.max(plan.route_tiles as usize);
         self.room.check(&needed)?;
-        self.kept = Some((RouteKey::new(projection, tokens), plan.tile_rows));
         Ok(self.room.parts(base).0)
     }
 }
@@ -244,7 +205,7 @@ impl Scratch {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::projection::{ExpertWeights, XRows};
+    use crate::projection::{ExpertWeights, ProjectionSizes, XRows};
 
     fn projection(max_rank: usize, slices: usize, in_dim: usize, out_dim: usize) -> Projection {
         let weights = ExpertWeights::PerExpert;

@@ -87,19 +87,20 @@ fn plan(
         ranked: false,
     };
     let plan = Plan::new(projection, &layout, stage, route, &chip.limits, options);
-    plan.expect("no size is too large").expect("there are tokens")
+    let plan = plan.expect("no size is too large").expect("there are tokens");
+    // Among others, that each launch fits the shared memory.
+    promises::hold(projection, &layout, &chip.limits, &plan);
+    plan
 }
 
+/// What plans for a chip promise beside what any does.
 fn hold(plan: &Plan, what: &str, chip: &Chip) {
     let Chip { name, capability, limits } = chip;
     assert!(plan.prefill.is_none(), "{name}, {what}: wgmma is Hopper's alone\n{plan}");
     let decode = plan.decode.map(|decode| decode.launch);
     let launches = [plan.route, decode, plan.shrink.map(|s| s.launch), plan.expand.map(|e| e.launch)];
-    for Launch { entry, blocks, cluster, cooperative, shared_bytes } in launches.into_iter().flatten() {
+    for Launch { entry, .. } in launches.into_iter().flatten() {
         assert!(entry.is_on(*capability), "{name}, {what}: {} is in no module of it", entry.name);
-        assert!(shared_bytes <= limits.shared_bytes, "{name}, {what}: {shared_bytes} bytes\n{plan}");
-        assert!(cluster <= entry.cluster && blocks.is_multiple_of(cluster), "{name}, {what}\n{plan}");
-        assert!(!cooperative || blocks <= limits.multiprocessors, "{name}, {what}\n{plan}");
     }
     if let Some(Launch { entry, blocks, shared_bytes, .. }) = decode {
         // All of its blocks run at a time: as many a multiprocessor as there are registers and memory for.

@@ -1,8 +1,8 @@
 //! Routes in vLLM's form on the GPU: sorted by one block a slot, and by a cluster.
 
 use libtest_mimic::Failed;
-use moe_lora::cuda::{DeviceBuffer, EMBEDDED, Gpu, Options, TileKind};
-use moe_lora::{Align, Backend, BlockShape, Buffer, Device, Enabled, Route, RoutingTensors, SortedTensors};
+use moe_lora::cuda::{self, Device, Options, TileKind};
+use moe_lora::{Align, Backend, BlockShape, Buffer, Cuda, Enabled, RoutingTensors, SortedTensors};
 use moe_lora_verify::{Case, CaseData, Experts, Flags, Form, Loras, Ranks, check_each};
 
 /// Narrow matrices: what counts is who goes where.
@@ -10,21 +10,23 @@ fn narrow() -> Case {
     Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() }
 }
 
-fn check(gpu: &Gpu, case: &Case) -> Result<(), Failed> {
+fn check(device: &Device, case: &Case) -> Result<(), Failed> {
     let tiles = [None, Some(TileKind::M16), Some(TileKind::M64)];
-    let queues: Result<Vec<_>, _> =
-        tiles.into_iter().map(|tile| gpu.queue(Options { tile, ..Options::default() })).collect();
-    check_each(&queues?, case)?;
+    let streams: Result<Vec<_>, _> = tiles
+        .into_iter()
+        .map(|tile| device.new_stream_with(Options { tile, ..Options::default() }))
+        .collect();
+    check_each(&streams?, case)?;
     Ok(())
 }
 
 /// The sizes of vLLM's tests/lora/test_moe_lora_align_sum.py.
-pub fn vllms_own_grid_of_blocks_passes(gpu: &Gpu) -> Result<(), Failed> {
+pub fn vllms_own_grid_of_blocks_passes(device: &Device) -> Result<(), Failed> {
     for tokens in [100, 200, 1024, 4096] {
         for experts in [64, 128, 256, 512] {
             for slots in [2, 32] {
                 let case = Case { tokens, top_k: 6, experts, slots, block_size: Some(16), ..narrow() };
-                check(gpu, &case)?;
+                check(device, &case)?;
             }
         }
     }
@@ -32,7 +34,7 @@ pub fn vllms_own_grid_of_blocks_passes(gpu: &Gpu) -> Result<(), Failed> {
 }
 
 /// From none to 131,072 pairs, from one expert and slot to many, with every kind of id that is none.
-pub fn blocks_of_every_size_pass(gpu: &Gpu) -> Result<(), Failed> {
+pub fn blocks_of_every_size_pass(device: &Device) -> Result<(), Failed> {
     let sizes = [
         (0, 1, 1, 1, 16),
         (1, 1, 1, 1, 1),
@@ -48,7 +50,7 @@ pub fn blocks_of_every_size_pass(gpu: &Gpu) -> Result<(), Failed> {
     ];
     for (tokens, top_k, experts, slots, block_size) in sizes {
         let case = Case { tokens, top_k, experts, slots, block_size: Some(block_size), ..narrow() };
-        check(gpu, &case)?;
+        check(device, &case)?;
         let wild = Case {
             global_experts: Some(experts + 3),
             routing: Experts::OutOfRange,
@@ -59,47 +61,45 @@ pub fn blocks_of_every_size_pass(gpu: &Gpu) -> Result<(), Failed> {
             form: Form::Split,
             ..case.clone()
         };
-        check(gpu, &wild)?;
+        check(device, &wild)?;
         // One segment with all pairs, and the form without clusters at any size.
         let one = Case { routing: Experts::One, loras: Loras::One, enabled: Flags::U8, ..case };
-        let oldest = EMBEDDED.iter().position(|kernels| kernels.sm == 80).expect("sm_80 is embedded");
-        check(&Gpu::with_kernels(0, &EMBEDDED[oldest..=oldest])?, &one)?;
-        check(gpu, &one)?;
+        check(&Device::with_generation(0, 80)?, &one)?;
+        check(device, &one)?;
     }
     Ok(())
 }
 
 /// One graph sorts into blocks and computes on them: it must follow the ids that the buffers hold when it is
 /// replayed.
-pub fn captured_blocks_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed> {
-    let queue = gpu.queue(Options::default())?;
+pub fn captured_blocks_replay_with_other_routing(device: &Device) -> Result<(), Failed> {
+    let stream = device.new_stream()?;
     let case = |seed| Case { tokens: 700, top_k: 8, experts: 16, accumulate: false, seed, ..narrow() };
     let [first, second] = [case(1), case(2)];
     let projection = first.projection()?;
-    let [data, other] = [&first, &second].map(CaseData::<half::bf16>::new::<Device>);
+    let [data, other] = [&first, &second].map(CaseData::<half::bf16>::new::<Cuda>);
     let (data, other) = (data?, other?);
     let shape = BlockShape { block_size: 32, max_padded: 6144, max_blocks: 192 };
 
     let (mut topk_ids, mut token_lora) =
-        (queue.upload(data.topk_ids.elements())?, queue.upload(data.token_lora.elements())?);
-    let x = queue.upload(&vec![half::bf16::ONE; data.x.elements().len()])?;
-    let [a, b] = [&data.a[0], &data.b[0]].map(|w| queue.upload(&vec![half::bf16::ONE; w.elements().len()]));
+        (stream.upload(data.topk_ids.elements())?, stream.upload(data.token_lora.elements())?);
+    let x = stream.upload(&vec![half::bf16::ONE; data.x.elements().len()])?;
+    let [a, b] = [&data.a[0], &data.b[0]].map(|w| stream.upload(&vec![half::bf16::ONE; w.elements().len()]));
     let (a, b) = (a?, b?);
-    let lora_ids = queue.upload(&[0, 1, -1])?;
-    let ids = |len| queue.upload(&vec![-7i32; len]);
+    let lora_ids = stream.upload(&[0, 1, -1])?;
+    let ids = |len| stream.upload(&vec![-7i32; len]);
     let slots = first.slots;
     let mut sorted = ids(slots * shape.max_padded)?;
     let mut experts = ids(slots * shape.max_blocks)?;
     let mut counts = ids(slots)?;
-    let mut workspace = queue.workspace(&[projection], first.tokens)?;
+    let mut workspace = stream.workspace(&[projection], first.tokens)?;
     let out = vec![half::bf16::ZERO; first.tokens * first.top_k * first.out_stride()];
-    let mut blocks_out = queue.upload(&out)?;
-    let mut own_out = queue.upload(&out)?;
+    let mut blocks_out = stream.upload(&out)?;
+    let mut own_out = stream.upload(&out)?;
 
-    // SAFETY: all buffers outlive the graph.
-    let graph = unsafe {
-        queue.capture(|queue| {
-            queue.align(Align {
+    let graph = {
+        stream.capture(|stream| {
+            stream.align(Align {
                 tokens: first.tokens,
                 top_k: first.top_k,
                 experts: first.experts,
@@ -114,7 +114,7 @@ pub fn captured_blocks_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed
                 expert_ids: experts.view_mut(),
                 num_tokens_post_padded: counts.view_mut(),
             })?;
-            let route = Route::Sorted(SortedTensors {
+            let routing = SortedTensors {
                 shape,
                 sorted_token_ids: sorted.view(),
                 expert_ids: experts.view(),
@@ -122,12 +122,12 @@ pub fn captured_blocks_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed
                 lora_ids: lora_ids.view(),
                 adapter_enabled: Enabled::All,
                 ranks: None,
-            });
+            };
             let out = blocks_out.view_mut().into();
             let (a, b) = ([a.view()], [b.view()]);
             let call = moe_lora::Forward {
                 tokens: first.tokens,
-                route,
+                routing: routing.into(),
                 x: x.view().into(),
                 a: &a,
                 b: &b,
@@ -136,30 +136,23 @@ pub fn captured_blocks_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed
                 offset: 0,
                 accumulate: false,
             };
-            queue.forward(&mut workspace, &projection, call)
+            stream.forward(&mut workspace, &projection, call).map(drop)
         })?
     };
-    let bits = |buffer: &DeviceBuffer<half::bf16>| -> moe_lora::Result<Vec<u16>> {
-        Ok(queue.download(buffer)?.iter().map(|value| value.to_bits()).collect())
+    let bits = |buffer: &cuda::Buffer<half::bf16>| -> moe_lora::Result<Vec<u16>> {
+        Ok(stream.download(buffer)?.iter().map(|value| value.to_bits()).collect())
     };
     let mut results = Vec::new();
     for data in [&data, &other] {
-        queue.write(&mut topk_ids, 0, data.topk_ids.elements())?;
-        queue.write(&mut token_lora, 0, data.token_lora.elements())?;
+        stream.write(&mut topk_ids, 0, data.topk_ids.elements())?;
+        stream.write(&mut token_lora, 0, data.token_lora.elements())?;
         // A pair that is in no block keeps its row: it must be zero, as the other form leaves it.
-        queue.write(&mut blocks_out, 0, &out)?;
-        queue.replay(&graph)?;
-        let routing = RoutingTensors {
-            topk_ids: topk_ids.view(),
-            token_lora: token_lora.view(),
-            adapter_enabled: Enabled::All,
-            ranks: None,
-            expert_map: None,
-        };
+        stream.write(&mut blocks_out, 0, &out)?;
+        graph.replay()?;
         let (a, b) = ([a.view()], [b.view()]);
         let call = moe_lora::Forward {
             tokens: first.tokens,
-            route: Route::From(routing),
+            routing: RoutingTensors::new(topk_ids.view(), token_lora.view()).into(),
             x: x.view().into(),
             a: &a,
             b: &b,
@@ -168,8 +161,8 @@ pub fn captured_blocks_replay_with_other_routing(gpu: &Gpu) -> Result<(), Failed
             offset: 0,
             accumulate: false,
         };
-        let mut workspace = queue.workspace(&[projection], first.tokens)?;
-        queue.forward(&mut workspace, &projection, call)?;
+        let mut workspace = stream.workspace(&[projection], first.tokens)?;
+        stream.forward(&mut workspace, &projection, call)?;
         let (blocks, own) = (bits(&blocks_out)?, bits(&own_out)?);
         assert!(own.iter().any(|&value| value != 0), "something is computed");
         assert_eq!(blocks, own, "of ones, whatever the tile, the sums are exact");

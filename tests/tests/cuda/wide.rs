@@ -3,32 +3,32 @@
 
 use libtest_mimic::Failed;
 use moe_lora::XRows;
-use moe_lora::cuda::{Gpu, Options, TileKind};
+use moe_lora::cuda::{Device, Options, TileKind};
 use moe_lora_verify::{Case, Loras, check_each};
 
 /// Just past what 31 bits count.
 const PAST_31_BITS: usize = (1 << 31) + (1 << 20);
 
 /// Checks a case with a small tile and a large one, and with the index width that the planner chooses.
-fn check(gpu: &Gpu, case: &Case) -> Result<(), Failed> {
-    let queue = |tile| gpu.queue(Options { tile: Some(tile), ..Options::default() });
-    let queues = [queue(TileKind::M16)?, queue(TileKind::M64)?];
-    check_each(&queues, case)?;
+fn check(device: &Device, case: &Case) -> Result<(), Failed> {
+    let stream = |tile| device.new_stream_with(Options { tile: Some(tile), ..Options::default() });
+    let streams = [stream(TileKind::M16)?, stream(TileKind::M64)?];
+    check_each(&streams, case)?;
     Ok(())
 }
 
 /// Rows of `x`, then of `out`, so far apart that the last ones begin past 2³¹ elements.
-pub fn rows_past_31_bits_are_reached(gpu: &Gpu) -> Result<(), Failed> {
+pub fn rows_past_31_bits_are_reached(device: &Device) -> Result<(), Failed> {
     let case = Case { tokens: 260, top_k: 2, x_rows: XRows::Pair, ..Case::default() };
     let rows = case.tokens * case.top_k;
     let stride = PAST_31_BITS.div_ceil(rows - 1).next_multiple_of(8);
-    check(gpu, &Case { x_padding: stride - case.x_stride(), ..case.clone() })?;
-    check(gpu, &Case { out_padding: stride - case.out_stride(), ..case })
+    check(device, &Case { x_padding: stride - case.x_stride(), ..case.clone() })?;
+    check(device, &Case { out_padding: stride - case.out_stride(), ..case })
 }
 
 /// All tokens use the last slot of `a` and `b`, which lies past 2³¹ elements.
-pub fn weights_past_31_bits_are_reached(gpu: &Gpu) -> Result<(), Failed> {
+pub fn weights_past_31_bits_are_reached(device: &Device) -> Result<(), Failed> {
     let case = Case { tokens: 40, experts: 1, top_k: 1, in_dim: 16_384, out_dim: 16_384, ..Case::default() };
     let slots = PAST_31_BITS / (case.max_rank * case.in_dim) + 1;
-    check(gpu, &Case { slots, loras: Loras::One, ..case })
+    check(device, &Case { slots, loras: Loras::One, ..case })
 }

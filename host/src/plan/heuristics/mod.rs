@@ -9,7 +9,8 @@ pub(super) use sm_90::{
     wants_decode,
 };
 
-use super::{DeviceLimits, TileKind};
+use super::DeviceLimits;
+use moe_lora_kernels::TileKind;
 use moe_lora_kernels::tile::TileShape;
 
 /// Most blocks that share K: each adds a pass over h that `expand` must sum.

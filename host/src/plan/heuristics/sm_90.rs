@@ -1,8 +1,9 @@
 //! Rules of the forms that sm_90's kernels alone have, `decode` and `prefill`, measured on an H100 unless said.
 
 use crate::dtype::DType;
-use crate::plan::{DecodeRows, DeviceLimits, PrefillTile};
+use crate::plan::{DeviceLimits, PrefillTile};
 use crate::projection::ProjectionSizes;
+use moe_lora_kernels::DecodeRows;
 use moe_lora_kernels::{decode, prefill};
 
 /// Pairs a segment from which on `decode` is the slower form, however small the weights are: at 8, segments of more than a tile's pairs

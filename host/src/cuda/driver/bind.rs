@@ -1,21 +1,14 @@
-//! Binds the driver at run time.
+//! Binds the driver to `cust` at run time.
 //!
 //! `cust` calls driver functions by name and expects the linker to find them in libcuda, which only
-//! machines with a GPU have. So each function is defined here, as one jump through a slot. `cuInit`, which
-//! every program must call first, opens libcuda and fills the slots; until then, and where there is no
-//! driver, a slot leads to a function that returns `CUDA_ERROR_STUB_LIBRARY`.
+//! machines with a GPU have. So each function is defined here, as one jump through a slot. The slots are filled when
+//! the driver is first wanted; until then, and where there is no driver, a slot leads to a function that returns
+//! `CUDA_ERROR_STUB_LIBRARY`.
 
-use crate::error::{Error, Result};
 use cust::sys::CUresult;
 use libloading::Library;
 use std::ffi::c_void;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering};
-
-#[cfg(windows)]
-const LIBRARY: &str = "nvcuda.dll";
-#[cfg(not(windows))]
-const LIBRARY: &str = "libcuda.so.1";
 
 /// Where a slot leads while there is no driver.
 extern "C" fn no_driver() -> CUresult {
@@ -54,7 +47,7 @@ macro_rules! driver_functions {
     };
 }
 
-// What cust 0.3.2 may call, and what this crate calls beside it.
+// What cust 0.3.2 may call.
 driver_functions! {
     cuArray3DCreate_v2 cuArray3DGetDescriptor_v2 cuArrayDestroy cuCtxCreate_v2 cuCtxDestroy_v2
     cuCtxGetApiVersion cuCtxGetCacheConfig cuCtxGetCurrent cuCtxGetDevice cuCtxGetFlags cuCtxGetLimit
@@ -67,7 +60,7 @@ driver_functions! {
     cuFuncGetAttribute cuFuncSetAttribute cuFuncSetCacheConfig cuFuncSetSharedMemConfig cuGetErrorString
     cuGraphAddKernelNode cuGraphCreate cuGraphDebugDotPrint cuGraphDestroy cuGraphExecDestroy cuGraphGetEdges
     cuGraphGetNodes cuGraphInstantiateWithFlags cuGraphKernelNodeGetParams cuGraphLaunch cuGraphNodeGetType
-    cuImportExternalMemory cuLaunchHostFunc cuLaunchKernel cuLaunchKernelEx cuLinkAddData_v2 cuLinkComplete
+    cuImportExternalMemory cuLaunchHostFunc cuLaunchKernel cuLinkAddData_v2 cuLinkComplete
     cuLinkCreate_v2 cuLinkDestroy cuMemAdvise cuMemAllocAsync cuMemAllocHost_v2 cuMemAllocManaged
     cuMemAllocPitch_v2 cuMemAlloc_v2 cuMemFreeAsync cuMemFreeHost cuMemFree_v2 cuMemGetInfo_v2
     cuMemPrefetchAsync cuMemcpy2D_v2 cuMemcpyAtoH_v2 cuMemcpyDtoDAsync_v2 cuMemcpyDtoD_v2
@@ -75,51 +68,29 @@ driver_functions! {
     cuMemsetD16Async cuMemsetD16_v2 cuMemsetD32Async cuMemsetD32_v2 cuMemsetD8Async cuMemsetD8_v2
     cuModuleGetFunction cuModuleGetGlobal_v2 cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload
     cuOccupancyAvailableDynamicSMemPerBlock cuOccupancyMaxActiveBlocksPerMultiprocessor
-    cuOccupancyMaxActiveClusters cuOccupancyMaxPotentialBlockSize cuPointerGetAttribute cuStreamBeginCapture_v2 cuStreamCreateWithPriority
-    cuStreamDestroy_v2 cuStreamEndCapture cuStreamGetFlags cuStreamGetPriority cuStreamSynchronize
+    cuOccupancyMaxPotentialBlockSize cuStreamCreateWithPriority
+    cuStreamDestroy_v2 cuStreamGetFlags cuStreamGetPriority cuStreamSynchronize
     cuStreamWaitEvent cuSurfObjectCreate cuSurfObjectDestroy cuSurfObjectGetResourceDesc cuTexObjectCreate
     cuTexObjectDestroy cuTexObjectGetResourceDesc cuTexObjectGetResourceViewDesc
-    cuThreadExchangeStreamCaptureMode
+
 }
 
-/// Opens the driver library and fills the slots, once. What a driver does not have stays unbound.
-fn driver() -> Result<&'static Library, &'static str> {
-    static DRIVER: OnceLock<Result<Library, String>> = OnceLock::new();
-    let driver = DRIVER.get_or_init(|| {
-        // SAFETY: libcuda's initialisers have no preconditions.
-        let library = unsafe { Library::new(LIBRARY) }.map_err(|error| error.to_string())?;
-        for (name, slot) in SLOTS {
-            // SAFETY: only the address is taken here; the caller of the function knows its signature.
-            if let Ok(function) = unsafe { library.get::<*mut c_void>(name.as_bytes()) } {
-                slot.store(*function, Ordering::Release);
-            }
+/// Fills the slots from the driver's library. What it does not have stays unbound.
+pub fn fill(library: &Library) {
+    for (name, slot) in SLOTS {
+        // SAFETY: only the address is taken here; the caller of the function knows its signature.
+        if let Ok(function) = unsafe { library.get::<*mut c_void>(name.as_bytes()) } {
+            slot.store(*function, Ordering::Release);
         }
-        Ok(library)
-    });
-    driver.as_ref().map_err(String::as_str)
+    }
 }
 
 // SAFETY: the name is the driver's own, and the signature is the driver's.
 #[unsafe(no_mangle)]
-extern "C" fn cuInit(flags: u32) -> CUresult {
-    let Ok(library) = driver() else { return no_driver() };
-    // SAFETY: the signature is the driver's.
-    match unsafe { library.get::<unsafe extern "C" fn(u32) -> CUresult>(b"cuInit\0") } {
-        // SAFETY: any flags are allowed; wrong ones are an error.
-        Ok(init) => unsafe { init(flags) },
+extern "C" fn cuInit(_flags: u32) -> CUresult {
+    // Another user of cust may be the first; `api` starts the driver itself, and flags must be 0 to this day.
+    match super::api::api() {
+        Ok(_) => CUresult::CUDA_SUCCESS,
         Err(_) => no_driver(),
     }
-}
-
-/// Makes sure that there is a driver, and says why when there is none.
-pub(super) fn require() -> Result<()> {
-    match driver() {
-        Ok(_) => Ok(()),
-        Err(reason) => Err(Error::NoDevice { reason: format!("no CUDA driver ({reason})") }),
-    }
-}
-
-/// True when the driver has the function that `slot` names.
-pub(super) fn has_launch_kernel_ex() -> bool {
-    slots::cuLaunchKernelEx.load(Ordering::Acquire) != no_driver as extern "C" fn() -> CUresult as *mut c_void
 }
