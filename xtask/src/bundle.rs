@@ -13,10 +13,10 @@ use crate::shell::{
 };
 use crate::{bench, ptx, python};
 
-/// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the
-/// kernels of four generations, 8 MB as packed PTX and cubins by code generator llvm, and more by nvvm;
-/// unpacked, they are 24 MB.
-const LARGEST: u64 = 120_000_000;
+/// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm it
+/// is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
+/// programs; by nvvm the kernels are about a quarter larger.
+const LARGEST: u64 = 140_000_000;
 
 const README: &str = include_str!("bundle/README.txt");
 const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
