@@ -1,8 +1,9 @@
 //! What the suites over the back ends share: any call as a proptest strategy ([`cases`]), calls that
-//! must be refused ([`refusals`]), how a test that cannot run here says so ([`skip`]), and which kernels the
-//! emulated machine ran ([`tally`]).
+//! must be refused ([`refusals`]), a driver that needs no GPU ([`fake`]), how a test that cannot run here says so
+//! ([`skip`]), and which kernels the emulated machine ran ([`tally`]).
 
 pub mod cases;
+pub mod fake;
 mod log;
 pub mod refusals;
 pub mod skip;

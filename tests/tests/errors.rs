@@ -69,3 +69,65 @@ fn ranks_that_are_known_on_the_host_are_checked_there() {
     let short = Error::TooShort { tensor: "ranks", shape: "[2]".to_owned(), expected: 2, got: 1 };
     assert_eq!(projection.check_ranks(&[8]), Err(short));
 }
+
+/// A back end makes slices of all that a view names, also where a call of no tokens needs none of it.
+#[test]
+fn what_a_view_names_is_checked_where_nothing_is_needed_too() {
+    use moe_lora::{Align, BlockShape, Enabled, Host, View};
+    let (mut places, mut experts, mut counts) = ([0; 2 * 16], [0; 2], [0; 2]);
+    let mut align = |topk_ids| {
+        Cpu.align(Align {
+            tokens: 0,
+            top_k: 1,
+            experts: 1,
+            slots: 2,
+            shape: BlockShape { block_size: 16, max_padded: 16, max_blocks: 1 },
+            topk_ids,
+            token_lora: [][..].into(),
+            adapter_enabled: Enabled::All,
+            lora_ids: [0][..].into(),
+            expert_map: None,
+            sorted_token_ids: (&mut places[..]).into(),
+            expert_ids: (&mut experts[..]).into(),
+            num_tokens_post_padded: (&mut counts[..]).into(),
+        })
+    };
+    // SAFETY: neither is read: a null or odd address must be refused.
+    let [null, odd] = [0, 0x1001].map(|address| unsafe { View::<Host, i32>::from_raw(address, 4) });
+    assert_eq!(align(null), Err(Error::NullPointer { tensor: "topk_ids", expected: 4 }));
+    assert_eq!(align(odd), Err(Error::Misaligned { tensor: "topk_ids", expected: 4, address: 0x1001 }));
+    assert_eq!(align([][..].into()), Ok(()));
+}
+
+/// The reference is public: it checks what it is given, as every back end does.
+#[test]
+fn the_reference_refuses_tensors_that_are_too_short() {
+    use moe_lora::{BlockShape, Enabled, RoutingTensors, SortedTensors, reference};
+    let projection = Projection::new(ProjectionSizes { top_k: 2, slots: 2, ..GOOD }).expect("legal sizes");
+    let (ids, lora) = ([0; 5], [0; 3]);
+    let routing = RoutingTensors::new(ids[..].into(), lora[..].into());
+    let too_short =
+        |tensor| move |error: &Error| matches!(error, Error::TooShort { tensor: t, .. } if *t == tensor);
+    assert!(reference::targets(&projection, 3, &routing).is_err_and(|error| too_short("topk_ids")(&error)));
+    let ranks = [8];
+    let ranked = RoutingTensors {
+        ranks: Some(ranks[..].into()),
+        ..RoutingTensors::new([0; 6][..].into(), lora[..].into())
+    };
+    assert!(reference::targets(&projection, 3, &ranked).is_err_and(|error| too_short("ranks")(&error)));
+    let sorted = SortedTensors {
+        shape: BlockShape { block_size: 16, max_padded: 16, max_blocks: 1 },
+        sorted_token_ids: [0; 16][..].into(),
+        expert_ids: [0; 2][..].into(),
+        num_tokens_post_padded: [16; 2][..].into(),
+        lora_ids: [0][..].into(),
+        adapter_enabled: Enabled::All,
+        ranks: None,
+    };
+    let refused = reference::sorted_targets(&projection, 3, &sorted);
+    assert!(refused.is_err_and(|error| too_short("sorted_token_ids")(&error)));
+    assert!(
+        reference::slots_on(2, &Enabled::U8([1][..].into()))
+            .is_err_and(|error| too_short("adapter_enabled")(&error))
+    );
+}

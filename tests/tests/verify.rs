@@ -96,7 +96,7 @@ fn every_mistake_is_found() {
         (IsOffOnAKeptRoute, case(), touched),
         (DiffersOnTheSecondKeptCall, case(), differs),
         (RoutesAloneWithoutFlags, case(), touched),
-        (Refuses, case(), |fault| matches!(fault, Fault::Refused(Error::Driver { .. }))),
+        (Refuses, case(), |fault| matches!(fault, Fault::Refused(Error::NoDevice { .. }))),
     ];
     for (mistake, case, is_found) in table {
         let blameless = Faulty { mistake: Nothing, calls: Cell::new(0) };

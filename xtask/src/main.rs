@@ -6,6 +6,7 @@ mod check;
 mod debian;
 mod fuzz;
 mod header;
+mod miri;
 mod package;
 mod ptx;
 mod python;
@@ -38,6 +39,7 @@ enum Task {
     Check(check::Args),
     Fuzz(fuzz::Args),
     Header(header::Args),
+    Miri(miri::Args),
     Wheel(python::Args),
     Package(package::Args),
     Bundle(bundle::Args),
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Task::Check(args) => check::run(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Header(args) => header::run(&args),
+        Task::Miri(args) => miri::run(&args),
         Task::Wheel(args) => python::run(&args),
         Task::Package(args) => package::run(&args),
         Task::Bundle(args) => bundle::run(&args),

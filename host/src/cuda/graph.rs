@@ -1,6 +1,7 @@
 //! Calls recorded once and replayed often.
 
 use crate::backend::Backend;
+use crate::cuda::device::Relaxed;
 use crate::cuda::driver::{Api, CaptureMode, Handle, api};
 use crate::cuda::memory::{Access, Memory};
 use crate::cuda::stream::{Event, RawStream, Recorded, Stream};
@@ -97,6 +98,8 @@ impl Stream {
             (Err(error), Err(_)) => return Err(error),
         };
         let mut executable = ptr::null_mut();
+        // This thread may have a capture of its own under way, elsewhere.
+        let _relaxed = Relaxed::begin(api)?;
         // SAFETY: the graph is live, and let go of once.
         unsafe {
             let made = api.cuGraphInstantiateWithFlags(&mut executable, graph, 0);
@@ -171,6 +174,7 @@ impl Drop for Graph {
         let Ok(_bound) = self.stream.device().bind() else { return };
         let executable = self.executable.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Ok(api) = api() {
+            let _relaxed = Relaxed::begin(api);
             // A replay may be under way. A failure here has nobody to go to.
             let _ = self.stream.raw().wait_unless_captured(api);
             // SAFETY: instantiated by `capture`, and dropped once.

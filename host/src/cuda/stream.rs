@@ -132,6 +132,7 @@ impl Drop for RawStream {
             return;
         }
         if let (Ok(api), Ok(_bound)) = (api(), self.device.bind()) {
+            let _relaxed = Relaxed::begin(api);
             // SAFETY: created by `Stream::new`, and dropped once. A failure here has nobody to go to.
             let _ = unsafe { api.cuStreamDestroy_v2(self.handle) };
         }
@@ -276,6 +277,7 @@ impl Stream {
         memory.check_device("buffer", device)?;
         self.check_not_recorded(what)?;
         let _bound = device.bind()?;
+        let _relaxed = Relaxed::begin(api)?;
         {
             let _queueing = self.queueing();
             self.raw.use_memory(memory, access)?;
@@ -524,6 +526,7 @@ impl Backend for Stream {
     fn synchronize(&self) -> Result<()> {
         self.check_not_recorded("waiting")?;
         let (api, _bound) = (api()?, self.device().bind()?);
+        let _relaxed = Relaxed::begin(api)?;
         // SAFETY: the stream is live.
         unsafe { api.cuStreamSynchronize(self.raw.handle) }
     }

@@ -14,10 +14,10 @@
 //! |---|---|---|
 //! | `MOE_LORA_FAKE_DEVICES` | devices | 2 |
 //! | `MOE_LORA_FAKE_CAPABILITY` | their compute capability | 9.0 |
-//! | `MOE_LORA_FAKE_DRIVER` | the driver's version, as `cuDriverGetVersion` gives it | 13000; 11080 if `old` |
+//! | `MOE_LORA_FAKE_DRIVER` | version, as of `cuDriverGetVersion` | 13000; 11080 if `old` |
 //! | `MOE_LORA_FAKE_REFUSE_CUBIN` | code that loading a cubin fails with | it loads |
 //! | `MOE_LORA_FAKE_REFUSE_PTX` | code that loading PTX fails with | it loads |
-//! | `MOE_LORA_FAKE_FAIL` | `cuInit=803;cuMemAlloc_v2=2@3`: calls that fail, always or the third time alone | none |
+//! | `MOE_LORA_FAKE_FAIL` | `cuInit=803;cuMemAlloc_v2=2@3`: calls that fail, always or the third | none |
 //! | `MOE_LORA_FAKE_LENIENT` | `1`: as lenient as a driver was seen to be | strict |
 //!
 //! Codes are those that driver 580 (CUDA 13.0) was seen to return. It lets pass, and a lenient fake does too,
@@ -26,9 +26,9 @@
 //! memory copied, in a capture.
 //!
 //! Not modelled, and refused as a fault where a call shows it: the default stream of a thread
-//! (`CU_STREAM_PER_THREAD`), contexts that are not primary, peer access, pinned and managed memory, memory
-//! pools. Work ends at once, so nothing is ever "not ready". Captured copies are not made again by a replay.
-//! The parameters of a cubin's kernels are not known. Occupancy is a guess.
+//! (`CU_STREAM_PER_THREAD`), contexts that are not primary, peer access, graphs over several devices, pinned
+//! and managed memory, memory pools. Work ends at once, so nothing is ever "not ready". Captured copies are
+//! not made again by a replay. The parameters of a cubin's kernels are not known. Occupancy is a guess.
 
 #![allow(non_snake_case)]
 #![cfg_attr(feature = "old", allow(dead_code))]
@@ -394,15 +394,15 @@ const RESERVED_SHARED: u32 = 1 << 10;
 impl Driver {
     fn new(number: usize) -> Self {
         let mut faults = Vec::new();
-        let [major, minor] = {
-            let capability: String = setting("MOE_LORA_FAKE_CAPABILITY", "9.0".to_owned(), &mut faults);
-            let mut numbers = capability.split('.').map(|number| number.parse().unwrap_or(0));
-            [(); 2].map(|()| numbers.next().unwrap_or(0))
-        };
+        let capability = setting("MOE_LORA_FAKE_CAPABILITY", "9.0".to_owned(), &mut faults);
+        let capability = two_numbers(&capability).unwrap_or_else(|| {
+            faults.push(format!("MOE_LORA_FAKE_CAPABILITY: what is `{capability}`?"));
+            (9, 0)
+        });
         let version = if cfg!(feature = "old") { 11080 } else { 13000 };
         let mut driver = Driver {
             started: false,
-            capability: (major, minor),
+            capability,
             version: setting("MOE_LORA_FAKE_DRIVER", version, &mut faults),
             refuse_cubin: Some(setting("MOE_LORA_FAKE_REFUSE_CUBIN", 0, &mut faults))
                 .filter(|code| *code != 0),
@@ -514,7 +514,8 @@ fn call(name: &str, body: impl FnOnce(&mut Driver) -> Answer) -> Status {
 /// A call that may come before `cuInit`.
 fn early_call(name: &str, body: impl FnOnce(&mut Driver) -> Answer) -> Status {
     let mut driver = driver();
-    driver.thread = THREAD.take();
+    // A thread that ends may have let its own go before.
+    driver.thread = THREAD.try_with(RefCell::take).unwrap_or_default();
     if driver.thread.driver != driver.number {
         driver.threads += 1;
         driver.thread = Thread { number: driver.threads, driver: driver.number, ..Thread::default() };
@@ -523,7 +524,8 @@ fn early_call(name: &str, body: impl FnOnce(&mut Driver) -> Answer) -> Status {
         Some(code) => refuse(code),
         None => body(&mut driver),
     };
-    THREAD.set(mem::take(&mut driver.thread));
+    let thread = mem::take(&mut driver.thread);
+    let _ = THREAD.try_with(|kept| kept.replace(thread));
     match answer {
         Ok(()) => SUCCESS,
         Err(Refusal { code, fault }) => {
@@ -1157,7 +1159,7 @@ fn runs_on(target: &str, (major, minor): (u32, u32)) -> bool {
 /// The entry points of PTX text.
 fn kernels(text: &str) -> Vec<Kernel> {
     let starts = text.match_indices(".entry").map(|(at, word)| (at, at + word.len()));
-    let commented = |at: usize| text[..at].lines().next_back().is_some_and(|line| line.contains("//"));
+    let commented = |at: usize| text[..at].rsplit('\n').next().is_some_and(|line| line.contains("//"));
     starts.filter(|(at, _)| !commented(*at)).map(|(_, start)| kernel(&text[start..])).collect()
 }
 
@@ -1172,7 +1174,7 @@ fn kernel(text: &str) -> Kernel {
         let types = parameter.split_whitespace().filter_map(|word| word.strip_prefix(['.']));
         let bits = types
             .filter_map(|word| word.trim_start_matches(['b', 'u', 's', 'f']).parse::<usize>().ok())
-            .last();
+            .next_back();
         let count =
             parameter.split_once('[').and_then(|(_, count)| count.split(']').next()?.trim().parse().ok());
         bits.unwrap_or(0) / 8 * count.unwrap_or(1)
@@ -1301,7 +1303,7 @@ extern "C" fn cuFuncGetAttribute(value: *mut c_int, attribute: u32, function: Ha
         let threads = function.kernel.most_threads.or(function.kernel.exact_threads);
         let answer = match attribute {
             // MAX_THREADS_PER_BLOCK, NUM_REGS, PTX_VERSION, BINARY_VERSION.
-            0 => threads.map_or(1024, |threads| threads.iter().product::<u32>() as c_int),
+            0 => threads.map_or(1024, |threads| volume(threads) as c_int),
             4 => 32,
             5 | 6 => (capability.0 * 10 + capability.1) as c_int,
             8 => function.most_shared as c_int,
@@ -1312,6 +1314,11 @@ extern "C" fn cuFuncGetAttribute(value: *mut c_int, attribute: u32, function: Ha
         };
         put(value, answer)
     })
+}
+
+/// How many a grid, a block or a cluster of these sides has.
+fn volume(sides: [u32; 3]) -> u64 {
+    sides.into_iter().map(u64::from).fold(1, u64::saturating_mul)
 }
 
 /// A launch as it was asked for, checked as far as both the launch and the question of how many clusters fit
@@ -1347,16 +1354,15 @@ impl Driver {
                 id => return fault(INVALID_VALUE, format!("launch attribute {id} is not known")),
             }
         }
-        let [blocks, threads] =
-            [config.grid, config.block].map(|sides| sides.map(u64::from).iter().product::<u64>());
+        let [blocks, threads] = [config.grid, config.block].map(volume);
         require(blocks > 0 && threads > 0, INVALID_VALUE, "the grid or the block is empty")?;
-        let most = kernel.most_threads.map_or(1024, |most| u64::from(most.iter().product::<u32>()));
+        let most = kernel.most_threads.map_or(1024, volume);
         let what = format!("{threads} threads, where {} takes {most}", kernel.name);
         require(threads <= most.min(1024), INVALID_VALUE, what)?;
         let exact = kernel.exact_threads.is_none_or(|exact| exact == config.block);
         require(exact, INVALID_VALUE, format!("{} is for {:?} threads", kernel.name, kernel.exact_threads))?;
         if let Some(sides) = cluster {
-            let size = sides.map(u64::from).iter().product::<u64>();
+            let size = volume(sides);
             require(self.capability.0 >= 9, INVALID_CLUSTER_SIZE, "the device has no clusters")?;
             let most = if function.large_clusters { 16 } else { 8 };
             let what = format!("clusters of {size} blocks, where {most} are allowed");
@@ -1369,7 +1375,7 @@ impl Driver {
             )?;
         }
         let warps = (threads as u32).div_ceil(32);
-        let by_shared = self.shared_bytes().1 / (config.shared_bytes + RESERVED_SHARED);
+        let by_shared = self.shared_bytes().1 / config.shared_bytes.saturating_add(RESERVED_SHARED);
         let resident = (64 / warps).min(by_shared).min(if cluster.is_some() { 8 } else { 32 });
         Ok(Launch { config, cluster, cooperative, overlaps, resident })
     }
@@ -1385,8 +1391,7 @@ extern "C" fn cuLaunchKernelEx(
 ) -> Status {
     call("cuLaunchKernelEx", |driver| {
         let found = driver.functions.get(function)?;
-        let launch = driver.launch(config, found)?;
-        let Launch { config, cooperative, resident, .. } = launch;
+        let Launch { config, cluster, cooperative, overlaps, resident } = driver.launch(config, found)?;
         let stream = driver.stream(config.stream)?;
         let device = driver.streams.get(stream)?.device;
         let kernel = &found.kernel;
@@ -1395,7 +1400,7 @@ extern "C" fn cuLaunchKernelEx(
         let (shared, most) = (config.shared_bytes, found.most_shared);
         let what = format!("{shared} bytes of shared memory, where {} may have {most}", kernel.name);
         require(shared <= most, INVALID_VALUE, what)?;
-        let blocks = config.grid.map(u64::from).iter().product::<u64>();
+        let blocks = volume(config.grid);
         let fits = !cooperative || blocks <= u64::from(resident * MULTIPROCESSORS);
         require(fits, COOPERATIVE_LAUNCH_TOO_LARGE, format!("{blocks} blocks are more than run at a time"))?;
         require(extra.is_null(), INVALID_VALUE, "`extra` is not modelled")?;
@@ -1407,10 +1412,10 @@ extern "C" fn cuLaunchKernelEx(
         let mut words =
             format!("kernel={} grid={} block={}", kernel.name, sides(config.grid), sides(config.block));
         write!(words, " shared={shared}").expect("strings grow");
-        for (set, word) in [(launch.cooperative, " cooperative=1"), (launch.overlaps, " overlaps=1")] {
+        for (set, word) in [(cooperative, " cooperative=1"), (overlaps, " overlaps=1")] {
             words.push_str(if set { word } else { "" });
         }
-        if let Some(cluster) = launch.cluster {
+        if let Some(cluster) = cluster {
             write!(words, " cluster={}", sides(cluster)).expect("strings grow");
         }
         let work = Work { memory, function: Some(function), ..Work::new("launch", words) };
@@ -1455,7 +1460,7 @@ extern "C" fn cuOccupancyMaxActiveClusters(
         let function = driver.functions.get(function)?;
         driver.check_context(function.device, "the function")?;
         let Launch { cluster, resident, config, .. } = driver.launch(config, function)?;
-        let size = cluster.map_or(0, |sides| sides.iter().product());
+        let size = cluster.map_or(0, |sides| volume(sides) as u32);
         let clusters = if size == 0 || config.shared_bytes > function.most_shared {
             0
         } else {
@@ -1501,6 +1506,7 @@ extern "C" fn cuMemFree_v2(address: Address) -> Status {
         if address == 0 {
             return Ok(());
         }
+        // That the context was released is told before anything of the memory.
         if driver.thread.contexts.last().is_some() {
             driver.current()?;
         }
@@ -2052,11 +2058,14 @@ pub extern "C" fn fake_live(kind: *const c_char) -> usize {
 /// follow it, `synchronize`, `synchronize_context`) and `key=value` words:
 ///
 /// - `device=0 stream=0x1040 thread=1`, where stream 0 is the device's default stream;
-/// - `memory=0x700000000000+64,…`: address and bytes of what it reads or writes; for a launch the allocations
-///   that its parameters point into;
+/// - `memory=0x700000000000+64,…`: address and bytes of what it reads or writes; of a launch the
+///   allocations that its parameters point into;
 /// - `after=3,7`: lines, counted from 1, that ended before this one began, whatever the hardware does: the
-///   last of each stream, and so the earlier ones of those streams too;
+///   last of each stream, and so the earlier ones of those streams too. What one thread has waited for has
+///   ended for all;
 /// - what else there is to say of it: `kernel=`, `grid=`, `block=`, `shared=`, `cluster=`, `event=`.
+///
+/// What is captured is no part of it until a graph runs it.
 #[unsafe(no_mangle)]
 pub extern "C" fn fake_log(out: *mut c_char, len: usize) -> usize {
     let mut text = String::new();
@@ -2200,7 +2209,8 @@ const ERRORS: &[ErrorText] = &[
      c"attempt to terminate a thread-local capture sequence from another thread"),
     (909, c"CUDA_ERROR_TIMEOUT", c"wait operation timed out"),
     (910, c"CUDA_ERROR_GRAPH_EXEC_UPDATE_FAILURE",
-     c"the graph update was not performed because it included changes which violated constraints specific to instantiated graph update"),
+     c"the graph update was not performed because it included changes which violated constraints \
+     specific to instantiated graph update"),
     (911, c"CUDA_ERROR_EXTERNAL_DEVICE", c"an async error has occured in external entity outside of CUDA"),
     (912, c"CUDA_ERROR_INVALID_CLUSTER_SIZE",
      c"a kernel launch error has occurred due to cluster misconfiguration"),

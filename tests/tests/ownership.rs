@@ -1,0 +1,518 @@
+//! Who owns what on a GPU, in which order memory is used, and when a route is valid: under a driver that plays CUDA's
+//! rules and runs no kernel. Each test is a process of its own; see `moe_lora_tests::fake`.
+#![cfg(all(feature = "cuda", target_os = "linux"))]
+
+use half::bf16;
+use moe_lora::cuda::{Buffer, Device, Form, Graph, Options, Stream, Workspace, device_of};
+use moe_lora::tuning::{Tuned, Tuning};
+use moe_lora::{
+    Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
+};
+use moe_lora_tests::fake::{Control, Version, under};
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+type Outcome = Result<(), String>;
+
+const TOKENS: usize = 8;
+
+fn projection() -> Projection {
+    let sizes =
+        ProjectionSizes { top_k: 2, experts: 4, slots: 2, max_rank: 16, ..ProjectionSizes::gate_up(64, 32) };
+    Projection::new(sizes).expect("legal sizes")
+}
+
+/// A call's memory on a device.
+struct Layer {
+    topk_ids: Buffer<i32>,
+    token_lora: Buffer<i32>,
+    x: Buffer<bf16>,
+    a: [Buffer<bf16>; 2],
+    b: [Buffer<bf16>; 2],
+    out: Buffer<bf16>,
+}
+
+impl Layer {
+    fn new(stream: &Stream) -> Self {
+        let zeros = |len| stream.zeros::<bf16>(len).expect("room");
+        let ids = |len: usize| stream.upload(&vec![0i32; len]).expect("room");
+        let (a, b) = (2 * 4 * 16 * 64, 2 * 4 * 32 * 16);
+        Layer {
+            topk_ids: ids(TOKENS * 2),
+            token_lora: ids(TOKENS),
+            x: zeros(TOKENS * 64),
+            a: [zeros(a), zeros(a)],
+            b: [zeros(b), zeros(b)],
+            out: zeros(TOKENS * 2 * 64),
+        }
+    }
+
+    fn routing(&self) -> RoutingTensors<'_, Cuda> {
+        RoutingTensors::new(self.topk_ids.view(), self.token_lora.view())
+    }
+
+    /// The call, on a route or on one of its own.
+    fn call(
+        &mut self,
+        stream: &Stream,
+        workspace: &mut Workspace,
+        on: Option<Route>,
+    ) -> moe_lora::Result<Route> {
+        let Layer { topk_ids, token_lora, x, a, b, out } = self;
+        let routing = match on {
+            Some(route) => Routing::On(route),
+            None => RoutingTensors::new(topk_ids.view(), token_lora.view()).into(),
+        };
+        let call = Forward {
+            tokens: TOKENS,
+            routing,
+            x: x.view().into(),
+            a: &a.each_ref().map(|a| a.view()),
+            b: &b.each_ref().map(|b| b.view()),
+            topk_weights: None,
+            out: out.view_mut().into(),
+            offset: 0,
+            accumulate: true,
+        };
+        stream.forward(workspace, &projection(), call)
+    }
+}
+
+/// A device with a stream, a call's memory and a workspace.
+struct Engine {
+    stream: Stream,
+    layer: Layer,
+    workspace: Workspace,
+}
+
+impl Engine {
+    fn on(ordinal: u32) -> Self {
+        let stream = Device::untuned(ordinal).expect("the fake has devices").new_stream().expect("a stream");
+        let workspace = stream.workspace(&[projection()], TOKENS).expect("room");
+        Engine { layer: Layer::new(&stream), stream, workspace }
+    }
+
+    fn call(&mut self, on: Option<Route>) -> moe_lora::Result<Route> {
+        self.layer.call(&self.stream, &mut self.workspace, on)
+    }
+
+    fn graph(&mut self) -> Graph {
+        let Engine { stream, layer, workspace } = self;
+        stream.capture(|stream| layer.call(stream, workspace, None).map(drop)).expect("a recording")
+    }
+}
+
+/// What is left on the devices.
+fn left(control: &Control) -> Vec<(&'static str, usize)> {
+    let kinds = ["memory", "stream", "event", "module", "graph", "context"];
+    kinds.into_iter().map(|kind| (kind, control.live(kind))).filter(|(_, count)| *count > 0).collect()
+}
+
+fn none_left(control: &Control) {
+    assert_eq!(left(control), [], "things are left");
+    assert_eq!(control.faults(), [""; 0]);
+}
+
+fn is_stale(result: moe_lora::Result<Route>) {
+    assert!(matches!(result, Err(Error::StaleRoute { .. })), "{result:?}");
+}
+
+#[test]
+fn all_handles_can_go_to_other_threads() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<Device>();
+    check::<Stream>();
+    check::<Buffer<bf16>>();
+    check::<Workspace>();
+    check::<Graph>();
+    check::<moe_lora::Operator<Stream>>();
+}
+
+/// Orders of `0..count` in which each goes first and last once, and each before each other.
+fn orders(count: usize) -> impl Iterator<Item = Vec<usize>> {
+    let rotated = move |by: usize| (0..count).cycle().skip(by).take(count).collect::<Vec<_>>();
+    (0..count).flat_map(move |by| [rotated(by), rotated(by).into_iter().rev().collect()])
+}
+
+#[test]
+fn handles_go_in_any_order_and_leave_nothing() -> Outcome {
+    under(Version::New, "handles_go_in_any_order_and_leave_nothing", &[], || {
+        let control = Control::here();
+        for order in orders(5) {
+            let mut engine = Engine::on(0);
+            let (device, graph) = (engine.stream.device().clone(), engine.graph());
+            graph.replay().expect("a replay");
+            let Engine { stream, layer, workspace } = engine;
+            let mut parts = (Some(device), Some(stream), Some(layer), Some(workspace), Some(graph));
+            for part in &order {
+                match part {
+                    0 => drop(parts.0.take()),
+                    1 => drop(parts.1.take()),
+                    2 => drop(parts.2.take()),
+                    3 => drop(parts.3.take()),
+                    _ => drop(parts.4.take()),
+                }
+            }
+            none_left(&control);
+        }
+    })
+}
+
+#[test]
+fn a_call_leaves_the_context_of_its_thread() -> Outcome {
+    under(Version::New, "a_call_leaves_the_context_of_its_thread", &[], || {
+        let control = Control::here();
+        // What a thread of somebody else's has current: nothing, or another device's context.
+        let (other, mut current) = (Driver::open(), std::ptr::null_mut());
+        for others in [std::ptr::null_mut(), other.retain(1)] {
+            other.set_current(others);
+            let mut engine = Engine::on(0);
+            let route = engine.call(None).expect("a call");
+            engine.call(Some(route)).expect("a call");
+            let graph = engine.graph();
+            graph.replay().expect("a replay");
+            engine.stream.download(&engine.layer.out).expect("a copy");
+            // It is on its own device, whichever was current.
+            assert_eq!(device_of(engine.layer.out.address()), Ok(0));
+            drop((engine, graph));
+            other.current(&mut current);
+            assert_eq!(current, others);
+        }
+        other.set_current(std::ptr::null_mut());
+        other.release(1);
+        none_left(&control);
+    })
+}
+
+#[test]
+fn what_is_of_another_device_is_refused() -> Outcome {
+    under(Version::New, "what_is_of_another_device_is_refused", &[], || {
+        let control = Control::here();
+        let (mut here, mut there) = (Engine::on(0), Engine::on(1));
+        let launches = control.launches();
+        let refused = |result: moe_lora::Result<Route>, what| {
+            let (expected, got) = ("cuda:0".to_owned(), "cuda:1".to_owned());
+            assert_eq!(result.err(), Some(Error::OtherDevice { what, expected, got }));
+        };
+        refused(here.layer.call(&here.stream, &mut there.workspace, None), "workspace");
+        refused(there.layer.call(&here.stream, &mut here.workspace, None), "topk_ids");
+        let swapped = |layer: &mut Layer, other: &mut Layer, part: fn(&mut Layer) -> &mut Buffer<bf16>| {
+            std::mem::swap(part(layer), part(other));
+        };
+        type Part = (&'static str, fn(&mut Layer) -> &mut Buffer<bf16>);
+        let parts: [Part; 4] = [
+            ("x", |layer| &mut layer.x),
+            ("a", |layer| &mut layer.a[1]),
+            ("b", |layer| &mut layer.b[0]),
+            ("out", |layer| &mut layer.out),
+        ];
+        for (what, part) in parts {
+            swapped(&mut here.layer, &mut there.layer, part);
+            refused(here.call(None), what);
+            swapped(&mut here.layer, &mut there.layer, part);
+        }
+        let copied = here.stream.download(&there.layer.out);
+        assert!(matches!(copied, Err(Error::OtherDevice { what: "buffer", .. })));
+        assert_eq!(control.launches(), launches, "something was launched");
+        here.call(None).expect("a call");
+    })
+}
+
+#[test]
+fn a_second_stream_waits_for_the_first() -> Outcome {
+    under(Version::New, "a_second_stream_waits_for_the_first", &[], || {
+        let control = Control::here();
+        let mut engine = Engine::on(0);
+        let other = engine.stream.device().new_stream().expect("a stream");
+        // Each pair of calls shares one thing that the first or the second writes.
+        let shares: [(&str, fn(&mut Engine, &Stream)); 4] = [
+            ("a workspace", |engine, other| {
+                let mut layer = Layer::new(other);
+                engine.call(None).expect("a call");
+                layer.call(other, &mut engine.workspace, None).expect("a call");
+            }),
+            ("an output", |engine, other| {
+                let mut workspace = other.workspace(&[projection()], TOKENS).expect("room");
+                engine.call(None).expect("a call");
+                engine.layer.call(other, &mut workspace, None).expect("a call");
+            }),
+            ("a workspace with a graph", |engine, other| {
+                let mut layer = Layer::new(other);
+                engine.graph().replay().expect("a replay");
+                layer.call(other, &mut engine.workspace, None).expect("a call");
+            }),
+            ("an output that is copied", |engine, other| {
+                engine.call(None).expect("a call");
+                other.download(&engine.layer.out).expect("a copy");
+            }),
+        ];
+        for (what, share) in shares {
+            let before = control.log().0.len();
+            share(&mut engine, &other);
+            let log = control.log();
+            let streams = [&engine.stream, &other].map(|stream| (0, stream.as_raw() as usize));
+            let of = |stream, kinds: &[&str]| {
+                let mut entries = log.0.iter().enumerate().skip(before);
+                let found =
+                    entries.rfind(|(_, entry)| entry.stream == stream && kinds.contains(&&*entry.kind));
+                found.unwrap_or_else(|| panic!("{what}: {stream:?} has done nothing")).0
+            };
+            let (first, second) = (of(streams[0], &["launch"]), of(streams[1], &["launch", "copy_to_host"]));
+            assert!(log.is_before(first, second), "{what}: {:#?}", &log.0[before..]);
+        }
+        assert_eq!(control.faults(), [""; 0]);
+    })
+}
+
+#[test]
+fn reads_on_two_streams_go_side_by_side() -> Outcome {
+    under(Version::New, "reads_on_two_streams_go_side_by_side", &[], || {
+        let control = Control::here();
+        let (stream, before) = {
+            let engine = Engine::on(0);
+            (engine.stream.clone(), control.log().0.len())
+        };
+        let other = stream.device().new_stream().expect("a stream");
+        let buffer = stream.zeros::<bf16>(64).expect("room");
+        other.download(&buffer).expect("a copy");
+        let once = control.log().0.len();
+        // Both have read since it was written: neither waits for the other any more.
+        stream.download(&buffer).expect("a copy");
+        other.download(&buffer).expect("a copy");
+        let log = control.log();
+        let waits =
+            |range: std::ops::Range<usize>| log.0[range].iter().filter(|entry| entry.kind == "wait").count();
+        assert_eq!((waits(before..once), waits(once..log.0.len())), (1, 1), "{:#?}", &log.0[before..]);
+    })
+}
+
+#[test]
+fn a_launch_that_fails_ends_the_route() -> Outcome {
+    under(Version::New, "a_launch_that_fails_ends_the_route", &[], || {
+        let control = Control::here();
+        let mut engine = Engine::on(0);
+        let route = engine.call(None).expect("a call");
+        engine.call(Some(route)).expect("a call on its route");
+        for on in [None, Some(route)] {
+            let route = engine.call(None).expect("a call");
+            control.fail_nth("cuLaunchKernelEx", 701, 1);
+            let failed = engine.call(on.map(|_| route));
+            assert!(
+                matches!(failed, Err(Error::Driver { call: "cuLaunchKernelEx", code: 701, .. })),
+                "{failed:?}"
+            );
+            is_stale(engine.call(Some(route)));
+        }
+        // One that is refused launches nothing, and ends nothing.
+        let route = engine.call(None).expect("a call");
+        let out = std::mem::replace(&mut engine.layer.out, engine.stream.zeros(8).expect("room"));
+        assert!(matches!(engine.call(None), Err(Error::TooShort { tensor: "out", .. })));
+        engine.layer.out = out;
+        engine.call(Some(route)).expect("the route is as it was");
+    })
+}
+
+#[test]
+fn a_route_of_a_recording_is_valid_within_it_alone() -> Outcome {
+    under(Version::New, "a_route_of_a_recording_is_valid_within_it_alone", &[], || {
+        let mut engine = Engine::on(0);
+        let before = engine.call(None).expect("a call");
+        let mut recorded = None;
+        let Engine { stream, layer, workspace } = &mut engine;
+        let graph = stream.capture(|stream| {
+            is_stale(layer.call(stream, workspace, Some(before)));
+            let route = layer.call(stream, workspace, None)?;
+            recorded = Some(route);
+            layer.call(stream, workspace, Some(route)).map(drop)
+        });
+        let (graph, recorded) = (graph.expect("a recording"), recorded.expect("a route"));
+        is_stale(engine.call(Some(recorded)));
+        is_stale(engine.call(Some(before)));
+        // In another recording neither.
+        let Engine { stream, layer, workspace } = &mut engine;
+        stream
+            .capture(|stream| {
+                is_stale(layer.call(stream, workspace, Some(recorded)));
+                Ok(())
+            })
+            .expect("a recording of nothing");
+        // A replay finds another.
+        let after = engine.call(None).expect("a call");
+        engine.call(Some(after)).expect("a call on its route");
+        graph.replay().expect("a replay");
+        is_stale(engine.call(Some(after)));
+    })
+}
+
+#[test]
+fn what_cannot_be_recorded_is_refused_before_the_driver_is_asked() -> Outcome {
+    under(Version::New, "what_cannot_be_recorded_is_refused_before_the_driver_is_asked", &[], || {
+        let control = Control::here();
+        let mut engine = Engine::on(0);
+        let Engine { stream, layer, workspace } = &mut engine;
+        let graph = stream.capture(|stream| {
+            let refused = |error: Option<Error>| {
+                assert!(matches!(error, Some(Error::NotRecordable { .. })), "{error:?}")
+            };
+            refused(stream.upload(&[0i32]).err());
+            refused(stream.download(&layer.out).err());
+            refused(stream.write(&mut layer.x, 0, &[bf16::ONE]).err());
+            refused(stream.synchronize().err());
+            layer.call(stream, workspace, None).map(drop)
+        });
+        graph.expect("the recording goes on").replay().expect("a replay");
+        assert_eq!(control.faults(), [""; 0]);
+    })
+}
+
+#[test]
+fn a_recording_ends_whatever_becomes_of_the_work() -> Outcome {
+    under(Version::New, "a_recording_ends_whatever_becomes_of_the_work", &[], || {
+        let control = Control::here();
+        let mut engine = Engine::on(0);
+        for panics in [true, false] {
+            let Engine { stream, layer, workspace } = &mut engine;
+            let work = || {
+                stream.capture(|stream| {
+                    layer.call(stream, workspace, None)?;
+                    assert!(!panics, "the work panics");
+                    Err(Error::ZeroSize { what: "the work" })
+                })
+            };
+            match catch_unwind(AssertUnwindSafe(work)) {
+                Ok(ended) => assert_eq!(ended.err(), Some(Error::ZeroSize { what: "the work" })),
+                Err(_) => assert!(panics),
+            }
+            let launches = control.launches();
+            engine.call(None).expect("a call");
+            engine.stream.synchronize().expect("nothing is captured");
+            assert!(control.launches() > launches, "the call ran");
+        }
+        drop(engine);
+        none_left(&control);
+    })
+}
+
+#[test]
+fn a_graph_keeps_what_it_names() -> Outcome {
+    under(Version::New, "a_graph_keeps_what_it_names", &[], || {
+        let control = Control::here();
+        let mut engine = Engine::on(0);
+        let graph = engine.graph();
+        let held = control.live("memory");
+        drop(engine);
+        assert_eq!(control.live("memory"), held, "the graph has the call's memory");
+        graph.replay().expect("a replay");
+        drop(graph);
+        none_left(&control);
+    })
+}
+
+/// What is planned for a call is what it launches, with a tuning and without.
+#[test]
+fn the_plan_of_a_call_is_what_it_launches() -> Outcome {
+    under(Version::New, "the_plan_of_a_call_is_what_it_launches", &[], || {
+        let control = Control::here();
+        let device = Device::untuned(0).expect("a device");
+        let mut tuning = Tuning::new(device.info().name.clone());
+        let way = Options { form: Some(Form::TwoLaunches), ..Options::default() };
+        let (microseconds, planned_microseconds) = (1.0, 2.0);
+        let sizes = *projection().sizes();
+        tuning.insert(Tuned { projection: sizes, tokens: TOKENS, way, microseconds, planned_microseconds });
+        let tuned = device.tuned(tuning).expect("a tuning of this device");
+        for (device, form) in [(device, Form::Decode), (tuned, Form::TwoLaunches)] {
+            let stream = device.new_stream().expect("a stream");
+            let mut workspace = stream.workspace(&[projection()], TOKENS).expect("room");
+            let mut layer = Layer::new(&stream);
+            let (a, b) = (layer.a.each_ref().map(|a| a.view()), layer.b.each_ref().map(|b| b.view()));
+            let mut out = stream.zeros::<bf16>(TOKENS * 2 * 64).expect("room");
+            let call = Forward {
+                tokens: TOKENS,
+                routing: layer.routing().into(),
+                x: layer.x.view().into(),
+                a: &a,
+                b: &b,
+                topk_weights: None,
+                out: out.view_mut().into(),
+                offset: 0,
+                accumulate: true,
+            };
+            let plan = stream.plan_forward(&workspace, &projection(), &call).expect("a call").expect("work");
+            assert_eq!(plan.form(), form);
+            let before = control.log().kernels().len();
+            layer.call(&stream, &mut workspace, None).expect("a call");
+            let planned: Vec<_> = plan.launches().map(|launch| launch.kernel).collect();
+            assert_eq!(control.log().kernels()[before..], planned);
+        }
+    })
+}
+
+/// The driver as another library in the process would call it.
+struct Driver(libloading::Library);
+
+impl Driver {
+    fn open() -> Self {
+        // SAFETY: the fake has no initialisers.
+        let library = unsafe { libloading::Library::new(moe_lora_tests::fake::LIBRARY) }.expect("the fake");
+        let driver = Driver(library);
+        // SAFETY: as cuda.h has it.
+        assert_eq!(unsafe { driver.get::<unsafe extern "C" fn(u32) -> u32>("cuInit")(0) }, 0);
+        driver
+    }
+
+    fn get<T: Copy>(&self, name: &str) -> T {
+        // SAFETY: the callers know the signature.
+        *unsafe { self.0.get::<T>(name.as_bytes()) }.expect("a function")
+    }
+
+    fn retain(&self, device: i32) -> *mut c_void {
+        let mut context = std::ptr::null_mut();
+        type Retain = unsafe extern "C" fn(*mut *mut c_void, i32) -> u32;
+        // SAFETY: as cuda.h has it.
+        assert_eq!(unsafe { self.get::<Retain>("cuDevicePrimaryCtxRetain")(&mut context, device) }, 0);
+        context
+    }
+
+    fn release(&self, device: i32) {
+        // SAFETY: as cuda.h has it.
+        let released =
+            unsafe { self.get::<unsafe extern "C" fn(i32) -> u32>("cuDevicePrimaryCtxRelease_v2")(device) };
+        assert_eq!(released, 0);
+    }
+
+    fn set_current(&self, context: *mut c_void) {
+        // SAFETY: as cuda.h has it.
+        assert_eq!(
+            unsafe { self.get::<unsafe extern "C" fn(*mut c_void) -> u32>("cuCtxSetCurrent")(context) },
+            0
+        );
+    }
+
+    fn current(&self, context: &mut *mut c_void) {
+        // SAFETY: as cuda.h has it.
+        assert_eq!(
+            unsafe { self.get::<unsafe extern "C" fn(*mut *mut c_void) -> u32>("cuCtxGetCurrent")(context) },
+            0
+        );
+    }
+}
+
+/// A library that prepares itself, or lets go of things, while its thread captures another stream.
+#[test]
+fn things_are_made_and_dropped_within_the_capture_of_another_stream() -> Outcome {
+    under(Version::New, "things_are_made_and_dropped_within_the_capture_of_another_stream", &[], || {
+        let control = Control::here();
+        let (mut engine, mut old) = (Engine::on(0), Engine::on(0));
+        let old_graph = old.graph();
+        let Engine { stream, layer, workspace } = &mut engine;
+        let graph = stream.capture(|stream| {
+            drop((old_graph, old));
+            let mut new = Engine::on(0);
+            new.call(None)?;
+            layer.call(stream, workspace, None).map(drop)
+        });
+        graph.expect("a recording").replay().expect("a replay");
+        drop(engine);
+        none_left(&control);
+    })
+}
