@@ -207,6 +207,12 @@ impl fmt::Display for Machine {
                     }
                 };
                 write!(f, "\n         runs the {} kernels, {from}", module.arch)?;
+                if !module.have_run() {
+                    write!(
+                        f,
+                        "\n         which have never run on such a device before: moe-lora verify checks them"
+                    )?;
+                }
             }
             Err(reason) => write!(f, "\ncuda     {reason}")?,
         }
@@ -216,15 +222,17 @@ impl fmt::Display for Machine {
     }
 }
 
-/// One generation's kernels in a line: who made them, and how large they are.
+/// One generation's kernels in a line: who made them, how large they are, and whether that is all that is
+/// known of them.
 #[cfg(feature = "cuda")]
 fn describe(kernels: &Embedded) -> String {
     let Embedded { made_by, ptx, cubin, .. } = kernels;
+    let known = if kernels.have_run() { "" } else { "; compiled and assembled, never run" };
     let cubin = match cubin {
         Some(cubin) => format!("{} KiB of cubin by ptxas {}", cubin.image.unpacked_len() >> 10, cubin.ptxas),
         None => "no cubin".to_owned(),
     };
-    format!("{made_by}: {} KiB of PTX, {cubin}", ptx.unpacked_len() >> 10)
+    format!("{made_by}: {} KiB of PTX, {cubin}{known}", ptx.unpacked_len() >> 10)
 }
 
 /// A back end that knows how long its work takes.

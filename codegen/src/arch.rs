@@ -12,9 +12,9 @@ pub enum Arch {
     Sm80,
     /// H100, H200, GH200, with the instructions that exist there alone (`wgmma`, `setmaxnreg`).
     Sm90a,
-    /// B200, GB200.
+    /// B200, GB200, and B300 after them.
     Sm100,
-    /// RTX 50 series, RTX PRO Blackwell.
+    /// RTX 50 series, RTX PRO Blackwell, GB10.
     Sm120,
 }
 
@@ -22,9 +22,9 @@ impl Arch {
     /// Every architecture, oldest first.
     pub const ALL: [Self; 4] = [Self::Sm80, Self::Sm90a, Self::Sm100, Self::Sm120];
 
-    /// Those whose PTX the library carries: `sm_80` loads on every later chip, `sm_90a` has what
-    /// is Hopper's own.
-    pub const EMBEDDED: [Self; 2] = [Self::Sm80, Self::Sm90a];
+    /// Those whose kernels the library carries: `sm_80` loads on every later chip, `sm_90a` has what
+    /// is Hopper's own, and the others have clusters, which `sm_80` lacks.
+    pub const EMBEDDED: [Self; 4] = Self::ALL;
 
     /// The name that rustc's `target-cpu`, PTX's `.target` and ptxas's `-arch` share.
     pub fn name(self) -> &'static str {

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::ptxas::Usage;
@@ -71,7 +71,7 @@ pub struct BudgetError {
 impl Budget {
     /// The file in this project.
     pub fn path() -> PathBuf {
-        crate::workspace_root().join("codegen/budget.txt")
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("budget.txt")
     }
 
     /// Takes the place of what `self` says of the code generators in `measured`.

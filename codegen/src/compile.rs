@@ -162,12 +162,12 @@ impl Compiler {
     ) -> Result<Module, CompileError> {
         let (asm, warnings, compilers) = match &self.generator {
             Generator::Llvm(toolchain) => {
-                let Emitted { text, warnings } = self.rustc(toolchain, name, source, arch, "asm")?;
+                let (text, warnings) = self.rustc(toolchain, name, source, arch, "asm")?;
                 let Toolchain { release, llvm, .. } = toolchain;
                 (text, warnings, format!("rustc {release}, LLVM {llvm}"))
             }
             Generator::Nvvm(toolchain, nvvm) => {
-                let Emitted { text, mut warnings } = self.rustc(toolchain, name, source, arch, "llvm-ir")?;
+                let (text, mut warnings) = self.rustc(toolchain, name, source, arch, "llvm-ir")?;
                 let compiled =
                     nvvm.compile(&text, arch).map_err(|source| CompileError::Nvvm { arch, source })?;
                 warnings.push_str(compiled.log.trim());
@@ -189,8 +189,8 @@ impl Compiler {
         }
     }
 
-    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`. It is
-    /// kept beside `core`, for the next build of the same.
+    /// What rustc emits of a crate, as one module after all optimisation: `asm`, which is PTX, or `llvm-ir`;
+    /// and its warnings. It is kept beside `core`, for the next build of the same.
     fn rustc(
         &self,
         toolchain: &Toolchain,
@@ -198,7 +198,7 @@ impl Compiler {
         source: &Path,
         arch: Arch,
         emit: &str,
-    ) -> Result<Emitted, CompileError> {
+    ) -> Result<(String, String), CompileError> {
         let mut rustc = toolchain.command();
         rustc
             .args(["--crate-name", name, "--crate-type", "cdylib"])
@@ -225,15 +225,18 @@ impl Compiler {
         let file = self.cache.join(format!("{name}-{arch}.{emit}"));
         let sources = source.parent().unwrap_or(source);
         // Less the environment: what Cargo puts on the loader's path is another in each profile.
-        let (program, args) = (rustc.get_program(), rustc.get_args());
+        let (program, args) = (rustc.get_program(), rustc.get_args().filter(|&arg| arg != source));
+        let args: Vec<_> = args.collect();
         let command = format!("{program:?} {args:?}, {release} {commit}, LLVM {llvm}");
         let kept = Kept::new(file, &command, sources);
-        if let Some(emitted) = kept.as_ref().and_then(Kept::read) {
-            return Ok(emitted);
+        if let Some(Emitted { bytes, warnings }) = kept.as_ref().and_then(Kept::read)
+            && let Ok(text) = String::from_utf8(bytes)
+        {
+            return Ok((text, warnings));
         }
 
         // rustc names its own temporary files after the crate alone.
-        let scratch = Scratch::new(&self.cache)?;
+        let scratch = Scratch::new(&self.cache).map_err(io(&self.cache))?;
         let target = scratch.0.join("kernels");
         let output = run(rustc.arg("-o").arg(&target))?;
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -241,11 +244,12 @@ impl Compiler {
             return Err(CompileError::Kernels { arch, message: stderr.trim_end().to_owned() });
         }
         let text = std::fs::read_to_string(&target).map_err(io(&target))?;
-        let emitted = Emitted { text, warnings: warnings(&stderr) };
+        let warnings = warnings(&stderr);
         if let Some(kept) = kept {
-            kept.write(&emitted, &scratch.0);
+            let (bytes, warnings) = (text.clone().into_bytes(), warnings.clone());
+            kept.write(&Emitted { bytes, warnings }, &scratch.0);
         }
-        Ok(emitted)
+        Ok((text, warnings))
     }
 }
 
@@ -276,7 +280,8 @@ fn core_dir(toolchain: &Toolchain, cache: &Path) -> PathBuf {
 fn build_core(toolchain: &Toolchain, library: &Path, dir: &Path) -> Result<(), CompileError> {
     // Another process may be building the same: each builds in a folder of its own, and the last
     // step is a rename, which one of them wins.
-    let scratch = Scratch::new(dir.parent().unwrap_or(dir))?;
+    let cache = dir.parent().unwrap_or(dir);
+    let scratch = Scratch::new(cache).map_err(io(cache))?;
     build_core_in(toolchain, library, &scratch.0)?;
     match std::fs::rename(&scratch.0, dir) {
         Err(_) if dir.is_dir() => Ok(()),
@@ -311,19 +316,20 @@ fn build_core_in(toolchain: &Toolchain, library: &Path, scratch: &Path) -> Resul
 }
 
 /// A folder that nobody else uses, removed with what is left in it.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(pub PathBuf);
 
 impl Scratch {
-    fn new(cache: &Path) -> Result<Self, CompileError> {
+    /// In `cache`.
+    pub fn new(cache: &Path) -> std::io::Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        std::fs::create_dir_all(cache).map_err(io(cache))?;
+        std::fs::create_dir_all(cache)?;
         loop {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let dir = cache.join(format!("scratch-{}-{number}", std::process::id()));
             match std::fs::create_dir(&dir) {
                 // Left behind by a process that was killed.
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                created => return created.map(|()| Self(dir.clone())).map_err(io(&dir)),
+                created => return created.map(|()| Self(dir)),
             }
         }
     }

@@ -4,9 +4,9 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// Where this project keeps tools of its own; `cargo xtask` fills it.
-pub fn project_dir() -> PathBuf {
-    crate::workspace_root().join("target/cuda-tools")
+/// Where this project keeps tools of its own; `cargo xtask` fills it. `None` outside of the workspace.
+pub fn project_dir() -> Option<PathBuf> {
+    Some(crate::workspace()?.join("target/cuda-tools"))
 }
 
 /// Where `program` may be: what `variable` names and nothing else, or, where that is not set, the
@@ -19,7 +19,7 @@ pub(crate) fn candidates(variable: &str, program: &str) -> Vec<PathBuf> {
     let mut candidates: Vec<_> =
         std::env::split_paths(&path).map(|dir| dir.join(program)).filter(|path| path.is_file()).collect();
     candidates.extend(toolkits().into_iter().map(|dir| dir.join("bin").join(program)));
-    candidates.push(project_dir().join(program));
+    candidates.extend(project_dir().map(|dir| dir.join(program)));
     candidates
 }
 

@@ -69,14 +69,17 @@ pub fn entries(arch: Arch) -> Vec<moe_lora_kernels::Entry> {
     moe_lora_kernels::ENTRIES.iter().filter(on).map(of).collect()
 }
 
-/// The folder of the moe-lora workspace that this crate was compiled from.
-pub fn workspace_root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("codegen lies inside the workspace")
+/// The moe-lora workspace that this crate was compiled in, and `None` for a crate that Cargo has unpacked
+/// from a registry: what `cargo xtask` puts below `target/` is looked for in the former alone.
+pub fn workspace() -> Option<&'static Path> {
+    let parent = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
+    // An unpacked crate has other crates beside it too, in folders named after them.
+    parent.join("kernels-gpu/Cargo.toml").is_file().then_some(parent)
 }
 
 /// The sources of the kernels: a build script watches this folder.
-pub fn kernel_sources() -> std::path::PathBuf {
-    workspace_root().join("kernels-gpu/src")
+pub fn kernel_sources() -> &'static Path {
+    Path::new(moe_lora_kernels::SOURCES)
 }
 
 /// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has marked as a cache, which it does where

@@ -107,7 +107,7 @@ impl Nvvm {
             None => cuda_tools::toolkits()
                 .into_iter()
                 .map(|toolkit| toolkit.join(FOLDER).join(LIBRARY))
-                .chain([cuda_tools::project_dir().join(LIBRARY)])
+                .chain(cuda_tools::project_dir().map(|dir| dir.join(LIBRARY)))
                 .collect(),
         };
         Self::first_of(candidates, llvm)

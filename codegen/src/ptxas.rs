@@ -7,6 +7,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::compile::Scratch;
+use crate::kept::{Emitted, Kept};
 use crate::{Arch, cuda_tools};
 
 /// The oldest ptxas that knows every architecture in [`Arch::ALL`], as (major, minor).
@@ -77,6 +79,14 @@ pub enum PtxasError {
         /// Why not.
         source: std::io::Error,
     },
+    /// A file could not be written or read.
+    #[error("{}", path.display())]
+    Io {
+        /// The folder.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// It rejected the module.
     #[error("ptxas {version} rejects {} for {arch}:\n{message}", ptx.display())]
     Rejected {
@@ -125,6 +135,28 @@ impl Ptxas {
             return Err(format!("is {version}"));
         }
         Ok(Self { program: program.to_owned(), version: version.to_owned() })
+    }
+
+    /// The machine code of `ptx` for `arch`. It is kept in `cache`, for the next build that assembles the
+    /// same.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Ptxas::assemble`], and [`PtxasError::Io`].
+    pub fn cubin(&self, ptx: &str, arch: Arch, cache: &Path) -> Result<Vec<u8>, PtxasError> {
+        let io = |source| PtxasError::Io { path: cache.to_owned(), source };
+        let command = format!("ptxas {}", self.version);
+        let kept = Kept::of_text(cache.join(format!("moe_lora_kernels-{arch}.cubin")), &command, ptx);
+        if let Some(emitted) = kept.read() {
+            return Ok(emitted.bytes);
+        }
+        let scratch = Scratch::new(cache).map_err(io)?;
+        let (source, cubin) = (scratch.0.join("kernels.ptx"), scratch.0.join("kernels.cubin"));
+        std::fs::write(&source, ptx).map_err(io)?;
+        self.assemble(&source, arch, &cubin)?;
+        let bytes = std::fs::read(&cubin).map_err(io)?;
+        kept.write(&Emitted { bytes: bytes.clone(), warnings: String::new() }, &scratch.0);
+        Ok(bytes)
     }
 
     /// Assembles `ptx` for `arch` into `cubin` and reports what every kernel costs.

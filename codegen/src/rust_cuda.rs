@@ -183,7 +183,7 @@ impl RustCuda {
             .args(["rustc", "--lib", "--release", "--crate-type", "cdylib", "-Zbuild-std=core,alloc"])
             .arg(format!("--target={TARGET}"))
             .arg("--manifest-path")
-            .arg(crate::workspace_root().join("kernels-gpu/Cargo.toml"))
+            .arg(crate::kernel_sources().with_file_name("Cargo.toml"))
             .arg("--target-dir")
             .arg(target_dir)
             .arg(format!("--features={}", features.join(",")))

@@ -191,8 +191,8 @@ pub struct Search {
     pub rustup_home: Option<PathBuf>,
     /// The distribution's rustc.
     pub system_rustc: PathBuf,
-    /// The folder that this project unpacks its own toolchain into.
-    pub project_dir: PathBuf,
+    /// The folder that this project unpacks its own toolchain into; there is none outside of the workspace.
+    pub project_dir: Option<PathBuf>,
 }
 
 impl Search {
@@ -213,7 +213,7 @@ impl Search {
             places,
             rustup_home: rustup_home(),
             system_rustc: PathBuf::from("/usr/bin/rustc"),
-            project_dir: crate::workspace_root().join("target/kernel-toolchain"),
+            project_dir: crate::workspace().map(|root| root.join("target/kernel-toolchain")),
         })
     }
 
@@ -259,7 +259,7 @@ impl Search {
                 toolchains.into_iter().map(|dir| dir.join("bin/rustc")).collect()
             }
             Place::System => vec![self.system_rustc.clone()],
-            Place::Project => vec![self.project_dir.join("usr/bin/rustc")],
+            Place::Project => self.project_dir.iter().map(|dir| dir.join("usr/bin/rustc")).collect(),
         }
     }
 }
@@ -443,7 +443,7 @@ mod tests {
             places: Place::ALL.to_vec(),
             rustup_home: Some(root.join("rustup")),
             system_rustc: root.join("system/bin/rustc"),
-            project_dir: root.join("project"),
+            project_dir: Some(root.join("project")),
         }
     }
 

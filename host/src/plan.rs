@@ -1,6 +1,8 @@
 //! Which kernels a call will run, on which tiles, in how many blocks: decided from shapes and the device
 //! alone, before anything is launched. Nothing here touches a device.
 
+#[cfg(test)]
+mod blackwell;
 mod heuristics;
 mod options;
 #[doc(hidden)]

@@ -43,6 +43,11 @@ pub use entry::{
     DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant,
 };
 
+/// The folder of this crate's sources, for `moe-lora-codegen`, which hands them to rustc for the device: in
+/// the workspace, or where Cargo has unpacked the crate.
+#[cfg(not(target_arch = "nvptx64"))]
+pub const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+
 /// A kernel cannot unwind and has nobody to tell: it stops the launch, and the host sees an error.
 /// No shipped kernel reaches this; the build refuses PTX in which formatting code is left.
 #[cfg(target_arch = "nvptx64")]

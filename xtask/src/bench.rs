@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf, absolute};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use moe_lora_codegen::workspace_root;
 
 use crate::glibc::Glibc;
 use crate::python::{self, Environment};
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{empty_dir, read, run as run_command, target_dir};
+use crate::shell::{empty_dir, read, run as run_command, target_dir, workspace_root};
 
 /// What to do where nothing can be measured.
 const ELSEWHERE: &str = "\

@@ -4,18 +4,21 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
-use moe_lora_codegen::{Arch, workspace_root};
+use moe_lora_codegen::Arch;
 use serde_json::Value;
 
 use crate::glibc::Glibc;
 use crate::python::{self, Environment};
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir};
+use crate::shell::{
+    cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir, workspace_root,
+};
 use crate::{bench, ptx};
 
-/// A bundle has to travel: more than this and something is in it that should not be. Six programs carry the
-/// kernels, 4 MB as packed PTX and cubins by code generator llvm and 5 MB by nvvm.
-const LARGEST: u64 = 90_000_000;
+/// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm it
+/// is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
+/// programs; by nvvm the kernels are about a quarter larger.
+const LARGEST: u64 = 140_000_000;
 
 const README: &str = include_str!("bundle/README.txt");
 const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");

@@ -6,16 +6,17 @@ use moe_lora_codegen::{Arch, Budget, CodeGenerator};
 use crate::ptx::{self, Judged};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{fuzz, header, python};
+use crate::{fuzz, header, package, python};
 
-/// Check format, lints, documentation, the C header, Python's types, what strangers may send, and every kernel for
-/// every architecture.
+/// Check format, lints, documentation, the C header, Python's types, the packages for crates.io, what
+/// strangers may send, and every kernel for every architecture.
 ///
 /// Warnings of rustfmt, clippy, rustdoc, mypy and ptxas are errors. The kernels are compiled by the code
 /// generators llvm and nvvm, assembled for sm_80, sm_90a, sm_100 and sm_120, and disassembled, with
 /// tools of NVIDIA's that are downloaded where they are not installed. A kernel that spills registers or
 /// has a stack frame is an error too, and so is one that costs other than codegen/budget.txt says, or
-/// whose machine code lacks what makes it fast. Fuzzing takes 30 seconds, from a fixed seed.
+/// whose machine code lacks what makes it fast. Fuzzing takes 30 seconds, from a fixed seed. The packages are
+/// made and tried as by `cargo xtask package`.
 #[derive(clap::Args)]
 pub struct Args {
     /// Instead, make what the kernels cost now the budget (codegen/budget.txt) that checks compare with
@@ -42,6 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
     python::check()?;
+    package::run(&package::Args::default())?;
 
     let fuzzed = fuzz::briefly()?;
     let mut kernels = kernels()?;

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use moe_lora_codegen::workspace_root;
 
-use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir};
+use crate::shell::{cargo, empty_dir, installed, read, run as run_command, step, target_dir, workspace_root};
 
 /// The fuzz targets, each a module of the crate in fuzz/.
 const TARGETS: [&str; 3] = ["abi", "adapter", "planner"];

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::shell::workspace_root;
 use anyhow::{Context, Result, bail, ensure};
-use moe_lora_codegen::workspace_root;
 
 /// Write capi/include/moe_lora.h from the sources of the C interface.
 ///

@@ -8,6 +8,7 @@ mod fuzz;
 mod glibc;
 mod header;
 mod miri;
+mod package;
 mod ptx;
 mod python;
 mod setup;
@@ -41,6 +42,7 @@ enum Task {
     Header(header::Args),
     Miri(miri::Args),
     Wheel(python::Args),
+    Package(package::Args),
     Bundle(bundle::Args),
 }
 
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Task::Header(args) => header::run(&args),
         Task::Miri(args) => miri::run(&args),
         Task::Wheel(args) => python::run(&args),
+        Task::Package(args) => package::run(&args),
         Task::Bundle(args) => bundle::run(&args),
     };
     match done {

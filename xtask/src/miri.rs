@@ -3,9 +3,8 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use moe_lora_codegen::workspace_root;
 
-use crate::shell::{read, run as run_command, target_dir};
+use crate::shell::{read, run as run_command, target_dir, workspace_root};
 
 /// What is run: the host's own code on small calls, without a driver.
 const TESTS: [&str; 6] = ["-p", "moe-lora", "--no-default-features", "--lib", "--test", "small"];

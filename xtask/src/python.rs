@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use moe_lora_codegen::workspace_root;
 use serde_json::Value;
 
 use crate::bench;
 use crate::glibc::{self, Glibc, Version};
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir};
+use crate::shell::{
+    copy_tree, empty_dir, read, remove_dir, run as run_command, step, target_dir, workspace_root,
+};
 use crate::test::SKIP_LOG_VAR;
 
 /// Names the Python to use, for example one that has PyTorch.

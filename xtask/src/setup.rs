@@ -9,11 +9,11 @@ use moe_lora_codegen::rust_cuda::{BACKEND_VAR, TOOLCHAIN_VAR};
 use moe_lora_codegen::toolchain::{Place, TARGET};
 use moe_lora_codegen::{
     CodeGenerator, Compiler, Generator, Nvdisasm, Nvvm, Ptxas, RustCuda, Search, Toolchain, ToolchainError,
-    cuda_tools, workspace_root,
+    cuda_tools,
 };
 
 use crate::debian;
-use crate::shell::{empty_dir, installed, read, remove_dir, step, target_dir};
+use crate::shell::{empty_dir, installed, read, remove_dir, step, target_dir, workspace_root};
 
 /// Which code generator makes the PTX.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -99,7 +99,7 @@ fn toolchain() -> Result<Toolchain> {
     let ways: [(Place, &str, Fetch); 2] = [
         (Place::Rustup, "rustup target add", |_| add_rustup_target()),
         (Place::Project, "unpacking the distribution's packages", |search| {
-            debian::unpack_toolchain(&search.project_dir)
+            debian::unpack_toolchain(search.project_dir.as_deref().context("there is no workspace")?)
         }),
     ];
     let mut failures = String::new();
@@ -190,7 +190,7 @@ impl Tool {
     /// Downloads the package and leaves the file in `target/cuda-tools`.
     fn fetch(&self) -> Result<()> {
         let Self { wheel, member, megabytes } = self;
-        let dir = cuda_tools::project_dir();
+        let dir = cuda_tools::project_dir().context("there is no workspace")?;
         let scratch: PathBuf = dir.with_extension(format!("{}", std::process::id()));
         empty_dir(&scratch)?;
         let fetched = step(&format!("fetching {wheel}, about {megabytes} MB"), || {

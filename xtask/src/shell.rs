@@ -8,7 +8,12 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use moe_lora_codegen::{target_dir_around, workspace_root};
+use moe_lora_codegen::{target_dir_around, workspace};
+
+/// The root of the workspace, which this program was built in.
+pub fn workspace_root() -> &'static Path {
+    workspace().expect("xtask is no crate of a registry")
+}
 
 /// Cargo, in the root of the workspace.
 pub fn cargo() -> Command {

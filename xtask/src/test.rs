@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use moe_lora_codegen::workspace_root;
 use moe_lora_kernels::ENTRIES;
 
 use crate::python;
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{cargo, empty_dir, run as run_command, target_dir};
+use crate::shell::{cargo, empty_dir, run as run_command, target_dir, workspace_root};
 
 /// The tests append a line to the file that this names whenever they skip something.
 pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";

@@ -4,13 +4,13 @@ use crate::cuda::driver::{
     Api, CaptureMode, Handle, LaunchAttribute, LaunchConfig, PrimaryContext, api, attribute,
 };
 use crate::cuda::info::DeviceInfo;
-use crate::cuda::kernels::{EMBEDDED, Embedded};
 use crate::cuda::stream::Stream;
 use crate::error::{Error, Result};
 use crate::plan::{DeviceLimits, Options};
 use crate::tuning::{TUNING_VAR, Tuning};
 use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
 use moe_lora_kernels::{ENTRIES, Entry, Kernel, decode};
+use moe_lora_prebuilt::{KERNELS, Kernels};
 use std::ffi::{CStr, CString, c_void};
 use std::marker::PhantomData;
 use std::path::Path;
@@ -47,7 +47,7 @@ struct Core {
     module: Module,
     /// One an entry of the table; `None` where the module has none.
     functions: Vec<Option<Handle>>,
-    kernels: &'static Embedded,
+    kernels: &'static Kernels,
     loaded_from: LoadedFrom,
     info: DeviceInfo,
     decode_clusters: [u32; 4],
@@ -167,7 +167,7 @@ impl Device {
     /// As for [`Device::new`].
     pub fn untuned(ordinal: u32) -> Result<Self> {
         // SAFETY: these are the kernels that this library was built with.
-        unsafe { Self::with_kernels(ordinal, EMBEDDED) }
+        unsafe { Self::with_kernels(ordinal, KERNELS) }
     }
 
     /// Opens device `ordinal` with the kernels of a generation, of compute capability `sm` / 10, to run an older
@@ -176,8 +176,8 @@ impl Device {
     /// # Errors
     /// As for [`Device::new`]; [`Error::UnsupportedDevice`] where there are none of that generation.
     pub fn with_generation(ordinal: u32, sm: u32) -> Result<Self> {
-        let of = EMBEDDED.iter().position(|kernels| kernels.sm == sm);
-        let kernels = of.map_or(&[][..], |place| &EMBEDDED[place..=place]);
+        let of = KERNELS.iter().position(|kernels| kernels.sm == sm);
+        let kernels = of.map_or(&[][..], |place| &KERNELS[place..=place]);
         // SAFETY: as above.
         unsafe { Self::with_kernels(ordinal, kernels) }
     }
@@ -202,19 +202,15 @@ impl Device {
     ///
     /// # Errors
     /// As for [`Device::new`].
-    pub unsafe fn with_kernels(ordinal: u32, kernels: &'static [Embedded]) -> Result<Self> {
+    pub unsafe fn with_kernels(ordinal: u32, kernels: &'static [Kernels]) -> Result<Self> {
         let api = api()?;
         let info = DeviceInfo::of(api, ordinal)?;
         let capability = info.capability.0 * 10 + info.capability.1;
-        let kernels = kernels
-            .iter()
-            .filter(|kernels| kernels.runs_on(capability))
-            .max_by_key(|kernels| kernels.sm)
-            .ok_or_else(|| Error::UnsupportedDevice {
-                device: info.name.clone(),
-                capability: format!("{}.{}", info.capability.0, info.capability.1),
-                needed: "8.0",
-            })?;
+        let kernels = Kernels::newest(kernels, capability).ok_or_else(|| Error::UnsupportedDevice {
+            device: info.name.clone(),
+            capability: format!("{}.{}", info.capability.0, info.capability.1),
+            needed: "8.0",
+        })?;
         let context = PrimaryContext::retain(ordinal)?;
         let _bound = Bound::to(&context)?;
         let _relaxed = Relaxed::begin(api)?;
@@ -238,7 +234,7 @@ impl Device {
             })
             .collect::<Result<Vec<_>>>()?;
         let decode_clusters = match kernels.sm >= CLUSTERS_SINCE {
-            true => decode_clusters(api, &functions, info.shared_bytes)?,
+            true => decode_clusters(api, &functions, kernels.sm, info.shared_bytes)?,
             false => [0; 4],
         };
         let queueing = RwLock::new(());
@@ -252,7 +248,7 @@ impl Device {
     }
 
     /// The kernels that were loaded.
-    pub fn kernels(&self) -> &'static Embedded {
+    pub fn kernels(&self) -> &'static Kernels {
         self.core.kernels
     }
 
@@ -338,7 +334,7 @@ impl Device {
 }
 
 /// Loads a module into the current context: from its cubin where that will do, otherwise from PTX.
-fn load(api: &Api, kernels: &Embedded, capability: u32) -> Result<(Handle, LoadedFrom)> {
+fn load(api: &Api, kernels: &Kernels, capability: u32) -> Result<(Handle, LoadedFrom)> {
     let mut cubin_refused = None;
     if let Some(cubin) = kernels.cubin_for(capability) {
         match load_image(api, &cubin.image.unpack()) {
@@ -379,12 +375,15 @@ fn load_image(api: &Api, image: &[u8]) -> Result<Handle> {
     })
 }
 
-/// Most clusters of 1, 2, 4 and 8 blocks of `decode` that the device runs at a time.
-fn decode_clusters(api: &Api, functions: &[Option<Handle>], shared_bytes: u32) -> Result<[u32; 4]> {
+/// Most clusters of 1, 2, 4 and 8 blocks of `decode` that the device runs at a time, with [`decode::BLOCKS`]
+/// blocks a multiprocessor. From sm_120 on one has registers for one block, and is counted as if it ran more,
+/// as plans expect.
+fn decode_clusters(api: &Api, functions: &[Option<Handle>], sm: u32, shared_bytes: u32) -> Result<[u32; 4]> {
     let is_decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
     let entry = ENTRIES.iter().find(is_decode).expect("the table has decode");
     let function = functions[number(entry)].expect("kernels with clusters have decode");
     let limits = DeviceLimits { shared_bytes, ..DeviceLimits::H100 };
+    let each = entry.min_blocks_on(sm);
     let mut most = [0; 4];
     for (i, most) in most.iter_mut().enumerate() {
         let cluster = LaunchAttribute::new(LaunchAttribute::CLUSTER_DIMENSION, [1 << i, 1, 1]);
@@ -392,7 +391,7 @@ fn decode_clusters(api: &Api, functions: &[Option<Handle>], shared_bytes: u32) -
             grid: [1 << i, 1, 1],
             block: [entry.threads, 1, 1],
             // With all the shared memory that a block can have: `decode` takes nearly all.
-            shared_bytes: limits.shared_bytes_of(decode::BLOCKS),
+            shared_bytes: limits.shared_bytes_of(each),
             stream: ptr::null_mut(),
             attributes: &cluster,
             attribute_count: 1,
@@ -400,7 +399,7 @@ fn decode_clusters(api: &Api, functions: &[Option<Handle>], shared_bytes: u32) -
         let mut clusters = 0;
         // SAFETY: writes one integer; the configuration and its attribute live through the call.
         unsafe { api.cuOccupancyMaxActiveClusters(&mut clusters, function, &config)? };
-        *most = clusters as u32;
+        *most = clusters as u32 * decode::BLOCKS / each;
     }
     Ok(most)
 }

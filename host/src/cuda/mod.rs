@@ -21,7 +21,6 @@ mod device;
 mod driver;
 mod graph;
 mod info;
-mod kernels;
 mod launch;
 mod memory;
 mod stream;
@@ -34,9 +33,9 @@ pub use cudarc::{CudarcRead, CudarcStream, CudarcWrite};
 pub use device::{Device, LoadedFrom, device_of};
 pub use graph::Graph;
 pub use info::DeviceInfo;
-pub use kernels::{Cubin, EMBEDDED, Embedded, Packed};
 pub use memory::Buffer;
 #[doc(hidden)]
 pub use memory::Memory;
+pub use moe_lora_prebuilt::{Cubin, KERNELS as EMBEDDED, Kernels as Embedded, Packed};
 pub use stream::{RouteContents, RouteTile, Stream};
 pub use workspace::Workspace;
