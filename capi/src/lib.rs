@@ -118,8 +118,8 @@ pub unsafe extern "C" fn moe_lora_workspace_create(
     })
 }
 
-/// Frees a workspace, after the work that was queued with it; NULL is allowed. No graph that names it may be replayed
-/// any more. The stream of its last call must still be there.
+/// Frees a workspace; NULL is allowed. The work that was queued with it must have ended, and no graph that names it may
+/// be replayed any more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_lora_workspace_destroy(workspace: *mut Workspace) -> Status {
     run(|| {

@@ -4,7 +4,7 @@
 //! that the token uses: `out[p] (+)= weight[p] · B[l, e] · (A[l, e] · x[row(p)])`.
 //!
 //! Data walks through this crate in one direction: the tensors of a call ([`call`]) are checked,
-//! planned for ([`plan`]), and launched by a [`Backend`]: [`cpu::Cpu`] everywhere, `cuda::Queue` where
+//! planned for ([`plan`]), and launched by a [`Backend`]: [`cpu::Cpu`] everywhere, `cuda::Stream` where
 //! a GPU is, `emulated::Emulated` for the GPU's kernels with every access checked. [`reference`](mod@reference) is the plain float64 form that all are tested against.
 
 pub mod adapter;

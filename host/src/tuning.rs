@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
 
-/// Names the file that `cuda::Gpu::new` loads.
+/// Names the file that `cuda::Device::new` loads.
 pub const TUNING_VAR: &str = "MOE_LORA_TUNING";
 
 /// A measured number of tokens stands for calls of at most so many times as many, or as few.

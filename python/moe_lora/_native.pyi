@@ -39,8 +39,10 @@ _Blocks = tuple[_Tensor, _Tensor, _Tensor, _Tensor, int, _Tensor | None, int]
 class Workspace:
     """Scratch memory of calls, and the route of the last one.
 
-    Room for calls of up to ``max_tokens`` tokens on projections of up to these sizes. Used by one stream at a time;
-    a graph that was captured with it needs it as long as it is replayed. It does not grow: a call that needs more
+    Room for calls of up to ``max_tokens`` tokens on projections of up to these sizes. A call on another stream than
+    the last one's waits for that one's work; the work must have ended when the workspace goes. A graph that was
+    captured with it needs it as long as it is replayed, and a route that was found while it was captured is valid
+    in that capture alone. It does not grow: a call that needs more
     is refused. Calls that name no workspace use one of their device and stream, which does.
 
     :param max_tokens: largest T.

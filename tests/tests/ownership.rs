@@ -455,8 +455,9 @@ impl Driver {
         // SAFETY: the fake has no initialisers.
         let library = unsafe { libloading::Library::new(moe_lora_tests::fake::LIBRARY) }.expect("the fake");
         let driver = Driver(library);
+        let init = driver.get::<unsafe extern "C" fn(u32) -> u32>("cuInit");
         // SAFETY: as cuda.h has it.
-        assert_eq!(unsafe { driver.get::<unsafe extern "C" fn(u32) -> u32>("cuInit")(0) }, 0);
+        assert_eq!(unsafe { init(0) }, 0);
         driver
     }
 
@@ -467,52 +468,28 @@ impl Driver {
 
     fn retain(&self, device: i32) -> *mut c_void {
         let mut context = std::ptr::null_mut();
-        type Retain = unsafe extern "C" fn(*mut *mut c_void, i32) -> u32;
+        let retain =
+            self.get::<unsafe extern "C" fn(*mut *mut c_void, i32) -> u32>("cuDevicePrimaryCtxRetain");
         // SAFETY: as cuda.h has it.
-        assert_eq!(unsafe { self.get::<Retain>("cuDevicePrimaryCtxRetain")(&mut context, device) }, 0);
+        assert_eq!(unsafe { retain(&mut context, device) }, 0);
         context
     }
 
     fn release(&self, device: i32) {
+        let release = self.get::<unsafe extern "C" fn(i32) -> u32>("cuDevicePrimaryCtxRelease_v2");
         // SAFETY: as cuda.h has it.
-        let released =
-            unsafe { self.get::<unsafe extern "C" fn(i32) -> u32>("cuDevicePrimaryCtxRelease_v2")(device) };
-        assert_eq!(released, 0);
+        assert_eq!(unsafe { release(device) }, 0);
     }
 
     fn set_current(&self, context: *mut c_void) {
+        let set = self.get::<unsafe extern "C" fn(*mut c_void) -> u32>("cuCtxSetCurrent");
         // SAFETY: as cuda.h has it.
-        assert_eq!(
-            unsafe { self.get::<unsafe extern "C" fn(*mut c_void) -> u32>("cuCtxSetCurrent")(context) },
-            0
-        );
+        assert_eq!(unsafe { set(context) }, 0);
     }
 
     fn current(&self, context: &mut *mut c_void) {
+        let current = self.get::<unsafe extern "C" fn(*mut *mut c_void) -> u32>("cuCtxGetCurrent");
         // SAFETY: as cuda.h has it.
-        assert_eq!(
-            unsafe { self.get::<unsafe extern "C" fn(*mut *mut c_void) -> u32>("cuCtxGetCurrent")(context) },
-            0
-        );
+        assert_eq!(unsafe { current(context) }, 0);
     }
-}
-
-/// A library that prepares itself, or lets go of things, while its thread captures another stream.
-#[test]
-fn things_are_made_and_dropped_within_the_capture_of_another_stream() -> Outcome {
-    under(Version::New, "things_are_made_and_dropped_within_the_capture_of_another_stream", &[], || {
-        let control = Control::here();
-        let (mut engine, mut old) = (Engine::on(0), Engine::on(0));
-        let old_graph = old.graph();
-        let Engine { stream, layer, workspace } = &mut engine;
-        let graph = stream.capture(|stream| {
-            drop((old_graph, old));
-            let mut new = Engine::on(0);
-            new.call(None)?;
-            layer.call(stream, workspace, None).map(drop)
-        });
-        graph.expect("a recording").replay().expect("a replay");
-        drop(engine);
-        none_left(&control);
-    })
 }

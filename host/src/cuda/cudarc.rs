@@ -25,7 +25,7 @@
 
 use crate::cuda::device::Device;
 use crate::cuda::memory::Memory;
-use crate::cuda::stream::Stream;
+use crate::cuda::stream::{Owner, Stream};
 use crate::error::{Error, Result};
 use crate::tensor::{Cuda, View, ViewMut};
 use bytemuck::Pod;
@@ -71,7 +71,8 @@ impl CudarcStream {
     /// [`Error::OtherDevice`] when it is of another.
     pub fn new(device: &Device, cudarc: Arc<CudaStream>) -> Result<Self> {
         check_context("the stream", device, cudarc.context())?;
-        let stream = Stream::foreign(device, cudarc.cu_stream().cast(), Arc::clone(&cudarc) as Arc<_>);
+        let stream =
+            Stream::foreign(device, cudarc.cu_stream().cast(), Owner::Kept(Arc::clone(&cudarc) as Arc<_>));
         Ok(CudarcStream { stream, cudarc })
     }
 

@@ -4,7 +4,7 @@ use crate::cuda::driver::{
     Api, CaptureMode, Handle, LaunchAttribute, LaunchConfig, PrimaryContext, api, attribute,
 };
 use crate::cuda::info::DeviceInfo;
-use crate::cuda::stream::Stream;
+use crate::cuda::stream::{Owner, Stream};
 use crate::error::{Error, Result};
 use crate::plan::{DeviceLimits, Options};
 use crate::tuning::{TUNING_VAR, Tuning};
@@ -293,12 +293,13 @@ impl Device {
     /// A stream that another library made.
     ///
     /// # Safety
-    /// `stream` must be a `CUstream` of this device's primary context, or null, its default stream. It must live as
-    /// long as this handle and its clones, and as long as what was used on it: a buffer, workspace or graph, until it
-    /// is dropped or was used on another stream. `CU_STREAM_PER_THREAD` (2) is another stream on each thread: what is
-    /// used on it must be used on one thread alone.
+    /// - `stream` is a `CUstream` of this device's primary context, or null, its default stream.
+    /// - It lives as long as this handle and its clones; and where a buffer, workspace or graph that was used on it is
+    ///   then used on another stream, until that.
+    /// - The work that is queued on it has ended when such a buffer, workspace or graph is dropped.
+    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread: what is used on it is used on one thread alone.
     pub unsafe fn foreign_stream(&self, stream: *mut c_void) -> Stream {
-        Stream::foreign(self, stream, Arc::new(()))
+        Stream::foreign(self, stream, Owner::Caller)
     }
 
     /// Its name in messages.

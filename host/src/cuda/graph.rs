@@ -176,7 +176,9 @@ impl Drop for Graph {
         if let Ok(api) = api() {
             let _relaxed = Relaxed::begin(api);
             // A replay may be under way. A failure here has nobody to go to.
-            let _ = self.stream.raw().wait_unless_captured(api);
+            if self.stream.raw().is_kept() {
+                let _ = self.stream.raw().wait_unless_captured(api);
+            }
             // SAFETY: instantiated by `capture`, and dropped once.
             let _ = unsafe { api.cuGraphExecDestroy(executable.0) };
         }

@@ -148,15 +148,17 @@ impl Drop for Memory {
         let (Ok(api), Ok(_bound)) = (api(), self.device.bind()) else { return };
         let _relaxed = Relaxed::begin(api);
         let Uses { writer, readers } = std::mem::take(&mut *lock(uses));
-        // The driver may, but need not, wait before it frees. A failure has nobody to go to.
-        for stream in writer.iter().chain(&readers) {
+        // The driver may, but need not, wait before it frees. A stream of the caller's may be gone by now, and so is its
+        // work then, as was promised. A failure has nobody to go to.
+        for stream in writer.iter().chain(&readers).filter(|stream| stream.is_kept()) {
             let _ = stream.wait_unless_captured(api);
         }
         *allocation = None;
     }
 }
 
-/// Memory on a device, freed when dropped: after all work that uses it, whichever streams that is queued on.
+/// Memory on a device, freed when dropped: after all work that uses it, whichever streams that is queued on. (For
+/// streams of the caller's see [`Device::foreign_stream`].)
 pub struct Buffer<T> {
     memory: Arc<Memory>,
     len: usize,

@@ -17,7 +17,6 @@ use crate::projection::Projection;
 use crate::route::{HeldRoute, NOT_RECORDED, Route};
 use crate::tensor::Cuda;
 use bytemuck::Pod;
-use std::any::Any;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockReadGuard};
@@ -37,11 +36,21 @@ pub struct Stream {
 pub(super) struct RawStream {
     device: Device,
     handle: Handle,
-    /// Whoever made the stream, kept alive; `None` where that was this library, which then destroys it.
-    owner: Option<Arc<dyn Any + Send + Sync>>,
+    owner: Owner,
     /// The number of the recording that is under way, or [`NOT_RECORDED`].
     recording: AtomicU64,
     recorded: Mutex<Recorded>,
+}
+
+/// Whose a stream is.
+pub(super) enum Owner {
+    /// This library's, which destroys it.
+    This,
+    /// Another's, which is kept alive.
+    #[cfg(feature = "cudarc")]
+    Kept(#[allow(dead_code, reason = "held, and let go of")] Arc<dyn std::any::Any + Send + Sync>),
+    /// The caller's, who has promised to keep it for as long as it is used.
+    Caller,
 }
 
 /// What the calls of a recording use.
@@ -89,6 +98,11 @@ impl RawStream {
         Ok(())
     }
 
+    /// Whether the stream is there for as long as this is.
+    pub fn is_kept(&self) -> bool {
+        !matches!(self.owner, Owner::Caller)
+    }
+
     /// What is queued next runs after all that is queued on `other`.
     pub fn wait_for(&self, other: &RawStream) -> Result<()> {
         let api = api()?;
@@ -128,7 +142,7 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        if self.owner.is_some() {
+        if !matches!(self.owner, Owner::This) {
             return;
         }
         if let (Ok(api), Ok(_bound)) = (api(), self.device.bind()) {
@@ -212,19 +226,14 @@ impl Stream {
         let mut handle = ptr::null_mut();
         // SAFETY: writes one handle.
         unsafe { api.cuStreamCreate(&mut handle, Self::NON_BLOCKING)? };
-        Ok(Self::of(device, handle, None, options))
+        Ok(Self::of(device, handle, Owner::This, options))
     }
 
-    pub(super) fn foreign(device: &Device, handle: Handle, owner: Arc<dyn Any + Send + Sync>) -> Self {
-        Self::of(device, handle, Some(owner), Options::default())
+    pub(super) fn foreign(device: &Device, handle: Handle, owner: Owner) -> Self {
+        Self::of(device, handle, owner, Options::default())
     }
 
-    fn of(
-        device: &Device,
-        handle: Handle,
-        owner: Option<Arc<dyn Any + Send + Sync>>,
-        options: Options,
-    ) -> Self {
+    fn of(device: &Device, handle: Handle, owner: Owner, options: Options) -> Self {
         let recording = AtomicU64::new(NOT_RECORDED);
         let raw = RawStream { device: device.clone(), handle, owner, recording, recorded: Mutex::default() };
         Stream { raw: Arc::new(raw), options }
