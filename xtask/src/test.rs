@@ -48,17 +48,35 @@ pub fn run(args: &Args) -> Result<()> {
         test.args(["--workspace", "--no-fail-fast"]);
     }
     let tested = run_command(test.args(&args.cargo_test));
+    let other_driver = if all { other_driver(args, &skip_log) } else { Ok(()) };
     let python = if all { python::test(&skip_log, &args.codegen) } else { Ok(()) };
     let skipped = std::fs::read_to_string(&skip_log)?;
     print_emulated(&std::fs::read_to_string(&emulated_log)?);
     print_skipped(&skipped);
     tested?;
+    other_driver?;
     python?;
     if all {
         path_dependency()?;
     }
     ensure!(!args.require_gpu || skipped.is_empty(), "tests were skipped, and --require-gpu forbids that");
     Ok(())
+}
+
+/// What depends on the driver, with cudarc in cust's place.
+fn other_driver(args: &Args, skip_log: &Path) -> Result<()> {
+    let mut test = cargo();
+    args.codegen.pass_to(&mut test).args(["test", "--release", "-p", "moe-lora-tests"]);
+    test.args([
+        "--no-default-features",
+        "--features",
+        "cudarc",
+        "--test",
+        "ownership",
+        "--test",
+        "driver_failures",
+    ]);
+    run_command(test.env(SKIP_LOG_VAR, skip_log))
 }
 
 /// An empty file in the target directory for tests to write to.

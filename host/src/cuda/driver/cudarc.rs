@@ -21,6 +21,7 @@ impl PrimaryContext {
     pub fn retain(ordinal: u32) -> Result<Self> {
         // cudarc panics where it finds no driver; this tells.
         api()?;
+        result::init().map_err(failed("cuInit"))?;
         let device = result::device::get(ordinal as i32).map_err(failed("cuDeviceGet"))?;
         // SAFETY: the device is there.
         let context = unsafe { result::primary_ctx::retain(device) };
