@@ -70,8 +70,9 @@ fn compile(version: Version) -> Result<PathBuf, String> {
     if !output.status.success() {
         return Err(format!("{}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr)));
     }
-    // Some look for it by the other name.
-    fs::copy(unfinished.join(LIBRARY), unfinished.join("libcuda.so")).map_err(failed)?;
+    // Some look for it by the other name. Two files would be two drivers in one process.
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(LIBRARY, unfinished.join("libcuda.so")).map_err(failed)?;
     if fs::rename(&unfinished, &folder).is_err() {
         fs::remove_dir_all(&unfinished).map_err(failed)?;
     }

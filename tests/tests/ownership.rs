@@ -8,7 +8,7 @@ use moe_lora::tuning::{Tuned, Tuning};
 use moe_lora::{
     Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
 };
-use moe_lora_tests::fake::{Control, Version, under};
+use moe_lora_tests::fake::{Control, Log, Version, under};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -259,6 +259,92 @@ fn a_second_stream_waits_for_the_first() -> Outcome {
             };
             let (first, second) = (of(streams[0], &["launch"]), of(streams[1], &["launch", "copy_to_host"]));
             assert!(log.is_before(first, second), "{what}: {:#?}", &log.0[before..]);
+        }
+        assert_eq!(control.faults(), [""; 0]);
+    })
+}
+
+#[test]
+fn each_thread_has_a_default_stream_of_its_own() -> Outcome {
+    under(Version::New, "each_thread_has_a_default_stream_of_its_own", &[], || {
+        let control = Control::here();
+        let device = Device::untuned(0).expect("the fake has devices");
+        // SAFETY: `CU_STREAM_PER_THREAD`. No work is left when memory goes: the fake's ends at once.
+        let stream = unsafe { device.foreign_stream(std::ptr::without_provenance_mut(2)) };
+        let workspace = stream.workspace(&[projection()], TOKENS).expect("room");
+        let mut engine = Engine { layer: Layer::new(&stream), stream, workspace };
+        let mut route = engine.call(None).expect("a call");
+        let launched = |log: &Log| log.0.iter().rposition(|entry| entry.kind == "launch").expect("a launch");
+        // The same memory on another thread, and on this one again.
+        for elsewhere in [true, false] {
+            let first = launched(&control.log());
+            route = match elsewhere {
+                true => std::thread::scope(|scope| scope.spawn(|| engine.call(Some(route))).join().unwrap()),
+                false => engine.call(Some(route)),
+            }
+            .expect("a call");
+            let log = control.log();
+            let second = launched(&log);
+            assert_ne!(log.0[first].stream, log.0[second].stream);
+            assert!(log.is_before(first, second), "{:#?}", &log.0[first..]);
+        }
+        // Calls on another thread would not find the recording that the handle has.
+        let recorded = std::thread::scope(|scope| {
+            scope.spawn(|| engine.stream.capture(|_| Ok(())).map(drop)).join().expect("no panic")
+        });
+        assert!(matches!(recorded, Err(Error::NotRecordable { .. })), "{recorded:?}");
+        drop(engine.graph());
+        assert_eq!(control.faults(), [""; 0]);
+    })
+}
+
+#[cfg(feature = "cudarc")]
+#[test]
+fn a_slice_of_cudarcs_is_used_on_the_stream_that_it_is_lent_to() -> Outcome {
+    use cudarc::driver::CudaContext;
+    use moe_lora::{Operator, ViewMut, cuda::CudarcStream};
+
+    under(Version::New, "a_slice_of_cudarcs_is_used_on_the_stream_that_it_is_lent_to", &[], || {
+        let control = Control::here();
+        let (context, device) =
+            (CudaContext::new(0).expect("a context"), Device::untuned(0).expect("a device"));
+        let streams = [context.default_stream(), context.per_thread_stream(), context.new_stream().unwrap()];
+        let streams = streams.map(|cudarc| CudarcStream::new(&device, cudarc).expect("the same device"));
+        for (i, (stream, other)) in streams.iter().zip(streams.iter().cycle().skip(1)).enumerate() {
+            let operator = |stream: &CudarcStream| {
+                let [operator] =
+                    Operator::builder(stream.stream()).max_tokens(1).build([projection()]).expect("room");
+                operator
+            };
+            let (here, there) = (operator(stream), operator(other));
+            let memory = context.default_stream();
+            let weights = memory.alloc_zeros::<bf16>(2 * 4 * 16 * 64).expect("room");
+            let mut ids = memory.alloc_zeros::<u32>(2).expect("room");
+            let mut out = memory.alloc_zeros::<bf16>(2 * 64).expect("room");
+            memory.memcpy_htod(&[1, u32::MAX], &mut ids).expect("a copy");
+
+            let (weights, ids) =
+                (stream.read(weights.as_view()).unwrap(), stream.read(ids.as_view()).unwrap());
+            let mut out = stream.write(out.as_view_mut()).unwrap();
+            let (weights, ids) = (weights.view(), ids.view().cast::<i32>());
+            let call = |operator: &Operator<Stream>, out: ViewMut<'_, Cuda, bf16>| {
+                operator
+                    .call(weights, [weights; 2], [weights; 2], (ids, ids.slice(1..2)), out)
+                    .run()
+                    .map(drop)
+            };
+            call(&here, out.view_mut()).expect("a call");
+            let refused = |result: moe_lora::Result<()>| {
+                assert!(
+                    matches!(result, Err(Error::OtherDevice { what, .. }) if what.contains("lent")),
+                    "{result:?}"
+                );
+            };
+            refused(call(&there, out.view_mut()));
+            let out = out.view_mut();
+            let elsewhere = std::thread::scope(|scope| scope.spawn(|| call(&here, out)).join().unwrap());
+            // Another thread's default stream is another.
+            if i == 1 { refused(elsewhere) } else { elsewhere.expect("a call") }
         }
         assert_eq!(control.faults(), [""; 0]);
     })
