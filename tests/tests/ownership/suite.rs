@@ -7,7 +7,7 @@ use moe_lora::tuning::{Tuned, Tuning};
 use moe_lora::{
     Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
 };
-use moe_lora_tests::fake::{Control, Version, trial};
+use moe_lora_tests::fake::{Control, Log, Version, trial};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -19,6 +19,9 @@ pub fn tests(arguments: &Arguments) -> Vec<Trial> {
             "a_slice_that_is_lent_is_used_on_its_stream_alone",
             lent::a_slice_that_is_lent_is_used_on_its_stream_alone,
         ),
+        ("each_thread_has_a_default_stream_of_its_own", each_thread_has_a_default_stream_of_its_own),
+        #[cfg(feature = "cudarc")]
+        ("a_slice_is_lent_on_every_kind_of_stream", lent::a_slice_is_lent_on_every_kind_of_stream),
         ("all_handles_can_go_to_other_threads", all_handles_can_go_to_other_threads),
         ("handles_go_in_any_order_and_leave_nothing", handles_go_in_any_order_and_leave_nothing),
         ("a_call_leaves_the_context_of_its_thread", a_call_leaves_the_context_of_its_thread),
@@ -241,7 +244,8 @@ fn a_second_stream_waits_for_the_first() {
     let mut engine = Engine::on(0);
     let other = engine.stream.device().new_stream().expect("a stream");
     // Each pair of calls shares one thing that the first or the second writes.
-    let shares: [(&str, fn(&mut Engine, &Stream)); 4] = [
+    type Share = (&'static str, fn(&mut Engine, &Stream));
+    let shares: [Share; 5] = [
         ("a workspace", |engine, other| {
             let mut layer = Layer::new(other);
             engine.call(None).expect("a call");
@@ -256,6 +260,12 @@ fn a_second_stream_waits_for_the_first() {
             let mut layer = Layer::new(other);
             engine.graph().replay().expect("a replay");
             layer.call(other, &mut engine.workspace, None).expect("a call");
+        }),
+        ("an output while the first is recorded", |engine, other| {
+            engine.call(None).expect("a call");
+            let Engine { stream, layer, .. } = engine;
+            let out = &layer.out;
+            stream.capture(|_| other.download(out).map(drop)).expect("a recording of nothing");
         }),
         ("an output that is copied", |engine, other| {
             engine.call(None).expect("a call");
@@ -456,12 +466,43 @@ fn things_are_made_and_dropped_within_the_capture_of_another_stream() {
     none_left(&control);
 }
 
+fn each_thread_has_a_default_stream_of_its_own() {
+    let control = Control::here();
+    let device = Device::untuned(0).expect("the fake has devices");
+    // SAFETY: `CU_STREAM_PER_THREAD`. No work is left when memory goes: the fake's ends at once.
+    let stream = unsafe { device.foreign_stream(std::ptr::without_provenance_mut(2)) };
+    let workspace = stream.workspace(&[projection()], TOKENS).expect("room");
+    let mut engine = Engine { layer: Layer::new(&stream), stream, workspace };
+    let mut route = engine.call(None).expect("a call");
+    let launched = |log: &Log| log.0.iter().rposition(|entry| entry.kind == "launch").expect("a launch");
+    // The same memory on another thread, and on this one again.
+    for elsewhere in [true, false] {
+        let first = launched(&control.log());
+        route = match elsewhere {
+            true => std::thread::scope(|scope| scope.spawn(|| engine.call(Some(route))).join().unwrap()),
+            false => engine.call(Some(route)),
+        }
+        .expect("a call");
+        let log = control.log();
+        let second = launched(&log);
+        assert_ne!(log.0[first].stream, log.0[second].stream);
+        assert!(log.is_before(first, second), "{:#?}", &log.0[first..]);
+    }
+    // Calls on another thread would not find the recording that the handle has.
+    let recorded = std::thread::scope(|scope| {
+        scope.spawn(|| engine.stream.capture(|_| Ok(())).map(drop)).join().expect("no panic")
+    });
+    assert!(matches!(recorded, Err(Error::NotRecordable { .. })), "{recorded:?}");
+    drop(engine.graph());
+    assert_eq!(control.faults(), [""; 0]);
+}
+
 /// Memory of another library's, and its streams.
 #[cfg(feature = "cudarc")]
 mod lent {
     use super::*;
     use cudarc::driver::CudaContext;
-    use moe_lora::cuda::CudarcStream;
+    use moe_lora::{Operator, ViewMut, cuda::CudarcStream};
 
     /// A call on slices is in order with what other streams do with them; a slice that is lent to one stream is of no
     /// use on another, in a recording, or on another device.
@@ -482,7 +523,7 @@ mod lent {
             let Layer { topk_ids, token_lora, x, a, b, .. } = &engine.layer;
             let call = Forward {
                 tokens: TOKENS,
-                routing: (&*topk_ids, &*token_lora).into(),
+                routing: (topk_ids, token_lora).into(),
                 x: x.view().into(),
                 a: &a.each_ref().map(|a| a.view()),
                 b: &b.each_ref().map(|b| b.view()),
@@ -529,6 +570,52 @@ mod lent {
         assert!(matches!(CudarcStream::new(&device, elsewhere.clone()), Err(Error::OtherDevice { .. })));
         let slice = elsewhere.alloc_zeros::<bf16>(8).expect("room");
         assert!(matches!(here.read(slice.as_view()), Err(Error::OtherDevice { .. })));
+    }
+
+    /// On each kind of stream that cudarc has; the default stream of a thread is another on each.
+    pub fn a_slice_is_lent_on_every_kind_of_stream() {
+        let control = Control::here();
+        let (context, device) =
+            (CudaContext::new(0).expect("a context"), Device::untuned(0).expect("a device"));
+        let streams = [context.default_stream(), context.per_thread_stream(), context.new_stream().unwrap()];
+        let streams = streams.map(|cudarc| CudarcStream::new(&device, cudarc).expect("the same device"));
+        for (i, (stream, other)) in streams.iter().zip(streams.iter().cycle().skip(1)).enumerate() {
+            let operator = |stream: &CudarcStream| {
+                let [operator] =
+                    Operator::builder(stream.stream()).max_tokens(1).build([projection()]).expect("room");
+                operator
+            };
+            let (here, there) = (operator(stream), operator(other));
+            let memory = context.default_stream();
+            let weights = memory.alloc_zeros::<bf16>(2 * 4 * 16 * 64).expect("room");
+            let mut ids = memory.alloc_zeros::<u32>(2).expect("room");
+            let mut out = memory.alloc_zeros::<bf16>(2 * 64).expect("room");
+            memory.memcpy_htod(&[1, u32::MAX], &mut ids).expect("a copy");
+
+            let (weights, ids) =
+                (stream.read(weights.as_view()).unwrap(), stream.read(ids.as_view()).unwrap());
+            let mut out = stream.write(out.as_view_mut()).unwrap();
+            let (weights, ids) = (weights.view(), ids.view().cast::<i32>());
+            let call = |operator: &Operator<Stream>, out: ViewMut<'_, Cuda, bf16>| {
+                operator
+                    .call(weights, [weights; 2], [weights; 2], (ids, ids.slice(1..2)), out)
+                    .run()
+                    .map(drop)
+            };
+            call(&here, out.view_mut()).expect("a call");
+            let refused = |result: moe_lora::Result<()>| {
+                assert!(
+                    matches!(result, Err(Error::OtherDevice { what, .. }) if what.contains("lent")),
+                    "{result:?}"
+                );
+            };
+            refused(call(&there, out.view_mut()));
+            let out = out.view_mut();
+            let elsewhere = std::thread::scope(|scope| scope.spawn(|| call(&here, out)).join().unwrap());
+            // Another thread's default stream is another.
+            if i == 1 { refused(elsewhere) } else { elsewhere.expect("a call") }
+        }
+        assert_eq!(control.faults(), [""; 0]);
     }
 }
 
