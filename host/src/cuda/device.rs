@@ -308,7 +308,7 @@ impl Device {
     }
 
     /// Whether a `CUcontext` is the device's primary one.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cudarc-unversioned")]
     pub(super) fn is_context(&self, context: Handle) -> bool {
         self.core.module.context.handle() == context
     }

@@ -4,7 +4,7 @@ use crate::backend;
 use crate::cuda::device::{Device, Relaxed};
 use crate::cuda::driver::{Allocation, api};
 use crate::cuda::stream::RawStream;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cudarc-unversioned")]
 use crate::cuda::stream::Stream;
 use crate::error::{Error, Result};
 use crate::tensor::{Cuda, View, ViewMut};
@@ -35,7 +35,7 @@ enum Owner {
     /// This library's; the allocation is `None` only while it is dropped.
     This(Option<Allocation>, Mutex<Uses>),
     /// Another's, at this address, who lends it to work on one stream that is queued before the loan ends.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cudarc-unversioned")]
     Other(u64, Arc<RawStream>),
 }
 
@@ -64,7 +64,7 @@ impl Memory {
     }
 
     /// Memory of another's that `stream` may use.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cudarc-unversioned")]
     pub(super) fn lent(stream: &Stream, address: u64, bytes: usize) -> Self {
         Memory {
             owner: Owner::Other(address, Arc::clone(stream.raw())),
@@ -83,7 +83,7 @@ impl Memory {
             Owner::This(allocation, _) => {
                 allocation.as_ref().expect("it is let go of when this is dropped").address()
             }
-            #[cfg(feature = "cudarc")]
+            #[cfg(feature = "cudarc-unversioned")]
             Owner::Other(address, _) => *address,
         }
     }
@@ -108,9 +108,9 @@ impl Memory {
     pub(super) fn order(&self, stream: &Arc<RawStream>, access: Access) -> Result<()> {
         let uses = match &self.owner {
             Owner::This(_, uses) => &mut *lock(uses),
-            #[cfg(feature = "cudarc")]
+            #[cfg(feature = "cudarc-unversioned")]
             Owner::Other(_, lent_to) if lent_to.is(stream) => return Ok(()),
-            #[cfg(feature = "cudarc")]
+            #[cfg(feature = "cudarc-unversioned")]
             Owner::Other(_, lent_to) => {
                 let name = |stream: &RawStream| format!("the stream {:?}", stream.handle());
                 let (expected, got) = (name(stream), name(lent_to));
@@ -143,7 +143,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        #[cfg_attr(not(feature = "cudarc"), expect(irrefutable_let_patterns))]
+        #[cfg_attr(not(feature = "cudarc-unversioned"), expect(irrefutable_let_patterns))]
         let Owner::This(allocation, uses) = &mut self.owner else { return };
         let (Ok(api), Ok(_bound)) = (api(), self.device.bind()) else { return };
         let _relaxed = Relaxed::begin(api);

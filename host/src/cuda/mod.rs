@@ -15,7 +15,7 @@
 //! The driver is bound when it is first used, so a program with this back end starts on a machine without
 //! a GPU and is told [`crate::Error::NoDevice`].
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cudarc-unversioned")]
 mod cudarc;
 mod device;
 mod driver;
@@ -28,7 +28,7 @@ mod tensors;
 mod workspace;
 
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cudarc-unversioned")]
 pub use cudarc::{CudarcRead, CudarcStream, CudarcWrite};
 pub use device::{Device, LoadedFrom, device_of};
 pub use graph::Graph;

@@ -47,7 +47,7 @@ pub(super) enum Owner {
     /// This library's, which destroys it.
     This,
     /// Another's, which is kept alive.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cudarc-unversioned")]
     Kept(#[allow(dead_code, reason = "held, and let go of")] Arc<dyn std::any::Any + Send + Sync>),
     /// The caller's, who has promised to keep it for as long as it is used.
     Caller,

@@ -20,5 +20,5 @@ pub(super) use api::{
 };
 pub(super) use owned::{Allocation, PrimaryContext};
 
-#[cfg(not(any(feature = "cust", feature = "cudarc")))]
+#[cfg(not(any(feature = "cust", feature = "cudarc-unversioned")))]
 compile_error!("the feature `cuda` needs a driver: choose `cust` or `cudarc`");
