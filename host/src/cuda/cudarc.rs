@@ -7,7 +7,7 @@
 //! let context = cudarc::driver::CudaContext::new(0)?;
 //! let cudarc = context.default_stream();
 //! let stream = CudarcStream::new(&Device::new(0)?, cudarc.clone())?;
-//! let sizes = ProjectionSizes { experts: 8, slots: 2, max_rank: 16, ..ProjectionSizes::down(768, 2048) };
+//! let sizes = ProjectionSizes { experts: 8, slots: 2, max_rank: 16, ..ProjectionSizes::down(2048, 768) };
 //! let [w2] = Operator::builder(stream.stream()).max_tokens(64).build([sizes])?;
 //!
 //! let (x, a) = (cudarc.alloc_zeros::<bf16>(64 * 768)?, cudarc.alloc_zeros::<bf16>(2 * 8 * 16 * 768)?);
@@ -33,7 +33,9 @@ use cudarc::driver::{CudaContext, CudaStream, CudaView, CudaViewMut, DeviceSlice
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// A stream of `cudarc`'s that calls run on.
+/// A stream of `cudarc`'s that calls run on. It may be the one that each thread has its own of
+/// (`CudaContext::per_thread_stream`): where buffers and workspaces go from one thread to another, the later call
+/// first waits for the device.
 #[derive(Clone, Debug)]
 pub struct CudarcStream {
     stream: Stream,
@@ -57,11 +59,12 @@ pub struct CudarcWrite<'a, T> {
     lent: Lent<T>,
 }
 
-/// Memory of another's, to be used on one stream.
+/// Memory of another's, to be used on one stream. It stays on its thread, which may have a stream of its own: what
+/// `cudarc` notes when the loan ends is of the thread where it ends.
 struct Lent<T> {
     memory: Arc<Memory>,
     len: usize,
-    element: PhantomData<T>,
+    element: PhantomData<(T, *const ())>,
 }
 
 impl CudarcStream {

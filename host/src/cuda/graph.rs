@@ -5,7 +5,7 @@ use crate::cuda::device::Relaxed;
 use crate::cuda::driver::{Api, CaptureMode, Handle, api};
 use crate::cuda::memory::{Access, Memory};
 use crate::cuda::stream::{Event, RawStream, Recorded, Stream};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::route::{HeldRoute, NOT_RECORDED, unique};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -82,9 +82,14 @@ impl Stream {
     /// alone.
     ///
     /// # Errors
-    /// `work`'s own, or [`crate::Error::Driver`] when it did something that cannot be recorded. Nothing was run either way.
+    /// `work`'s own, or [`Error::Driver`] when it did something that cannot be recorded. Nothing was run either way.
+    /// [`Error::NotRecordable`] for `CU_STREAM_PER_THREAD` of another thread than the handle was made on.
     pub fn capture(&self, work: impl FnOnce(&Self) -> Result<()>) -> Result<Graph> {
-        let (api, raw) = (api()?, self.raw());
+        if self.is_elsewhere() {
+            // Calls would not find the recording.
+            return Err(Error::NotRecordable { what: "a call on another thread's default stream" });
+        }
+        let (api, raw) = (api()?, &self.raw());
         let _bound = self.device().bind()?;
         let mut capture = Capture::begin(api, raw)?;
         let queued = work(self);
@@ -132,7 +137,7 @@ impl Graph {
     /// Queues everything that was recorded. Routes that were found on its workspaces before are no longer valid.
     ///
     /// # Errors
-    /// [`crate::Error::Driver`] when the driver refuses.
+    /// [`Error::Driver`] when the driver refuses.
     pub fn replay(&self) -> Result<()> {
         let (api, raw, device) = (api()?, self.stream.raw(), self.stream.device());
         let _bound = device.bind()?;
@@ -150,15 +155,15 @@ impl Graph {
     /// Microseconds that each of `repeats` replays takes on the device.
     ///
     /// # Errors
-    /// [`crate::Error::Driver`] when the driver refuses or the work fails.
+    /// [`Error::Driver`] when the driver refuses or the work fails.
     pub fn time(&self, repeats: usize) -> Result<Vec<f64>> {
         let api = api()?;
         let _bound = self.stream.device().bind()?;
         let (start, end) = (Event::new(api, Event::TIMED)?, Event::new(api, Event::TIMED)?);
         let once = |_| {
-            start.record(self.stream.raw())?;
+            start.record(&self.stream.raw())?;
             self.replay()?;
-            end.record(self.stream.raw())?;
+            end.record(&self.stream.raw())?;
             self.stream.synchronize()?;
             let mut milliseconds = 0.0;
             // SAFETY: both are live; writes one number.

@@ -66,11 +66,7 @@ impl Memory {
     /// Memory of another's that `stream` may use.
     #[cfg(feature = "cudarc-unversioned")]
     pub(super) fn lent(stream: &Stream, address: u64, bytes: usize) -> Self {
-        Memory {
-            owner: Owner::Other(address, Arc::clone(stream.raw())),
-            device: stream.device().clone(),
-            bytes,
-        }
+        Memory { owner: Owner::Other(address, stream.raw()), device: stream.device().clone(), bytes }
     }
 
     /// Whether a recording may keep it.
@@ -112,8 +108,7 @@ impl Memory {
             Owner::Other(_, lent_to) if lent_to.is(stream) => return Ok(()),
             #[cfg(feature = "cudarc-unversioned")]
             Owner::Other(_, lent_to) => {
-                let name = |stream: &RawStream| format!("the stream {:?}", stream.handle());
-                let (expected, got) = (name(stream), name(lent_to));
+                let (expected, got) = (stream.name(), lent_to.name());
                 return Err(Error::OtherDevice { what: "a slice that is lent", expected, got });
             }
         };

@@ -20,6 +20,7 @@ use bytemuck::Pod;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockReadGuard};
+use std::thread::{self, ThreadId};
 use std::{fmt, ptr};
 
 /// A stream of a [`Device`] that calls run on, one after another: a [`Backend`].
@@ -36,13 +37,19 @@ pub struct Stream {
 pub(super) struct RawStream {
     device: Device,
     handle: Handle,
+    /// Where it is [`PER_THREAD`]: whose.
+    thread: Option<ThreadId>,
     owner: Owner,
     /// The number of the recording that is under way, or [`NOT_RECORDED`].
     recording: AtomicU64,
     recorded: Mutex<Recorded>,
 }
 
+/// `CU_STREAM_PER_THREAD`: a stream of its own on each thread.
+const PER_THREAD: usize = 2;
+
 /// Whose a stream is.
+#[derive(Clone)]
 pub(super) enum Owner {
     /// This library's, which destroys it.
     This,
@@ -67,13 +74,32 @@ unsafe impl Send for RawStream {}
 unsafe impl Sync for RawStream {}
 
 impl RawStream {
+    /// A stream as this thread has it.
+    fn new(device: &Device, handle: Handle, owner: Owner) -> Self {
+        let thread = (handle as usize == PER_THREAD).then(|| thread::current().id());
+        let recording = AtomicU64::new(NOT_RECORDED);
+        RawStream { device: device.clone(), handle, thread, owner, recording, recorded: Mutex::default() }
+    }
+
     pub fn handle(&self) -> Handle {
         self.handle
     }
 
     /// Whether both are one stream.
     pub fn is(&self, other: &RawStream) -> bool {
-        self.handle == other.handle && self.device == other.device
+        self.handle == other.handle && self.thread == other.thread && self.device == other.device
+    }
+
+    /// Its name in messages.
+    #[cfg(feature = "cudarc-unversioned")]
+    pub fn name(&self) -> String {
+        let of = self.thread.map(|thread| format!(" of {thread:?}")).unwrap_or_default();
+        format!("the stream {:?}{of}", self.handle)
+    }
+
+    /// Whether its handle is another stream's on this thread.
+    pub fn is_elsewhere(&self) -> bool {
+        self.thread.is_some_and(|thread| thread != thread::current().id())
     }
 
     pub fn recording(&self) -> &AtomicU64 {
@@ -106,6 +132,9 @@ impl RawStream {
     /// What is queued next runs after all that is queued on `other`.
     pub fn wait_for(&self, other: &RawStream) -> Result<()> {
         let api = api()?;
+        if other.is_elsewhere() {
+            return other.wait_unless_captured(api);
+        }
         if other.is_captured(api)? {
             // What is captured there does not run; what ran before is waited for by whoever frees memory.
             return Ok(());
@@ -122,6 +151,12 @@ impl RawStream {
 
     /// Waits on this thread for all that is queued, unless the stream is captured and must not be waited for.
     pub fn wait_unless_captured(&self, api: &Api) -> Result<()> {
+        if self.is_elsewhere() {
+            let _relaxed = Relaxed::begin(api)?;
+            // The stream has no handle here. The driver refuses while a stream of the device is captured.
+            // SAFETY: the device's context is current, as in all calls here.
+            return unsafe { api.cuCtxSynchronize() };
+        }
         if self.is_captured(api)? {
             return Ok(());
         }
@@ -234,9 +269,7 @@ impl Stream {
     }
 
     fn of(device: &Device, handle: Handle, owner: Owner, options: Options) -> Self {
-        let recording = AtomicU64::new(NOT_RECORDED);
-        let raw = RawStream { device: device.clone(), handle, owner, recording, recorded: Mutex::default() };
-        Stream { raw: Arc::new(raw), options }
+        Stream { raw: Arc::new(RawStream::new(device, handle, owner)), options }
     }
 
     /// The device.
@@ -249,8 +282,17 @@ impl Stream {
         self.raw.handle
     }
 
-    pub(super) fn raw(&self) -> &Arc<RawStream> {
-        &self.raw
+    /// Whether this thread has another stream by this handle than the one it was made on.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.raw.is_elsewhere()
+    }
+
+    /// The stream as this thread has it.
+    pub(super) fn raw(&self) -> Arc<RawStream> {
+        match self.is_elsewhere() {
+            false => Arc::clone(&self.raw),
+            true => Arc::new(RawStream::new(&self.raw.device, self.raw.handle, self.raw.owner.clone())),
+        }
     }
 
     /// Copies `elements` into a buffer from element `start` on, after the work queued before, and waits for that.
@@ -289,7 +331,7 @@ impl Stream {
         let _relaxed = Relaxed::begin(api)?;
         {
             let _queueing = self.queueing();
-            self.raw.use_memory(memory, access)?;
+            self.raw().use_memory(memory, access)?;
             copy(api)?;
         }
         // SAFETY: the stream is live.
@@ -302,7 +344,7 @@ impl Stream {
 
     /// The number of the recording that calls here are part of, or [`NOT_RECORDED`].
     pub(super) fn recording(&self) -> u64 {
-        self.raw.recording.load(Ordering::Acquire)
+        self.raw().recording.load(Ordering::Acquire)
     }
 
     /// Held while a call is queued: no graph is meanwhile.
@@ -415,9 +457,10 @@ impl Stream {
         self.check_tensors(tensors)?;
         let _bound = device.bind()?;
         let _queueing = self.queueing();
-        self.raw.use_memory(workspace.memory(), Access::Write)?;
+        let raw = self.raw();
+        raw.use_memory(workspace.memory(), Access::Write)?;
         if self.recording() != NOT_RECORDED {
-            self.raw.recorded().routes.push(Arc::clone(workspace.held()));
+            raw.recorded().routes.push(Arc::clone(workspace.held()));
         }
         self.use_tensors(tensors)?;
         launched.queue(&workspace.place(self), |launches| self.launch_all(launches))
@@ -428,7 +471,8 @@ impl Stream {
     }
 
     fn use_tensors(&self, tensors: &impl Tensors) -> Result<()> {
-        tensors.each(&mut |_, memory, access| self.raw.use_memory(memory, access))
+        let raw = self.raw();
+        tensors.each(&mut |_, memory, access| raw.use_memory(memory, access))
     }
 
     fn launch_all(&self, launches: &Launches) -> Result<()> {

@@ -25,10 +25,10 @@
 //! device, or none, is current; a stream destroyed while it is captured; a module loaded, or pageable host
 //! memory copied, in a capture.
 //!
-//! Not modelled, and refused as a fault where a call shows it: the default stream of a thread
-//! (`CU_STREAM_PER_THREAD`), contexts that are not primary, peer access, graphs over several devices, pinned
-//! and managed memory, memory pools. Work ends at once, so nothing is ever "not ready". Captured copies are
-//! not made again by a replay. The parameters of a cubin's kernels are not known. Occupancy is a guess.
+//! Not modelled, and refused as a fault where a call shows it: contexts that are not primary, peer access,
+//! graphs over several devices, pinned and managed memory, memory pools. Work ends at once, so nothing is ever
+//! "not ready". Captured copies are not made again by a replay. The parameters of a cubin's kernels are not
+//! known. Occupancy is a guess.
 
 #![allow(non_snake_case)]
 #![cfg_attr(feature = "old", allow(dead_code))]
@@ -70,7 +70,6 @@ const NOT_FOUND: Status = 500;
 const ILLEGAL_ADDRESS: Status = 700;
 const CONTEXT_IS_DESTROYED: Status = 709;
 const COOPERATIVE_LAUNCH_TOO_LARGE: Status = 720;
-const NOT_SUPPORTED: Status = 801;
 const CAPTURE_UNSUPPORTED: Status = 900;
 const CAPTURE_INVALIDATED: Status = 901;
 const CAPTURE_MERGE: Status = 902;
@@ -223,6 +222,8 @@ struct Stream {
     /// It waits for the default stream and the default stream for it; true of that one itself.
     blocking: bool,
     default: bool,
+    /// Whose default stream it is, where it is a thread's.
+    thread: Option<usize>,
     clock: Clock,
     capture: Option<Handle>,
     /// As `clock`, within the capture.
@@ -379,6 +380,8 @@ struct Driver {
 }
 
 const FIRST_HANDLE: Handle = 0x1000;
+/// Where the handles of the threads' default streams begin, which no program knows.
+const THREAD_STREAMS: Handle = 1 << 40;
 const FIRST_ADDRESS: Address = 0x7000_0000_0000;
 /// Unused addresses behind each allocation, at least.
 const GAP: u64 = 4096;
@@ -476,7 +479,13 @@ impl Driver {
 
 impl Stream {
     fn new(device: usize, blocking: bool, default: bool) -> Self {
-        Stream { device, blocking, default, clock: Clock::new(), capture: None, captured: Clock::new() }
+        let (clock, captured) = (Clock::new(), Clock::new());
+        Stream { device, blocking, default, thread: None, clock, capture: None, captured }
+    }
+
+    /// Whether a program has made it.
+    fn is_made(&self) -> bool {
+        !self.default && self.thread.is_none()
     }
 }
 
@@ -519,6 +528,11 @@ fn early_call(name: &str, body: impl FnOnce(&mut Driver) -> Answer) -> Status {
     if driver.thread.driver != driver.number {
         driver.threads += 1;
         driver.thread = Thread { number: driver.threads, driver: driver.number, ..Thread::default() };
+        let thread = Some(driver.threads);
+        for device in 0..driver.devices.len() {
+            let handle = THREAD_STREAMS + driver.threads * driver.devices.len() + device;
+            driver.streams.add(handle, Stream { thread, ..Stream::new(device, true, false) });
+        }
     }
     let answer = match driver.failure(name) {
         Some(code) => refuse(code),
@@ -623,7 +637,7 @@ impl Driver {
     fn stream(&self, handle: Handle) -> Answer<Handle> {
         match handle {
             0 | 1 => Ok(self.devices[self.current()?].default_stream),
-            2 => fault(NOT_SUPPORTED, "CU_STREAM_PER_THREAD is not modelled"),
+            2 => Ok(THREAD_STREAMS + self.thread.number * self.devices.len() + self.current()?),
             _ => {
                 let device = self.streams.get(handle)?.device;
                 self.check_context(device, "the stream")?;
@@ -923,7 +937,7 @@ impl Driver {
         self.captures.remove_all(|capture| capture.device == ordinal);
         let lost = [
             ("allocations", freed),
-            ("streams", self.streams.remove_all(|stream| stream.device == ordinal && !stream.default)),
+            ("streams", self.streams.remove_all(|stream| stream.device == ordinal && stream.is_made())),
             ("events", self.events.remove_all(|event| event.device == ordinal)),
             ("modules", self.modules.remove_all(|module| module.device == ordinal)),
             ("graphs", self.graphs.remove_all(|graph| graph.device == ordinal)),
@@ -2044,7 +2058,7 @@ pub extern "C" fn fake_live(kind: *const c_char) -> usize {
     let driver = driver();
     match name_of(kind) {
         Ok("memory") => driver.memory.values().filter(|memory| !memory.freed).count(),
-        Ok("stream") => driver.streams.live.values().filter(|stream| !stream.default).count(),
+        Ok("stream") => driver.streams.live.values().filter(|stream| stream.is_made()).count(),
         Ok("event") => driver.events.live.len(),
         Ok("module") => driver.modules.live.len(),
         Ok("graph") => driver.graphs.live.len() + driver.executables.live.len(),

@@ -7,7 +7,7 @@ use moe_lora::tuning::{Tuned, Tuning};
 use moe_lora::{
     Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
 };
-use moe_lora_tests::fake::{Control, Version, trial};
+use moe_lora_tests::fake::{Control, Log, Version, trial};
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -19,11 +19,14 @@ pub fn tests(arguments: &Arguments) -> Vec<Trial> {
             "a_slice_that_is_lent_is_used_on_its_stream_alone",
             lent::a_slice_that_is_lent_is_used_on_its_stream_alone,
         ),
+        #[cfg(feature = "cudarc")]
+        ("a_slice_is_lent_to_the_stream_of_one_thread", lent::a_slice_is_lent_to_the_stream_of_one_thread),
         ("all_handles_can_go_to_other_threads", all_handles_can_go_to_other_threads),
         ("handles_go_in_any_order_and_leave_nothing", handles_go_in_any_order_and_leave_nothing),
         ("a_call_leaves_the_context_of_its_thread", a_call_leaves_the_context_of_its_thread),
         ("what_is_of_another_device_is_refused", what_is_of_another_device_is_refused),
         ("a_second_stream_waits_for_the_first", a_second_stream_waits_for_the_first),
+        ("each_thread_has_a_default_stream_of_its_own", each_thread_has_a_default_stream_of_its_own),
         ("reads_on_two_streams_go_side_by_side", reads_on_two_streams_go_side_by_side),
         ("a_launch_that_fails_ends_the_route", a_launch_that_fails_ends_the_route),
         ("a_route_of_a_recording_is_valid_within_it_alone", a_route_of_a_recording_is_valid_within_it_alone),
@@ -278,6 +281,37 @@ fn a_second_stream_waits_for_the_first() {
     assert_eq!(control.faults(), [""; 0]);
 }
 
+fn each_thread_has_a_default_stream_of_its_own() {
+    let control = Control::here();
+    let device = Device::untuned(0).expect("the fake has devices");
+    // SAFETY: `CU_STREAM_PER_THREAD`. No work is left when memory goes: the fake's ends at once.
+    let stream = unsafe { device.foreign_stream(std::ptr::without_provenance_mut(2)) };
+    let workspace = stream.workspace(&[projection()], TOKENS).expect("room");
+    let mut engine = Engine { layer: Layer::new(&stream), stream, workspace };
+    let mut route = engine.call(None).expect("a call");
+    let launched = |log: &Log| log.0.iter().rposition(|entry| entry.kind == "launch").expect("a launch");
+    // The same memory on another thread, and on this one again.
+    for elsewhere in [true, false] {
+        let first = launched(&control.log());
+        route = match elsewhere {
+            true => std::thread::scope(|scope| scope.spawn(|| engine.call(Some(route))).join().unwrap()),
+            false => engine.call(Some(route)),
+        }
+        .expect("a call");
+        let log = control.log();
+        let second = launched(&log);
+        assert_ne!(log.0[first].stream, log.0[second].stream);
+        assert!(log.is_before(first, second), "{:#?}", &log.0[first..]);
+    }
+    // Calls on another thread would not find the recording that the handle has.
+    let recorded = std::thread::scope(|scope| {
+        scope.spawn(|| engine.stream.capture(|_| Ok(())).map(drop)).join().expect("no panic")
+    });
+    assert!(matches!(recorded, Err(Error::NotRecordable { .. })), "{recorded:?}");
+    drop(engine.graph());
+    assert_eq!(control.faults(), [""; 0]);
+}
+
 fn reads_on_two_streams_go_side_by_side() {
     let control = Control::here();
     let (stream, before) = {
@@ -529,6 +563,36 @@ mod lent {
         assert!(matches!(CudarcStream::new(&device, elsewhere.clone()), Err(Error::OtherDevice { .. })));
         let slice = elsewhere.alloc_zeros::<bf16>(8).expect("room");
         assert!(matches!(here.read(slice.as_view()), Err(Error::OtherDevice { .. })));
+    }
+
+    /// The default stream that each thread has is another on each.
+    pub fn a_slice_is_lent_to_the_stream_of_one_thread() {
+        let control = Control::here();
+        let context = CudaContext::new(0).expect("a context");
+        let Engine { stream, mut layer, mut workspace } = Engine::on(0);
+        let slice = context.default_stream().alloc_zeros::<bf16>(TOKENS * 64).expect("room");
+        for (stream_of, is_of_thread) in
+            [(context.default_stream(), false), (context.per_thread_stream(), true)]
+        {
+            let here = CudarcStream::new(stream.device(), stream_of).expect("a stream");
+            let read = here.read(slice.as_view()).expect("a slice");
+            let (x, stream) = (read.view(), here.stream());
+            let mut shrink = || {
+                let shrink = moe_lora::Shrink {
+                    tokens: TOKENS,
+                    routing: (layer.topk_ids.view(), layer.token_lora.view()).into(),
+                    x: x.into(),
+                    a: &layer.a.each_ref().map(|a| a.view()),
+                    h: layer.out.view_mut(),
+                };
+                stream.shrink(&mut workspace, &projection(), shrink).map(drop)
+            };
+            shrink().expect("a call");
+            let elsewhere = std::thread::scope(|scope| scope.spawn(&mut shrink).join().expect("no panic"));
+            let refused = matches!(elsewhere, Err(Error::OtherDevice { what: "a slice that is lent", .. }));
+            assert_eq!(refused, is_of_thread, "{elsewhere:?}");
+        }
+        assert_eq!(control.faults(), [""; 0]);
     }
 }
 

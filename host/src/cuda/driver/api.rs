@@ -141,6 +141,7 @@ functions! {
     cuCtxSetCurrent(context: Handle);
     cuCtxPushCurrent_v2(context: Handle);
     cuCtxPopCurrent_v2(context: *mut Handle);
+    cuCtxSynchronize();
     cuModuleLoadDataEx(
         module: *mut Handle,
         image: *const c_void,
