@@ -34,8 +34,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 /// A stream of `cudarc`'s that calls run on. It may be the one that each thread has its own of
-/// (`CudaContext::per_thread_stream`): where buffers and workspaces go from one thread to another, the later call
-/// first waits for the device.
+/// (`CudaContext::per_thread_stream`): where buffers and workspaces go from one thread to another, the later
+/// call first waits for the device.
 #[derive(Clone, Debug)]
 pub struct CudarcStream {
     stream: Stream,
@@ -59,8 +59,8 @@ pub struct CudarcWrite<'a, T> {
     lent: Lent<T>,
 }
 
-/// Memory of another's, to be used on one stream. It stays on its thread, which may have a stream of its own: what
-/// `cudarc` notes when the loan ends is of the thread where it ends.
+/// Memory of another's, to be used on one stream. It stays on its thread, which may have a stream of its own:
+/// what `cudarc` notes when the loan ends is of the thread where it ends.
 struct Lent<T> {
     memory: Arc<Memory>,
     len: usize,

@@ -297,8 +297,8 @@ impl Device {
     /// - It lives as long as this handle and its clones; and where a buffer, workspace or graph that was used on it is
     ///   then used on another stream, until that.
     /// - The work that is queued on it has ended when such a buffer, workspace or graph is dropped.
-    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread, where what was used on one first waits for the
-    ///   device before it is used on another. A thread lives as its stream must.
+    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread, and lives as long as that. What was used
+    ///   on one waits for the device before it is used on another.
     pub unsafe fn foreign_stream(&self, stream: *mut c_void) -> Stream {
         Stream::foreign(self, stream, Owner::Caller)
     }

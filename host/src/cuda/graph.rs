@@ -84,7 +84,8 @@ impl Stream {
     /// alone.
     ///
     /// # Errors
-    /// `work`'s own, or [`Error::Driver`] when it did something that cannot be recorded. Nothing was run either way.
+    /// `work`'s own, or [`Error::Driver`] when it did something that cannot be recorded. Nothing was run either
+    /// way.
     /// [`Error::NotRecordable`] for `CU_STREAM_PER_THREAD` of another thread than the handle was made on.
     pub fn capture(&self, work: impl FnOnce(&Self) -> Result<()>) -> Result<Graph> {
         if self.is_elsewhere() {

@@ -26,8 +26,8 @@
 //! memory copied, in a capture.
 //!
 //! Not modelled, and refused as a fault where a call shows it: contexts that are not primary, peer access,
-//! graphs over several devices, pinned and managed memory, memory pools. Work ends at once, so nothing is ever
-//! "not ready". Captured copies are not made again by a replay. The parameters of a cubin's kernels are not
+//! graphs over several devices, pinned and managed memory, memory pools. Work ends at once, so nothing is
+//! ever "not ready". Captured copies are not made again by a replay. The parameters of a cubin's kernels are not
 //! known. Occupancy is a guess.
 
 #![allow(non_snake_case)]
