@@ -14,9 +14,11 @@
  *
  * What cannot be checked is the caller's to see to: pointers that are not NULL point at what they say; handles were
  * not destroyed; memory is the context's kind, and nothing else writes it, or reads what is written, during a
- * call; a stream is one of the device's primary context.
+ * call; a stream is one of the device's primary context, and stays until the workspaces that were used on it are
+ * freed or were used on another.
  *
- * A context may be used by several threads at a time; a workspace by one call at a time, on one stream at a time.
+ * A context may be used by several threads at a time; a workspace by one call at a time. A call on another stream than
+ * the workspace's last waits for that one's work.
  *
  * Written by `cargo xtask header`: change capi/src instead.
  */
@@ -574,8 +576,8 @@ moe_lora_status moe_lora_workspace_create(const moe_lora_context *context,
                                           moe_lora_workspace **workspace);
 
 /**
- * Frees a workspace, after the work that was queued with it; NULL is allowed. No graph that names it may be replayed
- * any more. The stream of its last call must still be there.
+ * Frees a workspace; NULL is allowed. The work that was queued with it must have ended, and no graph that names it may
+ * be replayed any more.
  */
 moe_lora_status moe_lora_workspace_destroy(moe_lora_workspace *workspace);
 

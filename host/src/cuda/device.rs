@@ -14,7 +14,7 @@ use moe_lora_prebuilt::{KERNELS, Kernels};
 use std::ffi::{CStr, CString, c_void};
 use std::marker::PhantomData;
 use std::path::Path;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::{env, fmt, ptr};
 
 /// What the kernels that a [`Device`] runs were loaded from.
@@ -51,8 +51,9 @@ struct Core {
     loaded_from: LoadedFrom,
     info: DeviceInfo,
     decode_clusters: [u32; 4],
-    /// Held for reading while a call is queued, and for writing while a graph is: a graph uses memory that others may
-    /// hold views of, and what a call finds to be in order must stay so until it is queued.
+    /// Held for reading while a call is checked and queued, and for writing while a graph is queued or a recording
+    /// begins or ends: a graph uses memory that others may hold views of, and what a call finds to be in order must
+    /// stay so until it is queued.
     queueing: RwLock<()>,
 }
 
@@ -329,9 +330,14 @@ impl Device {
         self.core.kernels.sm >= 90
     }
 
-    /// See [`Core::queueing`].
-    pub(super) fn queueing(&self) -> &RwLock<()> {
-        &self.core.queueing
+    /// Held while a call is checked and queued: no graph is queued meanwhile, and no recording begins or ends.
+    pub(super) fn queueing(&self) -> RwLockReadGuard<'_, ()> {
+        self.core.queueing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held while a graph is queued, and while a recording begins or ends: no call is checked or queued meanwhile.
+    pub(super) fn queueing_alone(&self) -> RwLockWriteGuard<'_, ()> {
+        self.core.queueing.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -44,6 +44,8 @@ struct Capture<'a> {
 
 impl<'a> Capture<'a> {
     fn begin(api: &'a Api, stream: &'a RawStream) -> Result<Self> {
+        // A call of another thread comes before it, or is part of it.
+        let _queueing = stream.device().queueing_alone();
         // What other streams wait for is over by then: while it is captured, a stream cannot be waited for.
         stream.wait_unless_captured(api)?;
         // SAFETY: the stream is live.
@@ -56,6 +58,7 @@ impl<'a> Capture<'a> {
     /// Ends it, and returns the driver's graph and what its calls use.
     fn end(&mut self) -> Result<(Handle, Recorded)> {
         self.ended = true;
+        let _queueing = self.stream.device().queueing_alone();
         let recorded = std::mem::take(&mut *self.stream.recorded());
         self.stream.recording().store(NOT_RECORDED, Ordering::Release);
         // What they found was not found yet.
@@ -144,7 +147,7 @@ impl Graph {
     pub fn replay(&self) -> Result<()> {
         let (api, raw, device) = (api()?, self.stream.raw(), self.stream.device());
         let _bound = device.bind()?;
-        let _queueing = device.queueing().write().unwrap_or_else(PoisonError::into_inner);
+        let _queueing = device.queueing_alone();
         let executable = self.executable.lock().unwrap_or_else(PoisonError::into_inner);
         self.memories.iter().try_for_each(|(memory, access)| raw.use_memory(memory, *access))?;
         self.routes.iter().for_each(|held| held.forget());

@@ -11,7 +11,7 @@ use crate::cuda::tensors::Tensors;
 use crate::cuda::workspace::Workspace;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::launch::{Launched, Launches, Parameters, Planner};
+use crate::launch::{Launched, Launches, Parameters, Place, Planner};
 use crate::plan::{Launch, Options, Plan, RouteSource, Stage};
 use crate::projection::Projection;
 use crate::route::{HeldRoute, NOT_RECORDED, Route};
@@ -19,7 +19,7 @@ use crate::tensor::Cuda;
 use bytemuck::Pod;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::{fmt, ptr};
 
@@ -79,6 +79,10 @@ impl RawStream {
         let thread = (handle as usize == PER_THREAD).then(|| thread::current().id());
         let recording = AtomicU64::new(NOT_RECORDED);
         RawStream { device: device.clone(), handle, thread, owner, recording, recorded: Mutex::default() }
+    }
+
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     pub fn handle(&self) -> Handle {
@@ -330,7 +334,7 @@ impl Stream {
         let _bound = device.bind()?;
         let _relaxed = Relaxed::begin(api)?;
         {
-            let _queueing = self.queueing();
+            let _queueing = device.queueing();
             self.raw().use_memory(memory, access)?;
             copy(api)?;
         }
@@ -345,11 +349,6 @@ impl Stream {
     /// The number of the recording that calls here are part of, or [`NOT_RECORDED`].
     pub(super) fn recording(&self) -> u64 {
         self.raw().recording.load(Ordering::Acquire)
-    }
-
-    /// Held while a call is queued: no graph is meanwhile.
-    fn queueing(&self) -> RwLockReadGuard<'_, ()> {
-        self.device().queueing().read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// `len` zeros on the device.
@@ -450,20 +449,28 @@ impl Stream {
         Planner { limits: device.limits(), options: self.options, tuning: device.tuning() }
     }
 
-    /// Queues what a call launches, in the order of its memory's uses, and returns its route.
-    fn queue(&self, workspace: &Workspace, launched: &Launched, tensors: &impl Tensors) -> Result<Route> {
+    /// Queues what a call turns out to launch, in the order of its memory's uses, and returns its route.
+    fn call(
+        &self,
+        workspace: &Workspace,
+        tensors: &impl Tensors,
+        launched: impl FnOnce(&Planner<'_>, &Place<'_>) -> Result<Launched>,
+    ) -> Result<Route> {
         let device = self.device();
+        // A replay on another thread must not end the route that the call is found to have.
+        let _queueing = device.queueing();
+        let place = workspace.place(self);
+        let launched = launched(&self.planner(), &place)?;
         workspace.memory().check_device("workspace", device)?;
         self.check_tensors(tensors)?;
         let _bound = device.bind()?;
-        let _queueing = self.queueing();
         let raw = self.raw();
         raw.use_memory(workspace.memory(), Access::Write)?;
         if self.recording() != NOT_RECORDED {
             raw.recorded().routes.push(Arc::clone(workspace.held()));
         }
         self.use_tensors(tensors)?;
-        launched.queue(&workspace.place(self), |launches| self.launch_all(launches))
+        launched.queue(&place, |launches| self.launch_all(launches))
     }
 
     fn check_tensors(&self, tensors: &impl Tensors) -> Result<()> {
@@ -533,15 +540,14 @@ impl Backend for Stream {
         tokens: usize,
         routing: RoutingTensors<'_, Cuda>,
     ) -> Result<Route> {
-        let launched = self.planner().route(&workspace.place(self), projection, tokens, routing)?;
-        self.queue(workspace, &launched, &routing)
+        self.call(workspace, &routing, |planner, place| planner.route(place, projection, tokens, routing))
     }
 
     fn align(&self, call: Align<'_, Cuda>) -> Result<()> {
         let launches = self.planner().align(&call)?;
         self.check_tensors(&call)?;
         let _bound = self.device().bind()?;
-        let _queueing = self.queueing();
+        let _queueing = self.device().queueing();
         self.use_tensors(&call)?;
         self.launch_all(&launches)
     }
@@ -552,8 +558,7 @@ impl Backend for Stream {
         projection: &Projection,
         call: Forward<'_, Cuda, T>,
     ) -> Result<Route> {
-        let launched = self.planner().forward(&workspace.place(self), projection, &call)?;
-        self.queue(workspace, &launched, &call)
+        self.call(workspace, &call, |planner, place| planner.forward(place, projection, &call))
     }
 
     fn shrink<T: Element>(
@@ -562,8 +567,7 @@ impl Backend for Stream {
         projection: &Projection,
         call: Shrink<'_, Cuda, T>,
     ) -> Result<Route> {
-        let launched = self.planner().shrink(&workspace.place(self), projection, &call)?;
-        self.queue(workspace, &launched, &call)
+        self.call(workspace, &call, |planner, place| planner.shrink(place, projection, &call))
     }
 
     fn expand<T: Element>(
@@ -572,8 +576,7 @@ impl Backend for Stream {
         projection: &Projection,
         call: Expand<'_, Cuda, T>,
     ) -> Result<Route> {
-        let launched = self.planner().expand(&workspace.place(self), projection, &call)?;
-        self.queue(workspace, &launched, &call)
+        self.call(workspace, &call, |planner, place| planner.expand(place, projection, &call))
     }
 
     fn synchronize(&self) -> Result<()> {
