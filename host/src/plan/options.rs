@@ -86,7 +86,7 @@ pub struct Options {
     pub rows: Option<DecodeRows>,
     /// Blocks of a cluster of `decode`, 1 ..= 8.
     pub cluster: Option<u32>,
-    /// Blocks of `route`: honoured up to as many as [`most_route_blocks`] allows.
+    /// Blocks of `route`: honoured up to as many as [`most_route_blocks`](super::most_route_blocks) allows.
     pub route_blocks: Option<u32>,
 }
 
