@@ -79,7 +79,7 @@ impl Drop for Module {
     }
 }
 
-/// A context that is current on this thread until this is dropped; then the one is that was before.
+/// A context that is current on this thread until this is dropped; then the one before it is again.
 pub(super) struct Bound {
     pushed: bool,
     /// Of this thread.

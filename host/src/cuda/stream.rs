@@ -330,11 +330,12 @@ impl Stream {
     ) -> Result<()> {
         let (api, device) = (api()?, self.device());
         memory.check_device("buffer", device)?;
-        self.check_not_recorded(what)?;
         let _bound = device.bind()?;
         let _relaxed = Relaxed::begin(api)?;
         {
+            // No recording begins on another thread between the check and the copy.
             let _queueing = device.queueing();
+            self.check_not_recorded(what)?;
             self.raw().use_memory(memory, access)?;
             copy(api)?;
         }
@@ -466,7 +467,7 @@ impl Stream {
         let _bound = device.bind()?;
         let raw = self.raw();
         raw.use_memory(workspace.memory(), Access::Write)?;
-        if self.recording() != NOT_RECORDED {
+        if place.recording != NOT_RECORDED {
             raw.recorded().routes.push(Arc::clone(workspace.held()));
         }
         self.use_tensors(tensors)?;
