@@ -5,10 +5,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::environment::{self, Environment};
 use crate::glibc::Glibc;
-use crate::python::{self, Environment};
+use crate::python;
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{empty_dir, read, run as run_command, target_dir, workspace_root};
+use crate::shell::{empty_dir, peers_dir, read, run as run_command, target_dir, workspace_root};
 
 /// What to do where nothing can be measured.
 const ELSEWHERE: &str = "\
@@ -17,11 +18,6 @@ For a GPU machine without Rust:
   cargo xtask bundle --peers               here; then copy target/bundle there
   ./bench.sh                               there; then bring results.jsonl back
   cargo xtask bench --from results.jsonl   here";
-
-/// Where vLLM's files lie: below the target directory, for they are not this project's to keep.
-pub fn peers() -> Result<PathBuf> {
-    Ok(target_dir()?.join("bench/peers"))
-}
 
 /// Measure beside vLLM's fused MoE-LoRA operators, on this machine's GPU, in one process.
 ///
@@ -70,27 +66,27 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Brings vLLM's files, where they are not there yet.
 pub fn fetch() -> Result<()> {
-    run_command(python()?.args(["-m", "bench.fetch"]).arg(peers()?))
+    run_command(machine_python()?.args(["-m", "bench.fetch"]).arg(peers_dir()?))
 }
 
 /// Measures. The inner result is an error when it began: the results of what did not fail are there.
 fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
-    let probe = python()?.args(["-m", "bench.probe"]).output().context("cannot run Python")?;
+    let probe = machine_python()?.args(["-m", "bench.probe"]).output().context("cannot run Python")?;
     if !probe.status.success() {
         bail!("{}\n{ELSEWHERE}", String::from_utf8_lossy(&probe.stderr).trim_end());
     }
     fetch()?;
     setup::compiler(&args.codegen)?;
     // For this machine alone.
-    let wheel = Environment::new()?.wheel(&Glibc::Native, &args.codegen)?;
+    let wheel = python::wheel(&Environment::new()?, &Glibc::Native, &args.codegen)?;
     let site = target_dir()?.join("bench/site");
     empty_dir(&site)?;
     // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.
-    read(python()?.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&site))?;
+    read(machine_python()?.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&site))?;
 
     let path = std::env::join_paths([site.as_path(), workspace_root()])?;
-    let mut bench = python()?;
-    bench.args(["-m", "bench", "run", "--peers"]).arg(peers()?).arg("--out").arg(results);
+    let mut bench = machine_python()?;
+    bench.args(["-m", "bench", "run", "--peers"]).arg(peers_dir()?).arg("--out").arg(results);
     bench.args(args.quick.then_some("--quick"));
     if let Some(cases) = &args.cases {
         bench.arg("--cases").arg(absolute(cases)?);
@@ -120,8 +116,8 @@ fn report(args: &Args, results: &Path) -> Result<()> {
 }
 
 /// The machine's Python, not the environment's: PyTorch may be in an environment that this one does not see.
-fn python() -> Result<Command> {
-    let mut python = Command::new(python::find()?);
+fn machine_python() -> Result<Command> {
+    let mut python = Command::new(environment::find()?);
     // Where it finds the package `bench`.
     python.current_dir(workspace_root());
     Ok(python)

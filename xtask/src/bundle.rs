@@ -7,13 +7,14 @@ use anyhow::{Context, Result, bail, ensure};
 use moe_lora_codegen::Arch;
 use serde_json::Value;
 
+use crate::environment::Environment;
 use crate::glibc::Glibc;
-use crate::python::{self, Environment};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{
-    cargo, copy_tree, empty_dir, installed, read, run as run_command, step, target_dir, workspace_root,
+    cargo, copy_tree, empty_dir, installed, peers_dir, read, run as run_command, step, target_dir,
+    workspace_root,
 };
-use crate::{bench, ptx};
+use crate::{bench, ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm it
 /// is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
@@ -92,7 +93,7 @@ pub fn run(args: &Args) -> Result<()> {
     ensure!(total < LARGEST, "the bundle is larger than {} MB", LARGEST / 1_000_000);
     if args.peers {
         bench::fetch()?;
-        copy_tree(&bench::peers()?, &out.join("peers"))?;
+        copy_tree(&peers_dir()?, &out.join("peers"))?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use object::Endianness;
 use object::read::elf::ElfFile64;
 
-use crate::python::Environment;
+use crate::environment::Environment;
 use crate::shell::{empty_dir, read, remove_dir, step, target_dir};
 
 /// The glibc that PyTorch's wheels ask for.

@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod check;
 mod debian;
+mod environment;
 mod fuzz;
 mod glibc;
 mod header;

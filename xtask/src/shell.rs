@@ -1,4 +1,4 @@
-//! Running programs, and telling what takes long.
+//! What commands share: the folders of the workspace, running programs, and telling what takes long.
 
 use std::ffi::OsStr;
 use std::io::ErrorKind;
@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use moe_lora_codegen::{target_dir_around, workspace};
+
+/// The tests append a line to the file that this names whenever they skip something.
+pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
 
 /// The root of the workspace, which this program was built in.
 pub fn workspace_root() -> &'static Path {
@@ -27,6 +30,11 @@ pub fn target_dir() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let dir = target_dir_around(&program).context("xtask does not lie in a Cargo target directory")?;
     Ok(dir.to_owned())
+}
+
+/// Where vLLM's files lie: below the target directory, for they are not this project's to keep.
+pub fn peers_dir() -> Result<PathBuf> {
+    Ok(target_dir()?.join("bench/peers"))
 }
 
 /// Runs a command with its output in view; an exit status other than 0 is an error.

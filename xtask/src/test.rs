@@ -8,10 +8,7 @@ use moe_lora_kernels::ENTRIES;
 
 use crate::python;
 use crate::setup::{self, CodegenArgs};
-use crate::shell::{cargo, empty_dir, run as run_command, target_dir, workspace_root};
-
-/// The tests append a line to the file that this names whenever they skip something.
-pub const SKIP_LOG_VAR: &str = "MOE_LORA_SKIP_LOG";
+use crate::shell::{SKIP_LOG_VAR, cargo, empty_dir, run as run_command, target_dir, workspace_root};
 
 /// The tests of the emulated machine append a line to the file that this names for each entry point that they
 /// ran: its name, the cases in which it ran, and its launches.
