@@ -1,0 +1,86 @@
+//! The table of entry points. A new tile of a kernel is one row more.
+
+use super::{DecodeRows, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant};
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use crate::arch::mma::{Bf16, F16};
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use crate::params::{
+    AdoptParams, AlignParams, DecodeParams, ExpandParams, PrefillParams, RouteParams, ShrinkParams,
+};
+use crate::prefill::Shape;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use crate::{adopt, align, decode, expand, prefill, route, shrink};
+
+entries! {
+    single {
+        "route" cfg(true): Kernel::Route =>
+            route::route::<{ route::BLOCK_THREADS }, false, false>, RouteParams;
+        "route_grid" cfg(true): Kernel::RouteGrid =>
+            route::route::<{ route::GRID_THREADS }, true, false>, RouteParams;
+        "route_wide" cfg(true): Kernel::RouteWide =>
+            route::route::<{ route::GRID_THREADS }, true, true>, RouteParams;
+        "align" cfg(true): Kernel::Align => align::align::<1>, AlignParams;
+        "align_cluster" cfg(feature = "sm_90"): Kernel::AlignCluster =>
+            align::align::<{ align::CLUSTER }>, AlignParams;
+        "adopt" cfg(true): Kernel::Adopt => adopt::adopt, AdoptParams;
+    }
+
+    "shrink" cfg(true): Kernel::Shrink(Variant { element: ELEMENT, index: INDEX, tile: TILE }) =>
+        shrink::shrink::<
+            E,
+            I,
+            { TILE.shape().row_fragments as usize },
+            { TILE.shape().groups as usize },
+            { TILE.shape().column_warps },
+            { TILE.is_aligned() },
+        >, ShrinkParams, TileKind [
+            "m16": TileKind::M16;
+            "m32": TileKind::M32;
+            "m64": TileKind::M64;
+            "any": TileKind::Any;
+        ]
+
+    "expand" cfg(true): Kernel::Expand(Variant { element: ELEMENT, index: INDEX, tile: TILE }) =>
+        expand::expand::<
+            E,
+            I,
+            { TILE.shape().row_fragments as usize },
+            { TILE.shape().groups as usize },
+            { TILE.shape().column_warps },
+            { TILE.is_aligned() },
+        >, ExpandParams, TileKind [
+            "m16": TileKind::M16;
+            "m32": TileKind::M32;
+            "m64": TileKind::M64;
+            "any": TileKind::Any;
+        ]
+
+    "decode" cfg(feature = "sm_90"):
+        Kernel::Decode { element: ELEMENT, index: INDEX, rows: TILE } =>
+        decode::decode::<E, I, { TILE.count() as usize / 8 }, { TILE.count() }>, DecodeParams, DecodeRows [
+            "m8": DecodeRows::M8;
+            "m16": DecodeRows::M16;
+        ]
+
+    "prefill" cfg(feature = "sm_90a"):
+        Kernel::Prefill(PrefillVariant { element: ELEMENT, index: INDEX, shape: TILE }) =>
+        prefill::prefill::<
+            E,
+            I,
+            { if TILE.width < 128 { TILE.width as usize / 2 } else { 64 } },
+            { if TILE.width < 128 { 0 } else { (TILE.width as usize - 128) / 2 } },
+            { TILE.width as usize / 16 },
+            { TILE.rows as usize / 16 },
+            { TILE.copying_registers() },
+            { TILE.computing_registers() },
+        >, PrefillParams, Shape [
+            "m64_w32": Shape { rows: 64, width: 32 };
+            "m64_w64": Shape { rows: 64, width: 64 };
+            "m64_w128": Shape { rows: 64, width: 128 };
+            "m64_w256": Shape { rows: 64, width: 256 };
+            "m128_w32": Shape { rows: 128, width: 32 };
+            "m128_w64": Shape { rows: 128, width: 64 };
+            "m128_w128": Shape { rows: 128, width: 128 };
+            "m128_w256": Shape { rows: 128, width: 256 };
+        ]
+}

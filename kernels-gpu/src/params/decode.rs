@@ -1,0 +1,79 @@
+//! Parameters of `decode`.
+
+use super::{Divider, MAX_SLICES, RouteParams};
+use crate::decode::segments::Room;
+use crate::memory::Global;
+#[cfg(not(target_arch = "nvptx64"))]
+use bytemuck::{Pod, Zeroable};
+
+/// Parameters of `decode`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct DecodeParams {
+    /// The routing: what to find segments from, whose results are then left for later calls, or where they are.
+    pub route: RouteParams,
+    /// `[T or P, K]`.
+    pub x: Global<u16>,
+    /// S of `[L, E or 1, R, K]`.
+    pub a: [Global<u16>; MAX_SLICES],
+    /// S of `[L, E or 1, N, R]`.
+    pub b: [Global<u16>; MAX_SLICES],
+    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    pub out: Global<u16>,
+    /// `[P]`, or null for 1.
+    pub topk_weights: Global<f32>,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: u64,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: u64,
+    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
+    pub x_row: Divider,
+    /// K.
+    pub in_dim: u32,
+    /// N.
+    pub out_dim: u32,
+    /// S.
+    pub slices: u32,
+    /// A number over S gives the tile's part of a unit.
+    pub over_slices: Divider,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// A number over these gives the tile.
+    pub over_parts: Divider,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
+    /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
+    pub accumulate: u32,
+    /// 1: every block finds the segments itself. 0: `route` or `adopt` has left them.
+    pub finds: u32,
+    /// What shared memory has room for; nothing when no segments are to be found.
+    pub room: Room,
+    /// Stages of the ring for shrink.
+    pub shrink_stages: u32,
+    /// Stages of the ring for expand.
+    pub expand_stages: u32,
+    /// Clusters of the launch.
+    pub clusters: u32,
+    /// The number of a unit over these gives its tile's place in the list of those that were found: over the slices
+    /// where all tiles are listed, over the clusters where a cluster lists those of its units.
+    pub over_listed: Divider,
+}
+
+impl DecodeParams {
+    /// Units of so many tiles, of active pairs and of all.
+    #[inline(always)]
+    pub fn units(&self, [active, all]: [u32; 2]) -> u32 {
+        let tiles = if self.accumulate != 0 { active } else { all };
+        tiles * self.tile_parts * self.slices
+    }
+
+    /// Tile, or part of one, and slice of a unit: which of all of the launch.
+    #[inline(always)]
+    pub fn tile_and_slice(&self, unit: u32) -> [u32; 2] {
+        let tile = self.over_slices.quotient(unit);
+        [tile, unit - tile * self.slices]
+    }
+}

@@ -1,0 +1,95 @@
+//! Parameters of `prefill`.
+
+use super::{Divider, MAX_SLICES, Shares, Tile};
+use crate::memory::Global;
+#[cfg(not(target_arch = "nvptx64"))]
+use bytemuck::{Pod, Zeroable};
+
+/// What `prefill` does, or a block in one turn of it: bits.
+pub mod products {
+    /// Shrink. A call that does nothing else writes h whole: zeros for inactive pairs and above the rank.
+    pub const SHRINK: u32 = 1;
+    /// Expand. A call that does nothing else takes the h of an earlier one.
+    pub const EXPAND: u32 = 2;
+    /// Both; h stays in registers.
+    pub const BOTH: u32 = SHRINK | EXPAND;
+}
+
+/// Parameters of `prefill`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
+pub struct PrefillParams {
+    /// `[T or P, K]`.
+    pub x: Global<u16>,
+    /// S of `[L, E or 1, R, K]`.
+    pub a: [Global<u16>; MAX_SLICES],
+    /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
+    pub h: Global<u16>,
+    /// `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as fragments; 0 before and after the launch.
+    pub fragments: Global<u32>,
+    /// `[passes, warps of a tile, shares of K, columns of h / 8, 32, 4]` of f32: where shares of K leave their sums, if there are several; 0 before and after the launch.
+    pub sums: Global<u32>,
+    /// `[passes, warps of a tile, 2]`: where the warps that share a pass count one another; 0 before and after the launch.
+    pub counters: Global<u32>,
+    /// S of `[L, E or 1, N, R]`.
+    pub b: [Global<u16>; MAX_SLICES],
+    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    pub out: Global<u16>,
+    /// `[P]`, or null for 1.
+    pub topk_weights: Global<f32>,
+    /// Sorted pairs.
+    pub pairs: Global<u32>,
+    /// Tiles.
+    pub tiles: Global<Tile>,
+    /// How many of them to take: those of active pairs, or all where inactive pairs are to get zeros.
+    pub tile_count: Global<u32>,
+    /// Where the blocks count their turns; 0 before and after the launch.
+    pub turn: Global<u32>,
+    /// Elements from one row of `x` to the next.
+    pub x_stride: u64,
+    /// Elements from one row of `out` to the next.
+    pub out_stride: u64,
+    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
+    pub x_row: Divider,
+    /// P.
+    pub pair_count: u32,
+    /// K.
+    pub in_dim: u32,
+    /// N.
+    pub out_dim: u32,
+    /// R.
+    pub max_rank: u32,
+    /// S.
+    pub slices: u32,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
+    /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
+    pub accumulate: u32,
+    /// Parts that a tile of the route is taken in.
+    pub tile_parts: u32,
+    /// The number of a part over these gives its tile's.
+    pub over_parts: Divider,
+    /// Passes that a tile of the largest rank is taken in.
+    pub passes: u32,
+    /// The number of a pass over these gives its part's.
+    pub over_passes: Divider,
+    /// Most shares of K that a pass begins with, each a turn: fewer where all passes' are more than blocks; none where blocks do not share.
+    pub depth: Shares,
+    /// Shares of a slice's columns that it ends with, each a turn; one where blocks do not share.
+    pub columns: Shares,
+    /// Blocks of the launch.
+    pub blocks: u32,
+    /// Stages of the ring.
+    pub stages: u32,
+    /// Steps of expand that may be under way at a time, 1 ..= `stages`.
+    pub under_way: u32,
+    /// One of [`products`].
+    pub products: u32,
+    /// Bytes of each row of `x` that are asked for before the launch waits for the route: a multiple of 16.
+    pub ahead: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
+}
