@@ -25,7 +25,9 @@ def main() -> int:
     made = commands.add_parser("report", help="tables and a chart; needs matplotlib, no GPU")
     made.add_argument("results", type=Path, help="JSON lines that run wrote")
     made.add_argument("--out", type=Path, required=True, help="folder for the table and the chart")
-    made.add_argument("--into", type=Path, help="document whose marked sections are replaced")
+    made.add_argument(
+        "--into", type=Path, action="append", default=[], help="document whose marked sections are replaced"
+    )
     args = parser.parse_args()
     if args.command == "report":
         from . import report

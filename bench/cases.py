@@ -153,6 +153,11 @@ def design() -> list[Case]:
     ]
 
 
+def headline() -> list[Case]:
+    """The six rows of README.md."""
+    return [*_qwen3("w13", (1, 80, 1024, 16384)), *_qwen3("w2", (80, 1024))]
+
+
 def chart() -> list[Case]:
     """The lines of the chart: every power of two from one token to 16,384."""
     tokens = [1 << power for power in range(15)]

@@ -1,9 +1,10 @@
-"""JSON lines to tables and a chart. Needs no GPU and no torch; the chart needs matplotlib."""
+"""JSON lines to tables and charts. Needs no GPU and no torch; the charts need matplotlib."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
@@ -16,20 +17,22 @@ from .records import NAMES, Record, Results, read
 PEERS = ("standin", "pr32770", "vllm033", "tuned")
 
 
-def write(path: Path, folder: Path, document: Path | None = None) -> list[Path]:
-    """Writes the results, their tables and the chart to ``folder``, and tables into ``document``.
+def write(path: Path, folder: Path, documents: Sequence[Path] = ()) -> list[Path]:
+    """Writes the results, their tables and charts to ``folder``, and tables into each of ``documents``.
 
     The files are named for the device. Returns what was written.
     """
     results = Results(read(path))
     folder.mkdir(parents=True, exist_ok=True)
     lines, table, picture = (folder / f"{results.slug}.{kind}" for kind in ("jsonl", "md", "svg"))
+    bars = folder / f"{results.slug}-six-rows.svg"
     if path.resolve() != lines.resolve():
         shutil.copyfile(path, lines)
     table.write_text(page(results, picture.name))
     chart.draw(results, picture)
-    written = [lines, table, picture]
-    if document is not None:
+    chart.draw_headline(results, bars)
+    written = [lines, table, picture, bars]
+    for document in documents:
         text = document.read_text()
         for name, section in SECTIONS.items():
             text = splice(text, f"{results.slug}: {name}", section(results))
@@ -54,7 +57,7 @@ def page(results: Results, picture: str) -> str:
         f"![time over tokens]({picture})",
     ]
     for name, section in SECTIONS.items():
-        if section not in (machine, selected) and (text := section(results)):
+        if section not in (machine, selected, six_rows) and (text := section(results)):
             parts += [f"## {name.capitalize()}", text]
     return "\n\n".join(parts) + "\n"
 
@@ -63,12 +66,28 @@ def machine(results: Results) -> str:
     """The device and its ceilings, in a sentence."""
     m = results.machine
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    return (
+    text = (
         f"{m['device']}, {m['multiprocessors']} multiprocessors, {m['l2_bytes'] / 2**20:.0f} MB of L2, "
         f"driver {m['driver']}; {versions}. In the same run a large copy reached "
         f"{m['bandwidth'] / 1e12:.2f} TB/s and a large bf16 matrix product {m['operations'] / 1e12:.0f} "
         "TFLOP/s: the floors are made of these."
     )
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def six_rows(results: Results) -> str:
+    """Six calls on a kept route, in few columns."""
+    rows = []
+    for case in cases.headline():
+        record = next((r for r in results.of("case") if Case.from_json(r["case"]) == case), None)
+        if record is None:
+            continue
+        ours = record["results"].get("ours", {})
+        share = f"{record['floor_us'] / ours['us']:.0%}" if "us" in ours else ""
+        peers = [_against(record["results"].get(peer, {}), ours, "us") for peer in PEERS[1:]]
+        rows.append([case.op, f"{case.tokens:,}", _us(record["floor_us"]), _time(ours, "us"), share, *peers])
+    head = ["projection", "tokens", "floor", "moe-lora", "of the floor"]
+    return _table([*head, *(NAMES[peer] for peer in PEERS[1:])], rows)
 
 
 def operator(results: Results) -> str:
@@ -82,13 +101,20 @@ def with_routing(results: Results) -> str:
 
 
 def selected(results: Results) -> str:
-    """The operator on a kept route, in the cases that a document has room for."""
-    return _case_table(results, "us", floor=True, only=cases.design())
+    """The operator on a kept route, in the cases and columns that a document has room for."""
+    return _case_table(results, "us", floor=True, only=cases.design(), peers=PEERS[1:], rate=False)
 
 
-def _case_table(results: Results, key: str, floor: bool, only: Sequence[Case] | None = None) -> str:
+def _case_table(
+    results: Results,
+    key: str,
+    floor: bool,
+    only: Sequence[Case] | None = None,
+    peers: Sequence[str] = PEERS,
+    rate: bool = True,
+) -> str:
     head = ["model", "op", "T", "R", "adapters"]
-    head += ["floor", "moe-lora", "of the floor", "GB/s"] if floor else ["moe-lora"]
+    head += ["floor", "moe-lora", "of the floor", *(["GB/s"] if rate else [])] if floor else ["moe-lora"]
     rows = []
     # Sorting is stable, so that variants follow the plain case that they vary.
     records = sorted(results.of("case"), key=lambda record: _order(Case.from_json(record["case"])))
@@ -101,14 +127,13 @@ def _case_table(results: Results, key: str, floor: bool, only: Sequence[Case] | 
         if floor:
             row.append(_us(record["floor_us"]))
         row.append(_time(ours, key))
-        if floor and key in ours:
-            row.append(f"{record['floor_us'] / ours[key]:.0%}")
-            row.append(f"{record['bytes'] / ours[key] / 1e3:,.0f}")
-        elif floor:
-            row += ["", ""]
-        row += [_against(record["results"].get(peer, {}), ours, key) for peer in PEERS]
+        if floor:
+            row.append(f"{record['floor_us'] / ours[key]:.0%}" if key in ours else "")
+        if floor and rate:
+            row.append(f"{record['bytes'] / ours[key] / 1e3:,.0f}" if key in ours else "")
+        row += [_against(record["results"].get(peer, {}), ours, key) for peer in peers]
         rows.append(row)
-    return _table([*head, *(NAMES[peer] for peer in PEERS)], rows)
+    return _table([*head, *(NAMES[peer] for peer in peers)], rows)
 
 
 def _order(case: Case) -> tuple[object, ...]:
@@ -249,6 +274,7 @@ def failures(results: Results) -> str:
 #: What a document may have between marks, by name.
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": machine,
+    "six rows": six_rows,
     "means": means,
     "selected cases": selected,
     "operator": operator,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import report
+from bench import chart, report
 from bench.cases import GPT_OSS, QWEN3, Case
 from bench.records import Results
 
@@ -83,6 +83,22 @@ def test_the_operator_table(results: Results) -> None:
     )
 
 
+def test_the_selected_cases_have_fewer_columns() -> None:
+    case = _case(Case(QWEN3, "w13", 80, 64, 2), 1000.0, ours={"us": 1250.0}, tuned={"us": 10000.0})
+    lines = report.selected(Results([MACHINE, case])).splitlines()
+    assert lines[0].count("|") == 12 and "GB/s" not in lines[0]
+    assert lines[2] == "| qwen3-30b-a3b | w13 | 80 | 64 | 2 | 1,000 | 1,250 | 80% | – | – | 10,000 (8.00×) |"
+
+
+def test_six_rows_are_those_that_were_measured(results: Results) -> None:
+    lines = report.six_rows(results).splitlines()
+    assert lines[2:] == ["| w13 | 80 | 50.0 | 60.0 | 83% | 120.0 (2.00×) | failed | 90.0 (1.50×) |"]
+
+
+def test_the_machine_is_told_in_lines_of_a_document(results: Results) -> None:
+    assert max(len(line) for line in report.machine(results).splitlines()) <= 110
+
+
 def test_means_leave_out_what_is_missing(results: Results) -> None:
     lines = report.means(results).splitlines()
     assert (
@@ -120,8 +136,20 @@ def test_files_are_named_for_the_device_and_come_out_the_same_twice(tmp_path: Pa
     source.write_text("\n".join(json.dumps(record) for record in RECORDS))
     document = tmp_path / "PERFORMANCE.md"
     document.write_text("<!-- bench h100-80gb-hbm3: serving -->\n<!-- end -->\n")
-    first = report.write(source, tmp_path / "a", document)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench h100-80gb-hbm3: six rows -->\n<!-- end -->\n")
+    first = report.write(source, tmp_path / "a", [document, readme])
     second = report.write(source, tmp_path / "b")
-    assert [path.name for path in second] == [f"h100-80gb-hbm3.{kind}" for kind in ("jsonl", "md", "svg")]
-    assert [path.read_bytes() for path in first[:3]] == [path.read_bytes() for path in second]
+    names = [f"h100-80gb-hbm3{end}" for end in (".jsonl", ".md", ".svg", "-six-rows.svg")]
+    assert [path.name for path in second] == names
+    assert [path.read_bytes() for path in first[:4]] == [path.read_bytes() for path in second]
     assert "| moe-lora | 5.00 |" in document.read_text()
+    assert "| w13 | 80 |" in readme.read_text()
+
+
+def test_the_bars_say_how_many_times_longer(tmp_path: Path, results: Results) -> None:
+    chart.draw_headline(results, tmp_path / "bars.svg")
+    text = (tmp_path / "bars.svg").read_text()
+    assert "w13, T = 80" in text and ">2.0<" in text and ">1.5<" in text
+    # vLLM 0.33.0 failed: it has no bar.
+    assert "vLLM 0.33.0" not in text

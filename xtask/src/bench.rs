@@ -22,7 +22,7 @@ For a GPU machine without Rust:
 /// Measure beside vLLM's fused MoE-LoRA operators, on this machine's GPU, in one process.
 ///
 /// Builds the Python package, fetches vLLM's operator files out of its wheels, measures, and writes
-/// tables and a chart to docs/bench and into docs/PERFORMANCE.md: under eight minutes. Needs a GPU and a
+/// tables and charts to docs/bench, docs/PERFORMANCE.md and README.md: under eight minutes. Needs a GPU and a
 /// Python that has torch and triton: python3, or the one that MOE_LORA_PYTHON names. For a GPU machine
 /// without Rust, `cargo xtask bundle --peers` makes a folder with everything in it; --from then makes the
 /// report of what was measured there.
@@ -37,7 +37,7 @@ pub struct Args {
     /// Only these parts: first,cases,layers,routes,replay
     #[arg(long, value_name = "PARTS")]
     parts: Option<String>,
-    /// Folder for tables and chart; docs/PERFORMANCE.md then stays as it is
+    /// Folder for tables and charts; docs/PERFORMANCE.md and README.md then stay as they are
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
     /// Measure nothing: report what was measured elsewhere. Needs no GPU
@@ -101,13 +101,13 @@ fn report(args: &Args, results: &Path) -> Result<()> {
     let docs = workspace_root().join("docs");
     let partial = args.quick || args.cases.is_some() || args.parts.is_some();
     let (out, into) = match &args.out {
-        Some(out) => (absolute(out)?, None),
-        None if partial => (target_dir()?.join("bench/report"), None),
-        None => (docs.join("bench"), Some(docs.join("PERFORMANCE.md"))),
+        Some(out) => (absolute(out)?, vec![]),
+        None if partial => (target_dir()?.join("bench/report"), vec![]),
+        None => (docs.join("bench"), vec![docs.join("PERFORMANCE.md"), workspace_root().join("README.md")]),
     };
     let mut report = Environment::new()?.python();
     report.current_dir(workspace_root()).args(["-m", "bench", "report"]).arg(results).arg("--out").arg(&out);
-    if let Some(document) = into {
+    for document in into {
         report.arg("--into").arg(document);
     }
     run_command(&mut report)?;
