@@ -137,18 +137,18 @@ impl Emulated {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
                 let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
-                let turn = buffer("turn", p.turn, 1);
+                let scheduler = buffer("scheduler", p.scheduler, 1);
                 if p.products == products::SHRINK {
-                    return self.launch(launch, p, &routed(tensors), &[], &[h, turn]);
+                    return self.launch(launch, p, &routed(tensors), &[], &[h, scheduler]);
                 }
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors);
                 if p.products == products::EXPAND {
                     read.push(h);
                 }
-                let mut written = vec![out.clone(), turn];
-                if p.depth.count > 0 {
-                    written.extend(exchange(p));
+                let mut written = vec![out.clone(), scheduler];
+                if p.split_k.count > 0 {
+                    written.extend(split_k_workspace(p));
                 }
                 self.launch(launch, p, &read, &[], &written)
             }
@@ -226,12 +226,12 @@ fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::B
     if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
 }
 
-/// Where blocks of `prefill` that share passes leave h, and after it sums, for one another, and count one another.
-fn exchange(p: &PrefillParams) -> [emulate::Buffer; 3] {
+/// The split-K workspace of `prefill`: h, partial sums, and counters.
+fn split_k_workspace(p: &PrefillParams) -> [emulate::Buffer; 3] {
     let h = (p.sums.address() - p.fragments.address()) / size_of::<u32>() as u64;
     [
         buffer("fragments", p.fragments, h),
-        buffer("sums", p.sums, sums_words(h, p.depth.count)),
+        buffer("sums", p.sums, sums_words(h, p.split_k.count)),
         buffer("counters", p.counters, MAX_COUNTERS.into()),
     ]
 }

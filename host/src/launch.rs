@@ -18,7 +18,7 @@ use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
     AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
-    Shares, ShrinkParams, count, enabled, products,
+    ShrinkParams, Split, count, enabled, products,
 };
 
 /// The parameter block of a launch.
@@ -386,9 +386,9 @@ impl Prepared<'_> {
         };
         let h = if products == products::BOTH { 0 } else { h.address(parts) };
         let accumulates = tail.is_some_and(|tail| tail.accumulate);
-        let whole = Shares { count: 1, each: sizes.out_dim as u32 };
+        let whole = Split { count: 1, each: sizes.out_dim as u32 };
         let [depth, columns] =
-            shares.map_or([Shares::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
+            shares.map_or([Split::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
         let fragments = shares.map_or(Global::NULL, |_| parts.shared_passes);
         let sums = fragments.at(shares.map_or(0, |shares| shares.h_words));
         let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
@@ -406,7 +406,7 @@ impl Prepared<'_> {
             pairs: parts.pairs,
             tiles: parts.tiles,
             tile_count: parts.counts.at(if accumulates { count::ACTIVE } else { count::ALL }),
-            turn: parts.turn,
+            scheduler: parts.scheduler,
             x_stride: layout.x_stride as u64,
             out_stride: layout.out_stride as u64,
             x_row: self.x_row(),
@@ -422,8 +422,8 @@ impl Prepared<'_> {
             over_parts: Divider::new(plan.tile_parts),
             passes,
             over_passes: Divider::new(passes),
-            depth,
-            columns,
+            split_k: depth,
+            split_n: columns,
             blocks: launch.blocks,
             stages,
             under_way,

@@ -17,7 +17,7 @@ use crate::projection::{Projection, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
 use moe_lora_kernels::decode::segments::{self, Room};
-use moe_lora_kernels::params::Shares;
+use moe_lora_kernels::params::Split;
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{
     self as kernels, ENTRIES, ElementType, Entry, Kernel, PrefillVariant, Variant, adopt, decode, expand,
@@ -199,19 +199,19 @@ pub(crate) struct PrefillPlan {
 /// How blocks share a pass of `prefill`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PassShares {
-    /// Shares of K.
-    pub depth: Shares,
-    /// Shares of a slice's columns.
-    pub columns: Shares,
+    /// Split of K.
+    pub depth: Split,
+    /// Split of a slice's columns.
+    pub columns: Split,
     /// Words of the h of all passes that may be left in the workspace; after it come the sums of shares of K.
     pub h_words: u64,
 }
 
 /// Up to `most` shares of `length` elements, in multiples of `unit`.
-fn shares_of(length: usize, most: u32, unit: u32) -> Shares {
+fn shares_of(length: usize, most: u32, unit: u32) -> Split {
     let length = length as u32;
-    let each = length.div_ceil(most.clamp(1, Shares::MAX)).next_multiple_of(unit);
-    Shares { count: length.div_ceil(each), each }
+    let each = length.div_ceil(most.clamp(1, Split::MAX)).next_multiple_of(unit);
+    Split { count: length.div_ceil(each), each }
 }
 
 /// Everything that a call will launch. Prints as one line a launch.
@@ -315,9 +315,10 @@ fn shared_pass_room(projection: &Projection, pairs: usize) -> u64 {
         let widest = prefill::Shape { rows: tile.rows(), width: prefill::MAX_WIDTH };
         let shape = prefill_shape(projection, tile).unwrap_or(widest);
         let passes = projection.sizes().slices as u64 * tiles(projection, pairs, shape.rows);
-        let shares = (2 * MOST_SHARING * u64::from(shape.blocks())).min(passes * u64::from(Shares::MAX));
+        let shares =
+            (2 * MOST_SHARING * u64::from(shape.blocks_per_sm())).min(passes * u64::from(Split::MAX));
         // Of a share the sums are twice as many bytes as h of a pass.
-        shares.max(passes) * 3 * prefill::exchange_bytes(shape, 1)
+        shares.max(passes) * 3 * prefill::workspace_bytes(shape, 1)
     };
     PrefillTile::ALL.map(of).into_iter().fold(0, u64::max).min(MAX_PARTIAL * size_of::<f32>() as u64)
 }
@@ -494,13 +495,13 @@ impl Plan {
             let passes = prefill_passes(projection, shape);
             let shares = (most_shares > 0).then(|| {
                 let [depth, columns] = heuristics::prefill_shares(pairs, sizes, shape, passes, limits);
-                let depth = shares_of(sizes.in_dim, depth.min(most_shares), shape.depth_unit());
-                let columns = shares_of(sizes.out_dim, columns, shape.column_unit());
+                let depth = shares_of(sizes.in_dim, depth.min(most_shares), shape.split_k_unit());
+                let columns = shares_of(sizes.out_dim, columns, shape.split_n_unit());
                 let h_words = tiles * u64::from(passes) * prefill::h_words(shape);
                 PassShares { depth, columns, h_words }
             });
             let turns = shares.map_or(1, |shares| shares.depth.count.max(shares.columns.count));
-            let most = u64::from(limits.multiprocessors * shape.blocks());
+            let most = u64::from(limits.multiprocessors * shape.blocks_per_sm());
             let blocks = (tiles * u64::from(passes) * u64::from(turns)).min(most);
             let is_full = heuristics::prefill_is_full(shape, pairs, buckets(projection), tile_rows);
             let stages = heuristics::prefill_stages(shape, passes, is_full, limits);
@@ -877,8 +878,8 @@ fn most_shares(projection: &Projection, pairs: usize, route: RouteSource, tile: 
         return 0;
     }
     let room = shared_pass_room(projection, pairs);
-    let fits = |shares: &u32| passes * prefill::exchange_bytes(shape, *shares) <= room;
-    (1..=Shares::MAX).rev().find(fits).unwrap_or(0)
+    let fits = |shares: &u32| passes * prefill::workspace_bytes(shape, *shares) <= room;
+    (1..=Split::MAX).rev().find(fits).unwrap_or(0)
 }
 
 /// The tiles of a call's route, and the parts that a kernel with tiles of its own takes them in.

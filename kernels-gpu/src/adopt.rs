@@ -58,8 +58,8 @@ mod kernel {
         let mark = |slot: u32| word(p.slots + slot);
         let scratch = word(2 * p.slots);
 
-        grid::wait_for_previous();
-        grid::let_next_start();
+        grid::wait();
+        grid::launch_dependents();
 
         // 1. How many blocks each slot has, listed or not. Each thread takes a run of slots. The first id of
         // the list is requested meanwhile.

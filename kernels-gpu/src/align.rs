@@ -164,8 +164,8 @@ mod kernel {
         let scratch = count(2 * p.experts);
         let listed = scratch.offset(4 * 2 * THREADS / 32);
 
-        grid::wait_for_previous();
-        grid::let_next_start();
+        grid::wait();
+        grid::launch_dependents();
 
         // 1. A slot that is off, or not listed, has no row: what its outputs hold stays.
         let AlignParams { adapter_enabled, enabled_kind, slots, .. } = p;

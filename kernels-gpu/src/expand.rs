@@ -215,9 +215,9 @@ mod kernel {
         let first = (share.number - slice * p.blocks_per_slice) * p.columns_per_block;
         let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
 
-        grid::let_next_start();
+        grid::launch_dependents();
         if p.route_is_old == 0 {
-            grid::wait_for_previous();
+            grid::wait();
         }
         let accumulate = p.accumulate != 0;
         let count = p.counts.at(if accumulate { count::ACTIVE } else { count::ALL });
@@ -226,7 +226,7 @@ mod kernel {
             // Without any tile nobody would wait, this launch could end before the one before it, and the next
             // would then change what that one reads.
             if thread::block() == 0 {
-                grid::wait_for_previous();
+                grid::wait();
             }
             return;
         };
@@ -285,7 +285,7 @@ mod kernel {
             filled += 1;
         }
         if p.route_is_old != 0 {
-            grid::wait_for_previous();
+            grid::wait();
         }
         // SAFETY: the launch before this one has ended.
         unsafe { copy_h::<E, I, FAST>(&p, &tile, rows, run.slice) };

@@ -193,8 +193,8 @@ mod kernel {
         let column_block = quotient(share.number, p.splits);
         let split = share.number - column_block * p.splits;
 
-        grid::wait_for_previous();
-        grid::let_next_start();
+        grid::wait();
+        grid::launch_dependents();
         let count = p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE });
         // SAFETY: `counts` has `count::LEN` elements; the launch before this one has ended.
         let Some(tile) = (unsafe { share.load(p.tiles, count, rows) }) else { return };

@@ -716,28 +716,28 @@ fn queue_reported(expected: &str, bodies: &[(&str, Body)]) {
 }
 
 const WRITES_EARLY: (&str, Body) = ("writer", |buffer| unsafe {
-    grid::let_next_start();
+    grid::launch_dependents();
     buffer.at(thread::index()).store(1);
 });
 const WRITES: (&str, Body) = ("writer", |buffer| unsafe {
-    grid::wait_for_previous();
-    grid::let_next_start();
+    grid::wait();
+    grid::launch_dependents();
     buffer.at(thread::index()).store(1);
 });
 const READS: (&str, Body) = ("reader", |buffer| unsafe {
-    grid::wait_for_previous();
-    grid::let_next_start();
+    grid::wait();
+    grid::launch_dependents();
     buffer.at(thread::index()).load();
 });
 const READS_EARLY: (&str, Body) = ("reader", |buffer| unsafe {
-    grid::let_next_start();
+    grid::launch_dependents();
     buffer.at(thread::index()).load();
 });
 const WAITS: (&str, Body) = ("waiter", |_| {
-    grid::wait_for_previous();
-    grid::let_next_start();
+    grid::wait();
+    grid::launch_dependents();
 });
-const DOES_NOT_WAIT: (&str, Body) = ("hasty", |_| grid::let_next_start());
+const DOES_NOT_WAIT: (&str, Body) = ("hasty", |_| grid::launch_dependents());
 
 #[test]
 fn what_the_launch_before_writes_is_read_only_after_waiting_for_it() {

@@ -41,8 +41,8 @@ pub(crate) struct Parts {
     /// Where the blocks of route tell one another their counts, and the words of each of its two tables.
     pub exchange: Global<u32>,
     pub exchange_room: u32,
-    /// Where the blocks of prefill count their turns.
-    pub turn: Global<u32>,
+    /// Where the tile scheduler of prefill counts work tiles.
+    pub scheduler: Global<u32>,
     /// Where its warps that share a pass count one another.
     pub counters: Global<u32>,
     /// Where they leave h for one another, and sums after it.
@@ -116,7 +116,7 @@ impl Room {
             // What must be zero at first.
             exchange: Global::new(part(self.exchange_bytes())),
             exchange_room: self.exchange as u32,
-            turn: Global::new(part(size_of::<u32>())),
+            scheduler: Global::new(part(size_of::<u32>())),
             counters: Global::new(part(MAX_COUNTERS as usize * size_of::<u32>())),
             shared_passes: Global::new(part(self.shared_pass_bytes)),
             counts: Global::new(part(count::LEN * size_of::<u32>())),

@@ -7,10 +7,10 @@ use crate::emulate;
 #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
 use core::arch::asm;
 
-/// Waits until the launch before this one has ended and its writes are visible. Nothing that an earlier
-/// launch writes may be read, and nothing that it reads may be written, before this.
+/// `griddepcontrol.wait`: waits until the launch before this one has ended and its writes are visible. Nothing that
+/// an earlier launch writes may be read, and nothing that it reads may be written, before this.
 #[inline(always)]
-pub fn wait_for_previous() {
+pub fn wait() {
     #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     // SAFETY: ordering only.
     unsafe {
@@ -20,9 +20,10 @@ pub fn wait_for_previous() {
     emulate::wait_for_previous();
 }
 
-/// Lets the next launch start as soon as every block of this one has said so (or ended).
+/// `griddepcontrol.launch_dependents`: lets the next launch start as soon as every block of this one has said so, or
+/// has ended.
 #[inline(always)]
-pub fn let_next_start() {
+pub fn launch_dependents() {
     #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
     // SAFETY: ordering only.
     unsafe {

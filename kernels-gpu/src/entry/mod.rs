@@ -164,7 +164,7 @@ impl Kernel {
             Kernel::Align | Kernel::AlignCluster | Kernel::Adopt => 1,
             Kernel::Shrink(variant) | Kernel::Expand(variant) => variant.tile.min_blocks(),
             Kernel::Decode { rows, .. } => rows.min_blocks(),
-            Kernel::Prefill(variant) => variant.shape.blocks(),
+            Kernel::Prefill(variant) => variant.shape.blocks_per_sm(),
         }
     }
 

@@ -71,8 +71,8 @@ entries! {
             { if TILE.width < 128 { 0 } else { (TILE.width as usize - 128) / 2 } },
             { TILE.width as usize / 16 },
             { TILE.rows as usize / 16 },
-            { TILE.copying_registers() },
-            { TILE.computing_registers() },
+            { TILE.producer_registers() },
+            { TILE.consumer_registers() },
         >, PrefillParams, Shape [
             "m64_w32": Shape { rows: 64, width: 32 };
             "m64_w64": Shape { rows: 64, width: 64 };

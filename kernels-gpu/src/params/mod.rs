@@ -56,23 +56,23 @@ impl Divider {
     }
 }
 
-/// How blocks share K, or a slice's columns.
+/// How K (split-K), or the columns of a slice (split-N), is split over blocks.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
-pub struct Shares {
-    /// How many there are.
+pub struct Split {
+    /// Splits.
     pub count: u32,
-    /// Elements of each, the last of which may have fewer: a multiple of what a step takes, or all of them.
+    /// Elements of each but the last, which may have fewer: a multiple of what a step takes, or all of them.
     pub each: u32,
 }
 
-impl Shares {
-    /// Most shares.
+impl Split {
+    /// Most splits.
     pub const MAX: u32 = 64;
 
-    /// None.
-    pub const NONE: Self = Shares { count: 0, each: 0 };
+    /// Blocks do not share.
+    pub const NONE: Self = Split { count: 0, each: 0 };
 }
 
 /// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the others.

@@ -1,13 +1,13 @@
 //! Parameters of `prefill`.
 
-use super::{Divider, MAX_SLICES, Shares, Tile};
+use super::{Divider, MAX_SLICES, Split, Tile};
 use crate::memory::Global;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
-/// What `prefill` does, or a block in one turn of it: bits.
+/// The products that `prefill` computes, or a block in one work tile of it: bits.
 pub mod products {
-    /// Shrink. A call that does nothing else writes h whole: zeros for inactive pairs and above the rank.
+    /// Shrink. A call that does nothing else writes all of h: zeros for inactive pairs and above the rank.
     pub const SHRINK: u32 = 1;
     /// Expand. A call that does nothing else takes the h of an earlier one.
     pub const EXPAND: u32 = 2;
@@ -26,11 +26,13 @@ pub struct PrefillParams {
     pub a: [Global<u16>; MAX_SLICES],
     /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
     pub h: Global<u16>,
-    /// `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as fragments; 0 before and after the launch.
+    /// Split-K workspace, `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as
+    /// fragments of mma. Like all of the workspace it is 0 before and after the launch.
     pub fragments: Global<u32>,
-    /// `[passes, warps of a tile, shares of K, columns of h / 8, 32, 4]` of f32: where shares of K leave their sums, if there are several; 0 before and after the launch.
+    /// Split-K workspace, `[passes, warps of a tile, splits of K, columns of h / 8, 32, 4]` of f32: partial sums of h,
+    /// where K is split.
     pub sums: Global<u32>,
-    /// `[passes, warps of a tile, 2]`: where the warps that share a pass count one another; 0 before and after the launch.
+    /// Split-K workspace, `[passes, warps of a tile, 2]`: how far the warps that share a pass have come.
     pub counters: Global<u32>,
     /// S of `[L, E or 1, N, R]`.
     pub b: [Global<u16>; MAX_SLICES],
@@ -44,8 +46,8 @@ pub struct PrefillParams {
     pub tiles: Global<Tile>,
     /// How many of them to take: those of active pairs, or all where inactive pairs are to get zeros.
     pub tile_count: Global<u32>,
-    /// Where the blocks count their turns; 0 before and after the launch.
-    pub turn: Global<u32>,
+    /// The tile scheduler's counter: work tiles that were fetched; 0 before and after the launch.
+    pub scheduler: Global<u32>,
     /// Elements from one row of `x` to the next.
     pub x_stride: u64,
     /// Elements from one row of `out` to the next.
@@ -76,19 +78,20 @@ pub struct PrefillParams {
     pub passes: u32,
     /// The number of a pass over these gives its part's.
     pub over_passes: Divider,
-    /// Most shares of K that a pass begins with, each a turn: fewer where all passes' are more than blocks; none where blocks do not share.
-    pub depth: Shares,
-    /// Shares of a slice's columns that it ends with, each a turn; one where blocks do not share.
-    pub columns: Shares,
+    /// Splits of K of a pass, each a work tile, at most: where all passes' were more than the blocks of the launch,
+    /// neighbours are taken as one. [`Split::NONE`] where blocks do not share passes.
+    pub split_k: Split,
+    /// Splits of a slice's columns, each a work tile; one where blocks do not share passes.
+    pub split_n: Split,
     /// Blocks of the launch.
     pub blocks: u32,
-    /// Stages of the ring.
+    /// Stages of the pipeline.
     pub stages: u32,
-    /// Steps of expand that may be under way at a time, 1 ..= `stages`.
+    /// Steps of expand that may be in flight at a time, 1 ..= `stages`.
     pub under_way: u32,
     /// One of [`products`].
     pub products: u32,
-    /// Bytes of each row of `x` that are asked for before the launch waits for the route: a multiple of 16.
+    /// Bytes of each row of `x` that are prefetched to L2 before the launch waits for the route: a multiple of 16.
     pub ahead: u32,
     /// Keeps the block a multiple of 8 bytes.
     pub reserved: u32,

@@ -73,7 +73,7 @@ pub const fn sums_words(h_words: u64, shares: u32) -> u64 {
 }
 
 /// Bytes of what blocks tell one another of a pass with up to `shares` shares of K.
-pub const fn exchange_bytes(shape: Shape, shares: u32) -> u64 {
+pub const fn workspace_bytes(shape: Shape, shares: u32) -> u64 {
     let h = h_words(shape);
     4 * (h + sums_words(h, shares))
 }
@@ -118,31 +118,31 @@ impl Shape {
     }
 
     /// Warpgroups of a block that compute.
-    pub const fn computing(self) -> u32 {
+    pub const fn consumers(self) -> u32 {
         self.rows / 64
     }
 
     /// Threads of a block: those that compute, then the warpgroup that copies.
     pub const fn threads(self) -> u32 {
-        WARPGROUP * (self.computing() + 1)
+        WARPGROUP * (self.consumers() + 1)
     }
 
     /// Blocks that share a multiprocessor: as many as it has registers for.
-    pub const fn blocks(self) -> u32 {
+    pub const fn blocks_per_sm(self) -> u32 {
         if self.rows > 64 || self.width > 128 { 1 } else { 2 }
     }
 
     /// Registers of a thread that copies.
-    pub const fn copying_registers(self) -> u32 {
-        if self.blocks() == 1 { 104 } else { 88 }
+    pub const fn producer_registers(self) -> u32 {
+        if self.blocks_per_sm() == 1 { 104 } else { 88 }
     }
 
     /// Registers of a thread that computes.
-    pub const fn computing_registers(self) -> u32 {
+    pub const fn consumer_registers(self) -> u32 {
         // A launch gives all threads as many, in eights.
-        let launched = REGISTERS / self.blocks() / self.threads() / 8 * 8;
-        let left = launched * (self.computing() + 1) - self.copying_registers();
-        let each = left / self.computing() / 8 * 8;
+        let launched = REGISTERS / self.blocks_per_sm() / self.threads() / 8 * 8;
+        let left = launched * (self.consumers() + 1) - self.producer_registers();
+        let each = left / self.consumers() / 8 * 8;
         if each < MOST_REGISTERS { each } else { MOST_REGISTERS }
     }
 
@@ -165,12 +165,12 @@ impl Shape {
     }
 
     /// Elements of K that shares of it are multiples of: a step takes no more, so none is of two shares.
-    pub const fn depth_unit(self) -> u32 {
+    pub const fn split_k_unit(self) -> u32 {
         self.panels(MIN_COLUMNS) * TileShape::DEPTH
     }
 
     /// Columns that shares of a slice's are multiples of, likewise.
-    pub const fn column_unit(self) -> u32 {
+    pub const fn split_n_unit(self) -> u32 {
         self.panels(PANEL_COLUMNS) * PANEL_COLUMNS
     }
 
@@ -191,7 +191,7 @@ impl Shape {
 
     /// Most stages of the ring for which a block has shared memory.
     pub const fn max_stages(self) -> u32 {
-        let bytes = if self.blocks() == 1 { SHARED_OF_ONE } else { SHARED_OF_TWO };
+        let bytes = if self.blocks_per_sm() == 1 { SHARED_OF_ONE } else { SHARED_OF_TWO };
         let stages = (bytes - BARRIERS_BYTES) / self.stage_bytes();
         if stages < MAX_STAGES { stages } else { MAX_STAGES }
     }

@@ -444,7 +444,7 @@ const SHARED_OUT: u64 = 32 << 10;
 /// Blocks that the device runs at a time, of passes over tiles of `rows` pairs that blocks can share, as most others.
 fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
     let shape = prefill::Shape { rows, width: prefill::MAX_SHARED_WIDTH };
-    f64::from(limits.multiprocessors * shape.blocks())
+    f64::from(limits.multiprocessors * shape.blocks_per_sm())
 }
 
 /// How many tiles of `rows` pairs uniform routing over all slots makes on average: of a segment of n pairs, n / rows rounded up.

@@ -96,7 +96,7 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     if !searches && warp == FILL {
         shares = Shares::new(&context, max_rank);
     }
-    grid::wait_for_previous();
+    grid::wait();
     // SAFETY: as the caller promises.
     let loaded = unsafe { (ids.load(), own_slot.load()) };
 
@@ -126,7 +126,7 @@ pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u
     }
     if warp == LIST {
         // Not sooner: while blocks of the next launch arrive, what runs on the multiprocessor stands still.
-        grid::let_next_start();
+        grid::launch_dependents();
         if thread::lane() == 0 {
             // SAFETY: the words are nobody else's.
             unsafe {

@@ -324,7 +324,7 @@ pub(super) unsafe fn compute<
     let mut ring = Ring::<BLOCKS, SWEEPS>::new(p.stages);
     let warpgroup = thread::index() / wgmma::THREADS;
     let mut precedence = Precedence::new(warpgroup);
-    let is_one_of_two = Ring::<BLOCKS, SWEEPS>::SHAPE.computing() == 2;
+    let is_one_of_two = Ring::<BLOCKS, SWEEPS>::SHAPE.consumers() == 2;
     let warpgroup_row = warpgroup * 64;
     let warp_row = warpgroup_row + thread::warp() % 4 * WARP_ROWS;
     let own_row = warp_row + thread::lane() / 4;
@@ -342,7 +342,7 @@ pub(super) unsafe fn compute<
         let columns = pass.columns(tile.rank);
         // A turn that does not expand goes on past the last slice, and not on to the next turn: of the products, ptxas then knows that all warps come to them.
         let mut slice = if turn.does & products::EXPAND != 0 { first } else { end };
-        let exchanges = MORE == 0 && p.depth.count > 0 && tile.rank > 0;
+        let exchanges = MORE == 0 && p.split_k.count > 0 && tile.rank > 0;
 
         // Shrink.
         let (mut sums, mut more) = (<[f32; SUMS]>::zero(), [0.0; MORE]);

@@ -67,7 +67,7 @@ impl Exchange {
         let warp = turn.number_of_pass * (shape.rows / WARP_ROWS) + me / 32;
         let own = me % 32 * 4;
         Exchange {
-            sums: p.sums.at(warp * p.depth.count * share_words::<BLOCKS>() + own),
+            sums: p.sums.at(warp * p.split_k.count * share_words::<BLOCKS>() + own),
             h: p.fragments.at(warp * BLOCKS as u32 * WARP_WORDS + own),
             sharing: p.counters.at(2 * warp),
             reading: p.counters.at(2 * warp + 1),
@@ -229,7 +229,7 @@ impl Exchange {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn forget_h<const BLOCKS: usize>(&self, p: &PrefillParams) {
-        let last = p.columns.count - 1;
+        let last = p.split_n.count - 1;
         // SAFETY: the counter is this warp's, and those of the same pairs.
         let before = unsafe { self.reading.count_up_if(last, thread::lane() == 0) };
         if warp::ballot(before == last) != 0 {

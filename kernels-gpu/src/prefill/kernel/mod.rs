@@ -45,13 +45,13 @@ pub unsafe fn prefill<
         }
     }
     barrier::sync();
-    grid::let_next_start();
+    grid::launch_dependents();
     ask_for_x(&p, shape.threads());
-    grid::wait_for_previous();
+    grid::wait();
     let turns = Turns::new(shape);
     // SAFETY: as the caller promises; the launch before this one has ended, the barriers are ready, and each warpgroup has one role.
     unsafe {
-        if thread::index() < WARPGROUP * shape.computing() {
+        if thread::index() < WARPGROUP * shape.consumers() {
             wgmma::take_registers::<COMPUTING>();
             consumer::compute::<E, I, SUMS, MORE, BLOCKS, SWEEPS>(&p, turns);
         } else {

@@ -33,7 +33,7 @@ impl<const BLOCKS: usize, const SWEEPS: usize> Ring<BLOCKS, SWEEPS> {
             // SAFETY: as the caller promises.
             unsafe {
                 Self::full(stage).init(WARPGROUP);
-                Self::empty(stage).init(4 * Self::SHAPE.computing());
+                Self::empty(stage).init(4 * Self::SHAPE.consumers());
             }
             stage += 1;
         }

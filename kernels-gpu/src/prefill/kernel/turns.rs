@@ -52,19 +52,19 @@ impl Turn {
     /// The route must be written.
     #[inline(always)]
     pub unsafe fn depth(&self, p: &PrefillParams) -> (u32, u32) {
-        if p.depth.count == 0 {
+        if p.split_k.count == 0 {
             (0, p.in_dim)
         } else {
             // SAFETY: as the caller promises.
             let shares = unsafe { DepthShares::new(p) };
-            part(self.share, p.depth.each << shares.shift, p.in_dim)
+            part(self.share, p.split_k.each << shares.shift, p.in_dim)
         }
     }
 
     /// Columns of a slice that are expanded.
     #[inline(always)]
     pub fn columns(&self, p: &PrefillParams) -> (u32, u32) {
-        part(self.share, p.columns.each, p.out_dim)
+        part(self.share, p.split_n.each, p.out_dim)
     }
 }
 
@@ -104,7 +104,7 @@ impl DepthShares {
     /// Shares of a pass; 0 where blocks do not share.
     #[inline(always)]
     pub fn count(self, p: &PrefillParams) -> u32 {
-        (p.depth.count + (1 << self.shift) - 1) >> self.shift
+        (p.split_k.count + (1 << self.shift) - 1) >> self.shift
     }
 }
 
@@ -181,7 +181,7 @@ impl Turns {
     #[inline(always)]
     unsafe fn count(p: &PrefillParams) -> u32 {
         // SAFETY: as the caller promises.
-        unsafe { Self::passes(p) * (DepthShares::new(p).count(p) + p.columns.count) }
+        unsafe { Self::passes(p) * (DepthShares::new(p).count(p) + p.split_n.count) }
     }
 
     /// The next turn that has something to do. `CALLS`: in the producer, which must [call](Turns::call) before it comes here again.
@@ -256,7 +256,7 @@ impl Turns {
             // SAFETY: as the caller promises; who was told by the word before has heard it when it is written.
             unsafe {
                 let count = Self::count(p);
-                let number = p.blocks + p.turn.count_up(count - 1);
+                let number = p.blocks + p.scheduler.count_up(count - 1);
                 Self::heard(word).wait(parity ^ 1);
                 Self::number(word).store(if number < count { number } else { NO_TURN });
                 Self::told(word).arrive();
@@ -273,8 +273,8 @@ impl Turns {
     /// As for [`Turns::take`]; the number must be below the launch's.
     #[inline(always)]
     unsafe fn turn(&self, p: &PrefillParams, number: u32) -> Turn {
-        let (mut number, mut does, mut shares) = (number, p.products, p.columns.count);
-        if p.depth.count > 0 {
+        let (mut number, mut does, mut shares) = (number, p.products, p.split_n.count);
+        if p.split_k.count > 0 {
             // SAFETY: as the caller promises.
             let (passes, of_depth) = unsafe { (Self::passes(p), DepthShares::new(p).count(p)) };
             does = products::EXPAND;

@@ -41,8 +41,8 @@ pub unsafe fn route<const THREADS: u32, const GRID: bool, const WIDE: bool>(p: R
     let slot = Slots::of(&p).slot(thread::index());
     let first_ids = rows.ids(&p);
     map.clear::<THREADS>();
-    grid::wait_for_previous();
-    grid::let_next_start();
+    grid::wait();
+    grid::launch_dependents();
 
     // 1. Ask for what all of the block will need, and for the first ids.
     // SAFETY: the tensors of `p` are as their fields say.
