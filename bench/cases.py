@@ -52,8 +52,8 @@ class Case:
     #: Adapter slots, each with an adapter that some token uses, as far as the tokens go.
     adapters: int
     dtype: str = "bf16"
-    #: How tokens choose experts: ``uniform``, ``zipf`` (expert i with weight 1/i), or ``half`` (every second token
-    #: has the same expert among its own).
+    #: How tokens choose experts: ``uniform``, ``zipf`` (expert i with weight 1/i), or ``half`` (every second
+    #: token has the same expert among its own).
     routing: str = "uniform"
     #: Rank that the adapters really have, the rest of the allocation being zeros; None: ``rank``.
     own_rank: int | None = None

@@ -64,9 +64,8 @@ def draw_headline(results: Results, path: Path) -> None:
                 at, ratios = zip(*bars, strict=True)
                 axis.barh(at, ratios, height=0.24, color=COLOURS[name], label=NAMES[name], zorder=2)
                 for y, ratio in bars:
-                    axis.annotate(
-                        f"{ratio:.1f}", (ratio, y), (2, 0), textcoords="offset points", va="center", fontsize=7
-                    )
+                    style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+                    axis.annotate(f"{ratio:.1f}", (ratio, y), (2, 0), **style)
         labels = [f"{case.op}, T = {case.tokens:,}" for case, _ in calls]
         axis.set_yticks(range(len(labels)), labels=labels)
         axis.invert_yaxis()

@@ -18,8 +18,9 @@ Call = Callable[[], None]
 WARM_UP = 2
 #: Rounds that count: as many as fit the time, within these bounds.
 MIN_ROUNDS, MAX_ROUNDS, ROUNDS_MS = 9, 25, 250.0
-#: Calls in a graph: so many that its launch is lost in them. It takes 2 to 5 µs of a graph's time, so a call of a few
-#: microseconds is to stand beside a hundred others, as in an engine's graphs, and a long one beside fewer.
+#: Calls in a graph: so many that its launch is lost in them. It takes 2 to 5 µs of a graph's time, so a call
+#: of a few microseconds is to stand beside a hundred others, as in an engine's graphs, and a long one beside
+#: fewer.
 MIN_CALLS, MAX_CALLS, GRAPH_US = 16, 128, 2000.0
 
 

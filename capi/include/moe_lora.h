@@ -3,22 +3,25 @@
  *
  *     out[p] (+)= topk_weights[p] * b[l, e] * (a[l, e] * x[row(p)])
  *
- * T tokens, k experts a token, P = T*k (token, choice) pairs, L adapter slots, E experts, rank R, S slices, rows
- * of x of K and slices of the output of N elements. Tensors are row-major with the innermost dimension
- * contiguous; every shape, stride, offset and count is in elements.
+ * T tokens, k experts a token, P = T*k (token, choice) pairs, L adapter slots, E experts, rank R, S slices.
+ * A row of x has K elements, a slice of the output N. Tensors are row-major with the innermost dimension
+ * contiguous. Every shape, stride, offset and count is in elements.
  *
  * A program makes a context, then a workspace for its largest batch, and calls moe_lora_forward() once per
- * projection and batch. Every struct begins with its size, `= {.size = sizeof(...)}`, and its other fields are
- * zero where nothing is said: a struct may grow, and zero means what was before. Every function returns a
- * moe_lora_status, and moe_lora_last_error() says more.
+ * projection and batch. Every function returns a moe_lora_status, and moe_lora_last_error() says more.
  *
- * What cannot be checked is the caller's to see to: pointers that are not NULL point at what they say; handles were
- * not destroyed; memory is the context's kind, and nothing else writes it, or reads what is written, during a
- * call; a stream is one of the device's primary context, and stays until the workspaces that were used on it are
- * freed or were used on another.
+ * Every struct begins with its size, `= {.size = sizeof(...)}`. Leave other fields zero where you have
+ * nothing to say: a later version may add fields, and zero means what was before.
  *
- * A context may be used by several threads at a time; a workspace by one call at a time. A call on another stream than
- * the workspace's last waits for that one's work.
+ * The library cannot check these; they are the caller's part:
+ * - A pointer that is not NULL points at what its field says.
+ * - A handle was not destroyed.
+ * - Memory is of the context's kind. During a call nothing else writes it, or reads what the call writes.
+ * - A stream is of the device's primary context. It stays until the workspaces that were used on it are
+ *   freed, or were used on another stream.
+ *
+ * A context may be used by several threads at a time, a workspace by one call at a time. A call on another
+ * stream than the workspace's last waits for that one's work.
  *
  * Written by `cargo xtask header`: change capi/src instead.
  */
@@ -30,8 +33,8 @@
 #include <stdint.h>
 
 /**
- * Version of this interface. It grows with each function, status or field that is added; nothing is taken away or
- * changes its meaning.
+ * Version of this interface. It grows with each function, status or field that is added; nothing is taken
+ * away or changes its meaning.
  */
 #define MOE_LORA_ABI_VERSION 2
 
@@ -46,9 +49,9 @@
 #define MOE_LORA_ACCUMULATE 1
 
 /**
- * What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
- * INTERNAL and DRIVER: then part of the call may have been. moe_lora_last_error() names the argument, what was expected and what came.
- * A value keeps its meaning in all versions; later versions may add values.
+ * What a function returns. After INTERNAL and DRIVER part of the call may have been launched or written.
+ * After any other status but OK nothing was. moe_lora_last_error() names the argument, what was expected and
+ * what came. A value keeps its meaning in all versions; later versions may add values.
  */
 enum moe_lora_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -124,8 +127,8 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_NULL_ARGUMENT = 16,
     /**
-     * The `size` of a struct is less than this library needs, or the struct is of a later version and uses
-     * what this library does not know.
+     * The `size` of a struct is less than this library needs. Or the struct is of a later version and uses a
+     * field that this library does not know.
      */
     MOE_LORA_STATUS_STRUCT_SIZE = 17,
     /**
@@ -141,16 +144,18 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_SIZE_TOO_SMALL = 20,
     /**
-     * The tensors are of another type than the projection. The projection alone has a type here, so this is not
-     * returned by this version.
+     * The tensors are of another type than the projection. Not returned by this version: only the projection
+     * has a type here.
      */
     MOE_LORA_STATUS_DTYPE_MISMATCH = 21,
     /**
-     * The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version 2.)
+     * The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version
+     * 2.)
      */
     MOE_LORA_STATUS_TUNING = 22,
     /**
-     * The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before version 2.)
+     * The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before
+     * version 2.)
      */
     MOE_LORA_STATUS_TUNED_ELSEWHERE = 23,
     /**
@@ -158,16 +163,16 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_DRIVER_TOO_OLD = 24,
     /**
-     * Memory or a workspace is of another device. What is behind an address is not looked up, so this is not returned
-     * by this version.
+     * Memory or a workspace is of another device. Not returned by this version, which does not look up what
+     * an address belongs to.
      */
     MOE_LORA_STATUS_OTHER_DEVICE = 25,
     /**
-     * What belongs to the call that finds a route was said of a call on one. Not returned by this version.
+     * A call on a kept route names what belongs to the call that finds it. Not returned by this version.
      */
     MOE_LORA_STATUS_PART_OF_ROUTE = 26,
     /**
-     * What cannot be part of a graph was asked for while one is recorded. Not returned by this version.
+     * An operation that no graph can hold was asked for during a capture. Not returned by this version.
      */
     MOE_LORA_STATUS_NOT_RECORDABLE = 27,
 };
@@ -319,8 +324,8 @@ typedef struct {
 } moe_lora_projection;
 
 /**
- * Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0} stands
- * for a tensor that is left out, where that is allowed.
+ * Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0}
+ * leaves a tensor out, where that is allowed.
  */
 typedef struct {
     /**
@@ -359,8 +364,8 @@ typedef struct {
      */
     size_t adapter_enabled_bytes;
     /**
-     * [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. A GPU clamps ranks, as it finds
-     * them only when it runs.
+     * [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. The CPU refuses a larger rank;
+     * a GPU, which reads ranks only when it runs, clamps it.
      */
     moe_lora_tensor ranks;
     /**
@@ -397,8 +402,9 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+     * Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+     * moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+     * overwrite what a call outside of it has found.
      */
     const moe_lora_routing *routing;
     /**
@@ -452,8 +458,9 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+     * Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+     * moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+     * overwrite what a call outside of it has found.
      */
     const moe_lora_routing *routing;
     /**
@@ -487,8 +494,9 @@ typedef struct {
      */
     size_t tokens;
     /**
-     * Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-     * In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+     * Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+     * moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+     * overwrite what a call outside of it has found.
      */
     const moe_lora_routing *routing;
     /**
@@ -531,19 +539,19 @@ extern "C" {
 const char *moe_lora_version(void);
 
 /**
- * The version of the interface that this library has: MOE_LORA_ABI_VERSION of the header that it was built with. A
- * program can use a library of the same version or a later one.
+ * The version of this library's interface: MOE_LORA_ABI_VERSION of its header. A program can use a library
+ * of the same or a later version.
  */
 uint32_t moe_lora_abi_version(void);
 
 /**
- * What was wrong with the last call of this thread that returned another status than OK: the argument, what
- * was expected, what came. UTF-8, never NULL; valid until the next such call of this thread.
+ * The message of this thread's last error: the argument, what was expected, what came. UTF-8, never NULL. It
+ * is valid until this thread's next call that fails.
  */
 const char *moe_lora_last_error(void);
 
 /**
- * Makes a context for calls on the CPU: on host memory, on all cores, done when they return.
+ * Makes a context for calls on the CPU. They use host memory and all cores, and are done when they return.
  *
  * `context`: where the handle is written, on success alone.
  */
@@ -563,8 +571,8 @@ moe_lora_status moe_lora_context_create_cuda(uint32_t ordinal, moe_lora_context 
 moe_lora_status moe_lora_context_destroy(moe_lora_context *context);
 
 /**
- * Makes the scratch memory for calls of up to `max_tokens` tokens on any of `projection_count` projections:
- * once, as calls allocate nothing on a device.
+ * Makes the scratch memory for calls of up to `max_tokens` tokens on any of `projection_count` projections.
+ * Calls themselves allocate nothing on a device.
  *
  * `projections`: pointers to the projections, read here and not kept.
  * `workspace`: where the handle is written, on success alone.
@@ -576,14 +584,15 @@ moe_lora_status moe_lora_workspace_create(const moe_lora_context *context,
                                           moe_lora_workspace **workspace);
 
 /**
- * Frees a workspace; NULL is allowed. The work that was queued with it must have ended, and no graph that names it may
- * be replayed any more.
+ * Frees a workspace; NULL is allowed. Work that was queued with it must have ended. A graph that names it
+ * must not be replayed again.
  */
 moe_lora_status moe_lora_workspace_destroy(moe_lora_workspace *workspace);
 
 /**
- * Finds the route of a layer alone and keeps it in the workspace, for calls of as many tokens whose `routing`
- * is NULL. Of the projection, `top_k`, `experts`, `slots` and `max_rank` must be those of the calls.
+ * Finds the route of a layer and keeps it in the workspace. Later calls with the same number of tokens use
+ * it by a `routing` of NULL. Their projections must have the same `top_k`, `experts`, `slots` and
+ * `max_rank`.
  *
  * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
  * `tokens`: T; 0 is legal and does nothing.
@@ -595,8 +604,8 @@ moe_lora_status moe_lora_route(moe_lora_workspace *workspace,
                                const moe_lora_routing *routing);
 
 /**
- * A whole call. On a GPU it is queued on `stream`: it allocates nothing, waits for nothing and can be captured
- * into a graph, and all memory that it names must stay until it has run.
+ * A whole call. On a GPU it is queued on `stream`. It allocates nothing, waits for nothing and can be
+ * captured into a graph. All memory that it names must stay until it has run.
  *
  * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
  */
@@ -606,8 +615,8 @@ moe_lora_status moe_lora_forward(moe_lora_workspace *workspace,
                                  const moe_lora_forward_call *call);
 
 /**
- * The first half of a call, alone: for tensor parallelism, where `h` is reduced or gathered between the two.
- * Queued as moe_lora_forward() is.
+ * The first half of a call alone. For tensor parallelism, where `h` is reduced or gathered between the
+ * halves. Queued as moe_lora_forward() is.
  *
  * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
  */
@@ -617,7 +626,7 @@ moe_lora_status moe_lora_shrink(moe_lora_workspace *workspace,
                                 const moe_lora_shrink_call *call);
 
 /**
- * The second half of a call, alone. Queued as moe_lora_forward() is.
+ * The second half of a call alone. Queued as moe_lora_forward() is.
  *
  * `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
  */
@@ -627,8 +636,8 @@ moe_lora_status moe_lora_expand(moe_lora_workspace *workspace,
                                 const moe_lora_expand_call *call);
 
 /**
- * Says what moe_lora_forward() would launch, for people: kernels, tiles, grids, width of offsets. Checks the
- * call and reads no tensor.
+ * Describes in words what moe_lora_forward() would launch: kernels, tiles, grids, width of offsets. It
+ * checks the call and reads no tensor.
  *
  * `text`: where the description is written, cut to `capacity` bytes, of which the last is a NUL; may be NULL
  * when `capacity` is 0.

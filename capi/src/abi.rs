@@ -3,8 +3,8 @@
 
 use std::ffi::c_void;
 
-/// Version of this interface. It grows with each function, status or field that is added; nothing is taken away or
-/// changes its meaning.
+/// Version of this interface. It grows with each function, status or field that is added; nothing is taken
+/// away or changes its meaning.
 pub const MOE_LORA_ABI_VERSION: u32 = 2;
 
 /// Length of the arrays of per-slice tensors: no projection has more slices.
@@ -13,9 +13,9 @@ pub const MOE_LORA_MAX_SLICES: usize = 4;
 /// Bit of `flags`: add to `out`. Without it `out` is overwritten, with zeros where a pair is inactive.
 pub const MOE_LORA_ACCUMULATE: u64 = 1;
 
-/// What a function returns. Whatever it is but OK, nothing was launched and nothing was written, except after
-/// INTERNAL and DRIVER: then part of the call may have been. moe_lora_last_error() names the argument, what was expected and what came.
-/// A value keeps its meaning in all versions; later versions may add values.
+/// What a function returns. After INTERNAL and DRIVER part of the call may have been launched or written.
+/// After any other status but OK nothing was. moe_lora_last_error() names the argument, what was expected and
+/// what came. A value keeps its meaning in all versions; later versions may add values.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
@@ -53,8 +53,8 @@ pub enum Status {
     Driver = 15,
     /// An argument that must not be NULL is.
     NullArgument = 16,
-    /// The `size` of a struct is less than this library needs, or the struct is of a later version and uses
-    /// what this library does not know.
+    /// The `size` of a struct is less than this library needs. Or the struct is of a later version and uses a
+    /// field that this library does not know.
     StructSize = 17,
     /// A field has a value that it does not allow.
     InvalidValue = 18,
@@ -62,21 +62,23 @@ pub enum Status {
     Internal = 19,
     /// A size is under what the operator supports.
     SizeTooSmall = 20,
-    /// The tensors are of another type than the projection. The projection alone has a type here, so this is not
-    /// returned by this version.
+    /// The tensors are of another type than the projection. Not returned by this version: only the projection
+    /// has a type here.
     DtypeMismatch = 21,
-    /// The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version 2.)
+    /// The file that `MOE_LORA_TUNING` names cannot be read, or is no tuning. (INVALID_VALUE before version
+    /// 2.)
     Tuning = 22,
-    /// The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before version 2.)
+    /// The file that `MOE_LORA_TUNING` names was measured on another kind of device. (INVALID_VALUE before
+    /// version 2.)
     TunedElsewhere = 23,
     /// The CUDA driver is older than the kernels need. (DRIVER before version 2.)
     DriverTooOld = 24,
-    /// Memory or a workspace is of another device. What is behind an address is not looked up, so this is not returned
-    /// by this version.
+    /// Memory or a workspace is of another device. Not returned by this version, which does not look up what
+    /// an address belongs to.
     OtherDevice = 25,
-    /// What belongs to the call that finds a route was said of a call on one. Not returned by this version.
+    /// A call on a kept route names what belongs to the call that finds it. Not returned by this version.
     PartOfRoute = 26,
-    /// What cannot be part of a graph was asked for while one is recorded. Not returned by this version.
+    /// An operation that no graph can hold was asked for during a capture. Not returned by this version.
     NotRecordable = 27,
 }
 
@@ -110,8 +112,8 @@ pub enum ExpertWeights {
     Shared = 2,
 }
 
-/// Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0} stands
-/// for a tensor that is left out, where that is allowed.
+/// Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0}
+/// leaves a tensor out, where that is allowed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor {
@@ -176,8 +178,8 @@ pub struct Routing {
     pub adapter_enabled: Tensor,
     /// Bytes of one element of `adapter_enabled`: 1 for uint8_t, 4 for int32_t; 0 when it is left out.
     pub adapter_enabled_bytes: usize,
-    /// [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. A GPU clamps ranks, as it finds
-    /// them only when it runs.
+    /// [L] int32_t: rank in use per slot, 0 to R. May be left out: R for all. The CPU refuses a larger rank;
+    /// a GPU, which reads ranks only when it runs, clamps it.
     pub ranks: Tensor,
     /// [global experts] int32_t: local id of a global expert, -1 when another device holds it. May be left
     /// out: global ids are local.
@@ -192,8 +194,9 @@ pub struct Forward {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+    /// Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+    /// moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+    /// overwrite what a call outside of it has found.
     pub routing: *const Routing,
     /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
     pub x: Tensor,
@@ -223,8 +226,9 @@ pub struct Shrink {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+    /// Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+    /// moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+    /// overwrite what a call outside of it has found.
     pub routing: *const Routing,
     /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
     pub x: Tensor,
@@ -244,8 +248,9 @@ pub struct Expand {
     pub size: usize,
     /// T; 0 is legal and does nothing.
     pub tokens: usize,
-    /// Who goes where. NULL: as the last call on this workspace that ended well, moe_lora_route() among them, had it.
-    /// In a graph, where it was captured too; what a call outside has found may have been written over by a replay.
+    /// Who goes where. NULL: the route that the workspace keeps from its last call that returned OK, or from
+    /// moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
+    /// overwrite what a call outside of it has found.
     pub routing: *const Routing,
     /// [S, P, R] dtype, as moe_lora_shrink() leaves it.
     pub h: Tensor,

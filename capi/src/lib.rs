@@ -1,8 +1,8 @@
 //! The C interface of moe-lora: `libmoe_lora.so`, and `include/moe_lora.h`, which `cargo xtask header` writes
 //! from this file and `abi.rs`.
 //!
-//! Every function checks its arguments as far as that can be done, returns a status, and lets no panic out. What
-//! its caller must see to, the header's first comment says, in `cbindgen.toml`.
+//! Every function checks its arguments as far as it can, returns a status, and lets no panic out. The
+//! caller's part is in the header's first comment, which stands in `cbindgen.toml`.
 
 #![allow(clippy::missing_safety_doc)]
 
@@ -33,21 +33,21 @@ pub extern "C" fn moe_lora_version() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// The version of the interface that this library has: MOE_LORA_ABI_VERSION of the header that it was built with. A
-/// program can use a library of the same version or a later one.
+/// The version of this library's interface: MOE_LORA_ABI_VERSION of its header. A program can use a library
+/// of the same or a later version.
 #[unsafe(no_mangle)]
 pub extern "C" fn moe_lora_abi_version() -> u32 {
     abi::MOE_LORA_ABI_VERSION
 }
 
-/// What was wrong with the last call of this thread that returned another status than OK: the argument, what
-/// was expected, what came. UTF-8, never NULL; valid until the next such call of this thread.
+/// The message of this thread's last error: the argument, what was expected, what came. UTF-8, never NULL. It
+/// is valid until this thread's next call that fails.
 #[unsafe(no_mangle)]
 pub extern "C" fn moe_lora_last_error() -> *const c_char {
     fault::message()
 }
 
-/// Makes a context for calls on the CPU: on host memory, on all cores, done when they return.
+/// Makes a context for calls on the CPU. They use host memory and all cores, and are done when they return.
 ///
 /// `context`: where the handle is written, on success alone.
 #[unsafe(no_mangle)]
@@ -86,8 +86,8 @@ pub unsafe extern "C" fn moe_lora_context_destroy(context: *mut Context) -> Stat
     })
 }
 
-/// Makes the scratch memory for calls of up to `max_tokens` tokens on any of `projection_count` projections:
-/// once, as calls allocate nothing on a device.
+/// Makes the scratch memory for calls of up to `max_tokens` tokens on any of `projection_count` projections.
+/// Calls themselves allocate nothing on a device.
 ///
 /// `projections`: pointers to the projections, read here and not kept.
 /// `workspace`: where the handle is written, on success alone.
@@ -118,8 +118,8 @@ pub unsafe extern "C" fn moe_lora_workspace_create(
     })
 }
 
-/// Frees a workspace; NULL is allowed. The work that was queued with it must have ended, and no graph that names it may
-/// be replayed any more.
+/// Frees a workspace; NULL is allowed. Work that was queued with it must have ended. A graph that names it
+/// must not be replayed again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn moe_lora_workspace_destroy(workspace: *mut Workspace) -> Status {
     run(|| {
@@ -132,8 +132,9 @@ pub unsafe extern "C" fn moe_lora_workspace_destroy(workspace: *mut Workspace) -
     })
 }
 
-/// Finds the route of a layer alone and keeps it in the workspace, for calls of as many tokens whose `routing`
-/// is NULL. Of the projection, `top_k`, `experts`, `slots` and `max_rank` must be those of the calls.
+/// Finds the route of a layer and keeps it in the workspace. Later calls with the same number of tokens use
+/// it by a `routing` of NULL. Their projections must have the same `top_k`, `experts`, `slots` and
+/// `max_rank`.
 ///
 /// `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
 /// `tokens`: T; 0 is legal and does nothing.
@@ -156,8 +157,8 @@ pub unsafe extern "C" fn moe_lora_route(
     })
 }
 
-/// A whole call. On a GPU it is queued on `stream`: it allocates nothing, waits for nothing and can be captured
-/// into a graph, and all memory that it names must stay until it has run.
+/// A whole call. On a GPU it is queued on `stream`. It allocates nothing, waits for nothing and can be
+/// captured into a graph. All memory that it names must stay until it has run.
 ///
 /// `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
 #[unsafe(no_mangle)]
@@ -171,8 +172,8 @@ pub unsafe extern "C" fn moe_lora_forward(
     unsafe { run_call(workspace, stream, projection, call) }
 }
 
-/// The first half of a call, alone: for tensor parallelism, where `h` is reduced or gathered between the two.
-/// Queued as moe_lora_forward() is.
+/// The first half of a call alone. For tensor parallelism, where `h` is reduced or gathered between the
+/// halves. Queued as moe_lora_forward() is.
 ///
 /// `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
 #[unsafe(no_mangle)]
@@ -186,7 +187,7 @@ pub unsafe extern "C" fn moe_lora_shrink(
     unsafe { run_call(workspace, stream, projection, call) }
 }
 
-/// The second half of a call, alone. Queued as moe_lora_forward() is.
+/// The second half of a call alone. Queued as moe_lora_forward() is.
 ///
 /// `stream`: a CUstream (a cudaStream_t) of the device; NULL: its default stream. The CPU ignores it.
 #[unsafe(no_mangle)]
@@ -218,8 +219,8 @@ unsafe fn run_call<C: Call + Versioned>(
     })
 }
 
-/// Says what moe_lora_forward() would launch, for people: kernels, tiles, grids, width of offsets. Checks the
-/// call and reads no tensor.
+/// Describes in words what moe_lora_forward() would launch: kernels, tiles, grids, width of offsets. It
+/// checks the call and reads no tensor.
 ///
 /// `text`: where the description is written, cut to `capacity` bytes, of which the last is a NUL; may be NULL
 /// when `capacity` is 0.

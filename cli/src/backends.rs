@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 /// Which back ends to use.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Choice {
-    /// The GPU where there is one; demo and verify take the CPU as well
+    /// The GPU where there is one; demo and verify run on the CPU too
     Auto,
     /// The CPU
     Cpu,
     /// The GPU, or fail
     Cuda,
-    /// The GPU's kernels on the CPU, every access checked; `verify` alone
+    /// The GPU's kernels on the CPU, with every access checked; only in verify
     #[cfg(feature = "emulate")]
     Emulated,
 }
@@ -247,7 +247,8 @@ pub trait Timed: Backend {
         call: &Forward<'_, Self::Space, T>,
     ) -> Result<String>;
 
-    /// Median time of the `calls` calls that `work` queues, one call. `work` is repeated, and must queue only.
+    /// Median time of the `calls` calls that `work` queues, one call. `work` is repeated, and must queue
+    /// only.
     fn time(&self, calls: usize, work: impl FnMut() -> Result<()>) -> Result<Duration>;
 }
 

@@ -19,9 +19,9 @@ use std::time::Duration;
 #[derive(clap::Args)]
 #[command(after_help = "\
 error  distance of the result from the float64 reference, relative to what was added
-time   of one call: routing, shrink and expand; on a GPU replayed from a graph, weights not in the cache
-floor  bytes that any implementation must move (each weight in use once, x once, out read and written)
-       over the memory's bandwidth
+time   of one call: routing, shrink and expand. On a GPU it is replayed from a graph, its weights not in cache
+floor  least time of any implementation: the bytes that must move (weights in use and x once, out twice) over
+       the memory's bandwidth
 
 Examples:
   moe-lora demo

@@ -1,7 +1,7 @@
 use crate::backends::Machine;
 use crate::print::say;
 
-/// Prints what is here and what is missing.
+/// Prints what this machine has and what is missing.
 pub fn info() -> anyhow::Result<()> {
     let machine = Machine::find();
     say!("moe-lora {}", env!("CARGO_PKG_VERSION"))?;

@@ -1,3 +1,3 @@
-//! What the program `moe-lora` does beside talking: one call of the operator on tensors that lie in files.
+//! What `moe-lora run` does, as a library: one call of the operator on tensors in files.
 
 pub mod files;

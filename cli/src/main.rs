@@ -1,6 +1,7 @@
-//! `moe-lora`: what this machine can run, whether it runs right, how fast, and on files of your own.
+//! The program `moe-lora`: what this machine can run, whether its results are right, how fast they come, and
+//! calls on files.
 
-// They panic where a pipe is closed or a disk is full: `say!` does not.
+// `println!` panics where a pipe is closed or a disk is full. `say!` does not.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod backends;
@@ -29,10 +30,10 @@ use std::process::ExitCode;
     version,
     after_help = "\
 Examples:
-  moe-lora info                  What is here, and what is missing
-  moe-lora demo                  Qwen3-30B-A3B's layer on every back end: right, and how fast
+  moe-lora info                  What this machine has, and what is missing
+  moe-lora demo                  A layer of Qwen3-30B-A3B on every back end: errors and times
   moe-lora verify --grid full    Every mode on many shapes, against float64
-  moe-lora run --help            One layer of a PEFT adapter on tensors of your own"
+  moe-lora run --help            One layer of a PEFT adapter on tensors in a file"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -43,17 +44,17 @@ struct Cli {
 enum Command {
     /// Show the GPU, the driver and the kernels built into this program, and what is missing
     Info,
-    /// Run the layer shapes of Qwen3-30B-A3B on every back end: check the results, time the calls
+    /// Run a layer of Qwen3-30B-A3B on every back end, check the results and time the calls
     Demo(demo::Args),
     /// Time the operator on a GPU at the shapes of well-known models
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
-    /// Find the fastest way of a model's calls on this GPU, for the library to take
+    /// Autotune a model's calls on this GPU, and write the fastest plans to a file
     #[cfg(feature = "cuda")]
     Tune(tune::Args),
     /// Apply one layer of PEFT adapters to tensors in a file
     Run(run::Args),
-    /// Check back ends against the float64 reference, over a grid of shapes and modes
+    /// Compare back ends with the float64 reference, over a grid of shapes and modes
     Verify(verify::Args),
 }
 

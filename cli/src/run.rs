@@ -18,9 +18,9 @@ The input is a safetensors file that holds
   topk_weights  [T, k]      F32   routing weights, for w2
   token_lora    [T]         I32   adapter of each token, in the order of --adapter; -1 for none
   out           [T, k, S·N]       optional: what the result is added to
-and the output one that holds out, [T, k, S·N]: gate then up for w13, down for w2.
-Numbers that are infinite or NaN, or become so in the type computed in, are refused; so is such a result.
-The output appears when all of it is written. It may be none of the files that are read.
+The output is a safetensors file that holds out, [T, k, S·N]: gate then up for w13, down for w2.
+Infinite and NaN inputs are refused, and finite ones that do not fit the compute type. So is such a result.
+The output file appears when it is complete. It must not be a file that is read.
 
 Examples:
   moe-lora run --adapter sql --layer 0 --projection w13 --input x.safetensors --output gate_up.safetensors
@@ -30,7 +30,7 @@ From PyTorch:
   safetensors.torch.save_file({'x': x, 'topk_ids': ids.int(), 'topk_weights': weights.float(),
                                'token_lora': slots.int()}, 'x.safetensors')")]
 pub struct Args {
-    /// PEFT adapter folder; give it again for more adapters
+    /// PEFT adapter folder; repeat for more adapters
     #[arg(long, required = true, value_name = "DIR")]
     adapter: Vec<PathBuf>,
     /// Layer of the model, from 0
@@ -39,7 +39,7 @@ pub struct Args {
     /// Which projection of the layer's experts
     #[arg(long)]
     projection: Projection,
-    /// Safetensors file to read; a pipe will do, and - is standard input
+    /// Safetensors file or pipe to read; - is standard input
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// Safetensors file to write
@@ -48,13 +48,13 @@ pub struct Args {
     /// Where to run
     #[arg(long, default_value = "auto")]
     backend: Choice,
-    /// Type to compute in [default: that of x]
+    /// Compute type [default: that of x]
     #[arg(long)]
     dtype: Option<DTypeArg>,
-    /// Multiply by topk_weights or not [default: w2 does, w13 does not]
+    /// Multiply by topk_weights [default: true for w2, false for w13]
     #[arg(long, value_name = "BOOL")]
     mul_routed_weight: Option<bool>,
-    /// Replace the output if it exists
+    /// Replace an existing output
     #[arg(long)]
     force: bool,
 }

@@ -7,22 +7,22 @@ use moe_lora_verify::{Case, Outcome, full_grid, quick_grid, vllm_grid};
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-A GPU is checked in every way it can be made to work: with 32-bit and 64-bit offsets, on each tile. So is the
-emulated machine (--backend emulated), where this program was built with the feature `emulate`.
-A case that fails prints the command that runs it again.
+A GPU is checked under every plan: each form, each tile, 32-bit and 64-bit offsets. So is the emulated GPU
+(--backend emulated), in a program built with the feature `emulate`.
+A case that fails prints the command that repeats it.
 
 Examples:
   moe-lora verify                                 A second
   moe-lora verify --grid vllm --backend cuda      The grid of vLLM's own test
   moe-lora verify --case '{\"tokens\": 3, \"max_rank\": 7}'")]
 pub struct Args {
-    /// Which list of cases
+    /// List of cases
     #[arg(long, default_value = "quick")]
     grid: Grid,
-    /// What to check; auto: whatever is here
+    /// What to check; auto: every back end of this machine
     #[arg(long, default_value = "auto")]
     backend: Choice,
-    /// One case alone, as JSON; what it leaves out is as in the plainest call
+    /// Check one case alone, as JSON; a field that is left out has its default
     #[arg(long, value_name = "JSON", conflicts_with = "grid", value_parser = parse_case)]
     case: Option<Case>,
 }

@@ -5,8 +5,8 @@
 //! toolchain   which rustc, and where `core` for nvptx64-nvidia-cuda comes from
 //! generator   what turns LLVM IR into PTX: rustc's own LLVM, `nvvm`, or `rust_cuda`
 //!    ↓
-//! compile     rustc → LLVM IR → PTX, one architecture at a time; `core` is built once and kept, and so is what rustc
-//!             made of the kernels, until they change
+//! compile     rustc → LLVM IR → PTX, one architecture at a time; `core` is built once and kept, and so is
+//!             what rustc made of the kernels, until they change
 //!    ↓
 //! stamp       `.maxntid` and `.minnctapersm` from `moe_lora_kernels::ENTRIES`
 //!    ↓
@@ -18,8 +18,8 @@
 //! sass        the machine code has what makes it fast
 //! ```
 //!
-//! Build scripts and `cargo xtask` are its only callers; nothing here runs at run time. What each
-//! step guards against is told in `docs/CODEGEN.md`.
+//! Build scripts and `cargo xtask` are its only callers; nothing here runs at run time. `docs/CODEGEN.md`
+//! says what each step guards against.
 //!
 //! ```no_run
 //! use moe_lora_codegen::{Arch, Compiler, Generator};
@@ -82,8 +82,9 @@ pub fn kernel_sources() -> &'static Path {
     Path::new(moe_lora_kernels::SOURCES)
 }
 
-/// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has marked as a cache, which it does where
-/// it makes the folder itself, or left what it knows of rustc in. Build scripts ask for the one around `OUT_DIR`, programs for their own.
+/// The Cargo target directory that `path` lies in: the nearest folder above it that Cargo has marked as a
+/// cache, which it does where it makes the folder itself, or left what it knows of rustc in. Build scripts
+/// ask for the one around `OUT_DIR`, programs for their own.
 pub fn target_dir_around(path: &Path) -> Option<&Path> {
     let marks = ["CACHEDIR.TAG", ".rustc_info.json"];
     path.ancestors().find(|dir| marks.iter().any(|mark| dir.join(mark).is_file()))

@@ -1,8 +1,8 @@
-//! What strangers may hand to moe-lora, made up from bytes: [adapter folders](adapter), [calls through the C
-//! interface](abi), and [sizes to plan for](planner). Each module's `check` panics when its promise is broken.
+//! Fuzz targets: [adapter folders](adapter), [calls through the C interface](abi) and [sizes to plan
+//! for](planner), each made of bytes. A module's `check` panics when a promise is broken.
 //!
-//! `cargo xtask fuzz` lets libFuzzer make up the bytes; the tests of this crate replay `corpus/`, and bytes from a
-//! generator of fixed seed.
+//! `cargo xtask fuzz` lets libFuzzer choose the bytes. The tests of this crate replay `corpus/`, and bytes of
+//! a seeded generator.
 
 pub mod abi;
 pub mod adapter;

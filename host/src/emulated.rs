@@ -1,7 +1,7 @@
 //! The emulated back end: the GPU's kernels on the CPU, planned and launched as on an H100, with every access
 //! checked ([`moe_lora_kernels::emulate`]).
 //!
-//! Slow, and for tests: what a GPU would compute wrongly once in a while, or not at all, is
+//! It is slow, and for tests. A race or a wrong address, which a GPU shows now and then or never, is
 //! [`Error::KernelFault`] here, with the kernel, the thread and the line.
 
 use crate::backend::{Backend, Buffer};

@@ -1,11 +1,21 @@
-//! The fused MoE-LoRA operator.
+//! The fused MoE-LoRA operator: many LoRA adapters over one mixture-of-experts layer.
 //!
-//! For every (token, expert) pair of a mixture-of-experts layer, the low-rank update of the adapter
-//! that the token uses: `out[p] (+)= weight[p] · B[l, e] · (A[l, e] · x[row(p)])`.
+//! A *pair* p is a (token, choice) of the router. Its token uses adapter l, its choice is expert e. The
+//! operator adds the low-rank update of that adapter to every pair's row of the output:
+//! `out[p] (+)= weight[p] · B[l, e] · (A[l, e] · x[row(p)])`.
 //!
-//! Data walks through this crate in one direction: the tensors of a call ([`call`]) are checked,
-//! planned for ([`plan`]), and launched by a [`Backend`]: [`cpu::Cpu`] everywhere, `cuda::Stream` where
-//! a GPU is, `emulated::Emulated` for the GPU's kernels with every access checked. [`reference`](mod@reference) is the plain float64 form that all are tested against.
+//! | to | see |
+//! |---|---|
+//! | run the operator | [`Operator`] and its calls |
+//! | choose where it runs | [`Backend`]: `cuda::Stream`, [`cpu::Cpu`], or `emulated::Emulated` for tests |
+//! | know shapes and types of tensors | [`ProjectionSizes`], [`Forward`] |
+//! | find a layer's route once | [`Route`] |
+//! | load PEFT adapters | [`adapter`] |
+//! | see what a call launches | [`plan`] |
+//! | know what is right | [`reference`](mod@reference), the formula in float64 |
+//!
+//! Data goes one way through this crate: a call's tensors are checked, planned for, and launched by the back
+//! end. A call that returns an error has launched and written nothing.
 
 pub mod adapter;
 pub mod backend;

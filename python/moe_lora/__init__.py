@@ -1,11 +1,11 @@
 """The fused MoE-LoRA operator, as GPU kernels written in Rust.
 
-For every (token, expert) pair of a mixture-of-experts layer, the low-rank update of the adapter that the token
-uses: ``out[p] (+)= weight[p] * b[l, e] @ (a[l, e] @ x[row(p)])``.
+It adds, for every (token, expert) pair of a mixture-of-experts layer, the low-rank update of the token's own
+adapter: ``out[p] (+)= weight[p] * b[l, e] @ (a[l, e] @ x[row(p)])``.
 
-Tensors are PyTorch's, or those of any library that speaks DLPack or the CUDA array interface. They are read where
-they are, never copied; calls are queued on the library's current stream, allocate nothing once their workspace has
-grown, and can be captured into a CUDA graph. ``moe_lora.vllm`` stands in for vLLM's operator.
+Tensors are PyTorch's, or those of any library with DLPack or the CUDA array interface. They are never copied.
+Calls are queued on the library's current stream and can be captured into a CUDA graph. They allocate nothing
+once their workspace has grown. ``moe_lora.vllm`` has vLLM's operators with these kernels.
 """
 
 from moe_lora._native import Workspace, __version__, expand, forward, route, shrink

@@ -1,12 +1,12 @@
 """The extension module. Its functions are ``moe_lora``'s own.
 
-Sizes, as in the operator's contract: T tokens, k experts chosen a token (P = T·k pairs), E experts whose adapters
-this device holds, L adapter slots, R the rank that the weights are allocated for, S slices of the projection (two
-for gate and up, one for down), K the width of ``x``, N the width of a slice of ``out``.
+Sizes, as in the operator's contract: T tokens, k experts chosen a token (P = T·k pairs), E experts whose
+adapters this device holds, L adapter slots, R the rank that the weights are allocated for, S slices of the
+projection (two for gate and up, one for down), K the width of ``x``, N the width of a slice of ``out``.
 
-Every function raises ``ValueError`` for an argument that does not fit, before anything is launched or written: the
-message names the tensor, what was expected and what came. ``RuntimeError`` is for a missing device and for what
-the driver refuses.
+Every function raises ``ValueError`` for an argument that does not fit. Nothing was launched or written then.
+The message names the tensor, what was expected and what came. ``RuntimeError`` means that there is no device,
+or that the driver failed.
 """
 
 from typing import Any, Protocol, final
@@ -32,18 +32,22 @@ _Tensor = _Dlpack | _CudaArray
 _Slices = _Tensor | list[Any] | tuple[Any, ...]
 _Stream = int | _TorchStream | _CudaStream
 
-# sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, num_active_loras, adapter_enabled, block_size.
+# sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, num_active_loras, adapter_enabled,
+# block_size.
 _Blocks = tuple[_Tensor, _Tensor, _Tensor, _Tensor, int, _Tensor | None, int]
 
 @final
 class Workspace:
     """Scratch memory of calls, and the route of the last one.
 
-    Room for calls of up to ``max_tokens`` tokens on projections of up to these sizes. A call on another stream than
-    the last one's waits for that one's work; the work must have ended when the workspace goes. A graph that was
-    captured with it needs it as long as it is replayed, and a route that was found while it was captured is valid
-    in that capture alone. It does not grow: a call that needs more
-    is refused. Calls that name no workspace use one of their device and stream, which does.
+    It has room for calls of up to ``max_tokens`` tokens on projections of up to these sizes. It does not
+    grow: a call that needs more is refused. Calls that name no workspace use one of their device and stream,
+    which grows.
+
+    - A call on another stream than the last one's waits for that one's work.
+    - The work must have ended when the workspace is freed.
+    - A graph that was captured with a workspace needs it as long as the graph is replayed.
+    - A route that was found during a capture is valid in that capture alone.
 
     :param max_tokens: largest T.
     :param top_k: k.
@@ -86,12 +90,13 @@ def route(
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
 ) -> None:
-    """Sorts the pairs of a layer by slot and expert, and keeps the result in the workspace.
+    """Sorts the pairs of a layer by slot and expert, and keeps the result, the route, in the workspace.
 
-    Calls on the same workspace (that of the stream, when none is named) with the same T, k, E, L and R may then
-    leave out ``topk_ids`` and ``token_lora``. ``forward``, ``shrink`` and ``expand`` keep their route as well.
+    Later calls on the same workspace with the same T, k, E, L and R use it: they pass ``None`` for
+    ``topk_ids`` and ``token_lora``. Without ``workspace`` it is that of the stream. ``forward``, ``shrink``
+    and ``expand`` keep their route too.
 
-    Ids are read on the device and not trusted: an id that is out of range makes its pairs inactive.
+    Ids are read on the device. An id that is out of range makes its pairs inactive.
 
     :param topk_ids: ``[T, k]`` int32, the global experts of each token.
     :param token_lora: ``[T]`` int32, the adapter slot of each token, -1 for none.
@@ -99,11 +104,11 @@ def route(
     :param slots: L.
     :param max_rank: R.
     :param adapter_enabled: ``[L or more]`` int32, uint8 or bool: 0 switches a slot off.
-    :param ranks: ``[L or more]`` int32, the rank that each slot uses; R where it is more, and when left out.
+    :param ranks: ``[L or more]`` int32, the rank that each slot uses; more than R counts as R. Left out: R.
     :param expert_map: ``[global experts]`` int32, the local number of each, -1 where another device holds it.
-    :param workspace: where the route is kept; that of the device and stream when left out.
-    :param stream: an address, a ``torch.cuda.Stream``, or an object with ``__cuda_stream__``; the current stream
-        of the tensors' library (PyTorch, if it is imported) when left out, else the default stream.
+    :param workspace: where the route is kept. Left out: that of the device and stream.
+    :param stream: an address, a ``torch.cuda.Stream``, or an object with ``__cuda_stream__``. Left out:
+        PyTorch's current stream, or the default stream where PyTorch is not imported.
     """
 
 def forward(
@@ -130,11 +135,12 @@ def forward(
 
     A pair is active when its token has an adapter, whose slot is on, and its expert is on this device.
 
-    :param x: ``[T, K]`` (a row a token: gate and up) or ``[P, K]`` (a row a pair: down), bfloat16 or float16. Rows
-        may lie further apart than K.
+    :param x: ``[T, K]`` (a row a token: gate and up) or ``[P, K]`` (a row a pair: down), bfloat16 or float16.
+        Rows may lie further apart than K.
     :param a: S tensors ``[L, E or 1, R, K]`` of ``x``'s type; one tensor alone is one slice.
     :param b: S tensors ``[L, E or 1, N, R]`` of ``x``'s type.
-    :param topk_ids: as for ``route``; with ``token_lora`` ``None`` for the route that the workspace keeps.
+    :param topk_ids: as for ``route``. ``None``, as ``token_lora`` then is too: the route that the workspace
+        keeps.
     :param token_lora: as for ``route``.
     :param out: ``[T, k, ≥ offset + S·N]`` of ``x``'s type. Rows may lie further apart than they are wide.
     :param topk_weights: ``[T, k]`` float32, read with ``mul_routed_weight`` alone.
@@ -142,14 +148,15 @@ def forward(
     :param ranks: as for ``route``.
     :param expert_map: as for ``route``.
     :param mul_routed_weight: multiply each pair's update by its weight.
-    :param accumulate: add to ``out``, leaving inactive pairs as they are; ``False``: overwrite, with zeros where a
-        pair is inactive.
+    :param accumulate: add to ``out``, leaving inactive pairs as they are; ``False``: overwrite, with zeros
+        where a pair is inactive.
     :param offset: first column of ``out`` that is written.
     :param experts: E, needed where neither ``a`` nor ``b`` has it as its second dimension.
     :param workspace: as for ``route``.
     :param stream: as for ``route``.
-    :param blocks: instead of ``topk_ids`` and what goes with it, pairs that vLLM's ``moe_lora_align_block_size`` or
-        ``align`` has sorted; pairs that they do not name stay as they are. ``moe_lora.vllm`` passes them.
+    :param blocks: pairs sorted by ``align`` or by vLLM's ``moe_lora_align_block_size``, in place of
+        ``topk_ids`` and what goes with it. Rows of pairs that they do not name stay as they are.
+        ``moe_lora.vllm`` passes them.
     """
 
 def shrink(
@@ -171,8 +178,8 @@ def shrink(
 
     For tensor parallelism, where ``h`` is reduced or gathered before ``expand``.
 
-    :param h: ``[S, T, k, R]`` or ``[S, P, R]`` of ``x``'s type, contiguous, written whole. Without ``topk_ids`` it
-        must be the longer form.
+    :param h: ``[S, T, k, R]`` or ``[S, P, R]`` of ``x``'s type, contiguous, written whole. Without
+        ``topk_ids`` only the first form will do.
     :param experts: E, needed where ``a`` is shared by all experts.
     """
 
@@ -222,7 +229,8 @@ def align(
 
     :param topk_ids: ``[T, k]``.
     :param token_lora_mapping: ``[T or more]``.
-    :param sorted_token_ids: ``max_loras * max_num_tokens_padded`` places, written in the rows of slots in use.
+    :param sorted_token_ids: ``max_loras * max_num_tokens_padded`` places, written in the rows of slots in
+        use.
     :param expert_ids: ``max_loras * max_num_m_blocks`` places, likewise.
     :param num_tokens_post_pad: ``[max_loras]``, likewise.
     :param adapter_enabled: ``[max_loras or more]``.

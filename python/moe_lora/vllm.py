@@ -1,15 +1,16 @@
 """vLLM's fused MoE-LoRA operator, with this package's kernels underneath.
 
-``fused_moe_lora``, ``fused_moe_lora_shrink``, ``fused_moe_lora_expand`` and ``moe_lora_align_block_size`` have the
-names, arguments and meaning of vLLM 0.33's (``vllm/lora/ops/triton_ops/fused_moe_lora_op.py`` and
-``vllm/_custom_ops.py``). They are operators of ``torch.library`` (``torch.ops.moe_lora``), so they work under
-``torch.compile``, and can be captured into CUDA graphs. ``install()`` puts them into a running vLLM; as an entry point of
-``vllm.general_plugins`` it runs by itself wherever both packages are installed.
+``fused_moe_lora``, ``fused_moe_lora_shrink``, ``fused_moe_lora_expand`` and ``moe_lora_align_block_size``
+have the names, arguments and meaning of vLLM 0.33's (``vllm/lora/ops/triton_ops/fused_moe_lora_op.py`` and
+``vllm/_custom_ops.py``). They are operators of ``torch.library`` (``torch.ops.moe_lora``): they work under
+``torch.compile`` and can be captured into CUDA graphs. ``install()`` puts them into a running vLLM. It is an
+entry point of ``vllm.general_plugins``, so vLLM calls it wherever both packages are installed.
 
-Two forms of routing, as in vLLM: *sorted*, three arrays that ``moe_lora_align_block_size`` has filled, and *naive*,
-with ``sorted_token_ids=None``, where ``expert_ids`` is ``topk_ids`` flattened and slots come from
-``token_lora_mapping``. Arguments that tune vLLM's kernels (``BLOCK_SIZE_*``, warps, stages, ``use_gdc``, ``use_tma``)
-are accepted and ignored, except ``BLOCK_SIZE_M`` in the sorted form, which says how the arrays were sorted.
+Two forms of routing, as in vLLM: *sorted*, three arrays that ``moe_lora_align_block_size`` has filled, and
+*naive*, with ``sorted_token_ids=None``, where ``expert_ids`` is ``topk_ids`` flattened and slots come from
+``token_lora_mapping``. Arguments that tune vLLM's kernels (``BLOCK_SIZE_*``, warps, stages, ``use_gdc``,
+``use_tma``) are accepted and ignored, except ``BLOCK_SIZE_M`` in the sorted form, which says how the arrays
+were sorted.
 
 Needs PyTorch. vLLM is needed by ``install()``, and by ``fully_sharded`` for its collectives.
 """
@@ -89,7 +90,15 @@ def _routing(
     """Who goes where, as the extension module takes it."""
     if sorted_token_ids is not None:
         active = int(num_active_loras.item())
-        arrays = (sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, active, adapter_enabled, block_size)
+        arrays = (
+            sorted_token_ids,
+            expert_ids,
+            num_tokens_post_padded,
+            lora_ids,
+            active,
+            adapter_enabled,
+            block_size,
+        )
         return {"topk_ids": None, "token_lora": None, "blocks": arrays}
     if expert_ids.numel() != tokens * top_k:
         raise ValueError(f"expert_ids: expected shape [{tokens * top_k}], got shape {list(expert_ids.shape)}")
@@ -97,8 +106,8 @@ def _routing(
     # vLLM's mapping may have room for more tokens than the batch has.
     token_lora = token_lora_mapping if token_lora_mapping.shape[0] == tokens else token_lora_mapping[:tokens]
     if not add_inputs and tokens > 0:
-        # vLLM's kernels leave inactive pairs as they are when they overwrite, too; a route made of ids would have
-        # them written as zeros.
+        # vLLM's kernels leave inactive pairs as they are when they overwrite, too; a route made of ids would
+        # have them written as zeros.
         return _sort(topk_ids, token_lora, adapter_enabled, *weights.shape[:2])
     return {"topk_ids": topk_ids, "token_lora": token_lora, "adapter_enabled": adapter_enabled}
 
@@ -335,7 +344,8 @@ def _register(function: Callable[..., None], mutates: Sequence[str]) -> Callable
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
-        # The dispatcher takes about as long for 32 arguments as the function itself: it is for those who trace.
+        # The dispatcher takes about as long for 32 arguments as the function itself: it is for those who
+        # trace.
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             operator(*args, **kwargs)
         else:
@@ -364,9 +374,10 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def install() -> None:
-    """Replaces vLLM's operators by these, wherever a module of vLLM has imported them. Starts nothing on the device.
+    """Replaces vLLM's operators by these, in every module of vLLM that has imported them. Starts nothing on the GPU.
 
-    :raises RuntimeError: when this vLLM's operator takes other arguments than these know; nothing is replaced then.
+    :raises RuntimeError: when this vLLM's operator takes other arguments than these know; nothing is replaced
+        then.
     """
     modules = {name: importlib.import_module(name) for name in _REPLACED}
     theirs, ours = _arguments(modules[_OPERATORS]._fused_moe_lora), _arguments(_fused_moe_lora)

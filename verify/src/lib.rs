@@ -1,9 +1,9 @@
-//! Whether a back end keeps the operator's contract: what `moe-lora verify` and the test suites share.
+//! Checks that a back end keeps the operator's contract. `moe-lora verify` and the test suites share it.
 //!
-//! A [`Case`] describes one call in a few words and a seed. [`check`] generates its tensors
-//! ([`CaseData`]), runs it on a back end, and holds the result against the float64
-//! [`reference`](mod@moe_lora::reference) and against everything that a call must leave alone. A case that fails
-//! prints the command that runs it again.
+//! A [`Case`] describes one call by its sizes, modes and a seed. [`check`] makes its tensors ([`CaseData`]),
+//! runs it on a back end, and compares the result with the float64 [`reference`](mod@moe_lora::reference). It
+//! also compares everything that a call must leave alone. A case that fails prints the command that repeats
+//! it.
 
 mod blocks;
 mod case;

@@ -8,8 +8,8 @@
 //! base_model.model.model.layers.3.mlp.experts.17.gate_proj.lora_B.weight    [N, r]
 //! ```
 //!
-//! Weights of anything else (attention, router, shared experts) belong to other operators and are
-//! passed over. Whatever would change the result and is not understood is refused: see [`AdapterError`].
+//! Weights of anything else (attention, router, shared experts) belong to other operators and are skipped. A
+//! setting that would change the result and is not supported is refused: see [`AdapterError`].
 //!
 //! ```no_run
 //! # use half::bf16;

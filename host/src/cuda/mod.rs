@@ -8,12 +8,12 @@
 //! | [`Workspace`] | scratch memory of calls | `cuMemAlloc` |
 //! | [`Graph`] | calls recorded once, replayed often | stream capture, graph |
 //!
-//! All of them own what they need: a device lives until the last thing made of it is gone, in whatever order they are
-//! dropped. All can be sent to other threads. Each call makes the device's context current while it lasts, and leaves
-//! the thread's own as it was.
+//! All of them own what they need, and can be dropped in any order: a device lives until the last thing made
+//! of it is gone. All can be sent to other threads. Each call makes the device's context current while it
+//! lasts, and leaves the thread's own as it was.
 //!
-//! The driver is bound when it is first used, so a program with this back end starts on a machine without
-//! a GPU and is told [`crate::Error::NoDevice`].
+//! The driver is bound when it is first used. So a program with this back end starts on a machine without a
+//! GPU, and gets [`crate::Error::NoDevice`] there.
 
 #[cfg(feature = "cudarc-unversioned")]
 mod cudarc;
