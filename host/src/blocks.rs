@@ -12,9 +12,10 @@
 //! `topk_ids` flattened, the slot of a pair comes from `token_lora_mapping`, and `lora_ids` and
 //! `num_active_loras` go unread. That is [`Routing::Tokens`](crate::Routing::Tokens) without an expert map.
 
-use crate::call::{Enabled, check_view, check_view_mut};
+use crate::check::{check_expert_map, check_limit, check_list, check_view, check_view_mut};
 use crate::error::{Error, Result};
 use crate::projection::{MAX_SIZE, Projection};
+use crate::routing::Enabled;
 use crate::tensor::{Space, View, ViewMut};
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{adopt, align};
@@ -204,12 +205,7 @@ impl<S: Space> Align<'_, S> {
         check_view("token_lora", &self.token_lora, &[tokens])?;
         self.adapter_enabled.check(slots)?;
         check_list("lora_ids", &self.lora_ids)?;
-        if let Some(map) = &self.expert_map {
-            if map.is_empty() {
-                return Err(Error::ZeroSize { what: "expert_map" });
-            }
-            check_list("expert_map", map)?;
-        }
+        self.expert_map.iter().try_for_each(check_expert_map)?;
         check_view_mut("sorted_token_ids", &self.sorted_token_ids, &[slots, max_padded])?;
         check_view_mut("expert_ids", &self.expert_ids, &[slots, max_blocks])?;
         check_view_mut("num_tokens_post_padded", &self.num_tokens_post_padded, &[slots])
@@ -219,14 +215,4 @@ impl<S: Space> Align<'_, S> {
     pub(crate) fn pairs(&self) -> usize {
         self.tokens * self.top_k
     }
-}
-
-fn check_limit(what: &'static str, got: usize, limit: usize) -> Result<()> {
-    if got > limit { Err(Error::SizeTooLarge { what, limit, got }) } else { Ok(()) }
-}
-
-/// Refuses a list of ids that is not there, or too long to be counted in 31 bits.
-fn check_list<S: Space>(tensor: &'static str, list: &View<'_, S, i32>) -> Result<()> {
-    check_limit(tensor, list.len(), MAX_SIZE)?;
-    check_view(tensor, list, &[list.len()])
 }

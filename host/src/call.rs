@@ -3,39 +3,15 @@
 //! Names, shapes and types are those of the operator's contract; see the crate's front page.
 
 use crate::blocks::SortedTensors;
+use crate::check::{check_extent, check_rows, check_view};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::projection::{MAX_SIZE, Projection, elements};
+use crate::projection::{Projection, elements};
 use crate::route::Route;
+use crate::routing::check_tokens;
+pub use crate::routing::{Enabled, RoutingTensors};
 use crate::tensor::{Rows, RowsMut, Space, View, ViewMut};
 use bytemuck::Pod;
-
-/// `adapter_enabled`, `[L]`: 0 switches a slot off for this layer.
-#[derive(Clone, Copy, Debug)]
-pub enum Enabled<'a, S: Space> {
-    /// Every slot is on; there is no tensor.
-    All,
-    /// One byte a slot.
-    U8(View<'a, S, u8>),
-    /// One 32-bit integer a slot.
-    I32(View<'a, S, i32>),
-}
-
-/// Who goes where: the tensors that routing reads. All ids are untrusted.
-#[derive(Clone, Copy, Debug)]
-pub struct RoutingTensors<'a, S: Space> {
-    /// `[T, k]`: global expert ids.
-    pub topk_ids: View<'a, S, i32>,
-    /// `[T]`: adapter slot of each token, −1 for none.
-    pub token_lora: View<'a, S, i32>,
-    /// `[L]`: which slots are on.
-    pub adapter_enabled: Enabled<'a, S>,
-    /// `[L]`: rank in use per slot; `None`: `max_rank` for all. On a device a rank is clamped to
-    /// 0 ..= `max_rank`; on the host one over `max_rank` is an error.
-    pub ranks: Option<View<'a, S, i32>>,
-    /// `[global experts]`: local id of a global expert, −1 when another device holds it.
-    pub expert_map: Option<View<'a, S, i32>>,
-}
 
 /// Where a call's segments come from.
 #[derive(Clone, Copy, Debug)]
@@ -143,76 +119,6 @@ pub struct Layout {
     pub ranked: bool,
 }
 
-/// Bytes of the vector accesses of the fast kernels.
-const VECTOR_BYTES: u64 = 16;
-
-/// Refuses a view that cannot hold `shape`.
-pub(crate) fn check_view<S: Space, T: Pod>(
-    tensor: &'static str,
-    view: &View<'_, S, T>,
-    shape: &[usize],
-) -> Result<()> {
-    let expected = elements(tensor, shape)?;
-    check_extent(tensor, view.address(), align_of::<T>(), view.len(), expected, || format!("{shape:?}"))
-}
-
-/// Refuses a view to be written that cannot hold `shape`.
-pub(crate) fn check_view_mut<S: Space, T: Pod>(
-    tensor: &'static str,
-    view: &ViewMut<'_, S, T>,
-    shape: &[usize],
-) -> Result<()> {
-    check_view(tensor, &view.as_view(), shape)
-}
-
-fn check_extent(
-    tensor: &'static str,
-    address: u64,
-    align: usize,
-    got: usize,
-    expected: usize,
-    shape: impl Fn() -> String,
-) -> Result<()> {
-    // Also where nothing is expected: a back end may look at all that a view names.
-    if expected == 0 && got == 0 {
-        return Ok(());
-    }
-    if address == 0 {
-        return Err(Error::NullPointer { tensor, expected: expected.max(got) });
-    }
-    if !address.is_multiple_of(align as u64) {
-        return Err(Error::Misaligned { tensor, expected: align, address });
-    }
-    if got < expected {
-        return Err(Error::TooShort { tensor, shape: shape(), expected, got });
-    }
-    Ok(())
-}
-
-/// Refuses rows that overlap or that the buffer cannot hold; returns the stride.
-fn check_rows(
-    tensor: &'static str,
-    (address, align, len): (u64, usize, usize),
-    stride: Option<usize>,
-    rows: usize,
-    width: usize,
-) -> Result<usize> {
-    let stride = stride.unwrap_or(width);
-    if stride < width {
-        return Err(Error::RowStride { tensor, expected: width, got: stride });
-    }
-    // The last row need not be followed by the padding of its stride.
-    let extent = match rows.checked_sub(1) {
-        None => 0,
-        Some(before) => elements(tensor, &[before, stride])?
-            .checked_add(width)
-            .ok_or_else(|| Error::SizeOverflow { tensor, shape: format!("[{rows}, {width}]") })?,
-    };
-    let shape = || format!("[{rows}, {width}] with a row stride of {stride}");
-    check_extent(tensor, address, align, len, extent, shape)?;
-    Ok(stride)
-}
-
 fn check_slices<S: Space, T: Pod>(
     tensor: &'static str,
     slices: &[View<'_, S, T>],
@@ -234,25 +140,11 @@ fn check_dtype<T: Element>(projection: &Projection, tensor: &'static str) -> Res
     Ok(())
 }
 
-fn check_tokens(projection: &Projection, tokens: usize) -> Result<usize> {
-    if tokens > MAX_SIZE {
-        return Err(Error::SizeTooLarge { what: "tokens", limit: MAX_SIZE, got: tokens });
-    }
-    projection.pairs(tokens)
-}
+/// Bytes of the vector accesses of the fast kernels.
+const VECTOR_BYTES: u64 = 16;
 
 fn all_aligned(addresses: impl IntoIterator<Item = u64>) -> bool {
     addresses.into_iter().all(|address| address.is_multiple_of(VECTOR_BYTES))
-}
-
-impl<S: Space> Enabled<'_, S> {
-    pub(crate) fn check(&self, slots: usize) -> Result<()> {
-        match self {
-            Enabled::All => Ok(()),
-            Enabled::U8(view) => check_view("adapter_enabled", view, &[slots]),
-            Enabled::I32(view) => check_view("adapter_enabled", view, &[slots]),
-        }
-    }
 }
 
 impl<S: Space> Routing<'_, S> {
@@ -268,33 +160,6 @@ impl<S: Space> Routing<'_, S> {
     /// Whether the call finds it, with ranks of the slots' own.
     fn is_ranked(&self) -> bool {
         matches!(self, Routing::Tokens(RoutingTensors { ranks: Some(_), .. }))
-    }
-}
-
-impl<S: Space> RoutingTensors<'_, S> {
-    /// Checks everything that can be known without reading device memory.
-    ///
-    /// # Errors
-    /// As for [`Forward::check`].
-    pub fn check(&self, projection: &Projection, tokens: usize) -> Result<()> {
-        check_tokens(projection, tokens)?;
-        let sizes = projection.sizes();
-        check_view("topk_ids", &self.topk_ids, &[tokens, sizes.top_k])?;
-        check_view("token_lora", &self.token_lora, &[tokens])?;
-        self.adapter_enabled.check(sizes.slots)?;
-        if let Some(ranks) = &self.ranks {
-            check_view("ranks", ranks, &[sizes.slots])?;
-        }
-        if let Some(map) = &self.expert_map {
-            if map.is_empty() {
-                return Err(Error::ZeroSize { what: "expert_map" });
-            }
-            if map.len() > MAX_SIZE {
-                return Err(Error::SizeTooLarge { what: "expert_map", limit: MAX_SIZE, got: map.len() });
-            }
-            check_view("expert_map", map, &[map.len()])?;
-        }
-        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ pub mod adapter;
 pub mod backend;
 pub mod blocks;
 pub mod call;
+mod check;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -37,6 +38,7 @@ pub mod plan;
 pub mod projection;
 pub mod reference;
 pub mod route;
+mod routing;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
