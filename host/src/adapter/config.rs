@@ -1,6 +1,6 @@
 //! `adapter_config.json`: what PEFT writes beside the weights.
 
-use super::AdapterError;
+use super::error::AdapterError;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::fs::File;

@@ -1,38 +1,10 @@
 //! What a weight's name says it is.
 
-use super::Target;
+use super::target::{Module, Target};
 
 /// The names understood, for messages.
 pub(super) const EXPECTED: &str =
     "….layers.N.….experts.J.{gate_proj,up_proj,down_proj or w1,w3,w2}.lora_{A,B}.weight";
-
-/// One of the three matrices of a gated expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Module {
-    Gate,
-    Up,
-    Down,
-}
-
-impl Module {
-    /// Which slice of its projection this is.
-    pub(super) fn slice(self) -> usize {
-        match self {
-            Module::Gate | Module::Down => 0,
-            Module::Up => 1,
-        }
-    }
-
-    /// Most models say what a matrix is for; Mixtral numbers them.
-    fn parse(name: &str) -> Option<Self> {
-        match name {
-            "gate_proj" | "w1" => Some(Module::Gate),
-            "up_proj" | "w3" => Some(Module::Up),
-            "down_proj" | "w2" => Some(Module::Down),
-            _ => None,
-        }
-    }
-}
 
 /// Which factor of the product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
