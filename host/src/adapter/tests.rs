@@ -1,4 +1,9 @@
+use super::name::{Name, Side};
+use super::target::Target;
 use super::*;
+use crate::dtype::{DType, Element};
+use crate::projection::{Projection, XRows};
+use crate::tensor_file::FileError;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView, serialize};

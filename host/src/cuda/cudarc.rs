@@ -25,7 +25,8 @@
 
 use crate::cuda::device::Device;
 use crate::cuda::memory::Memory;
-use crate::cuda::stream::{Owner, Stream};
+use crate::cuda::raw_stream::Owner;
+use crate::cuda::stream::Stream;
 use crate::error::{Error, Result};
 use crate::tensor::{Cuda, View, ViewMut};
 use bytemuck::Pod;
@@ -108,7 +109,7 @@ impl CudarcStream {
 
     fn lent<T>(&self, address: u64, len: usize) -> Lent<T> {
         Lent {
-            memory: Arc::new(Memory::lent(&self.stream, address, len * size_of::<T>())),
+            memory: Arc::new(Memory::lent(self.stream.raw(), address, len * size_of::<T>())),
             len,
             element: PhantomData,
         }

@@ -1,18 +1,15 @@
 //! A device with the kernels loaded.
 
-use crate::cuda::driver::{
-    Api, CaptureMode, Handle, LaunchAttribute, LaunchConfig, PrimaryContext, api, attribute,
-};
+use crate::cuda::context::{Bound, Relaxed};
+use crate::cuda::driver::{Api, Handle, LaunchAttribute, LaunchConfig, PrimaryContext, api, attribute};
 use crate::cuda::info::DeviceInfo;
-use crate::cuda::stream::{Owner, Stream};
 use crate::error::{Error, Result};
-use crate::plan::{DeviceLimits, Options};
+use crate::plan::DeviceLimits;
 use crate::tuning::{TUNING_VAR, Tuning};
 use moe_lora_kernels::entry::{CLUSTERS_SINCE, WGMMA_ON};
 use moe_lora_kernels::{ENTRIES, Entry, Kernel, decode};
 use moe_lora_prebuilt::{KERNELS, Kernels};
 use std::ffi::{CStr, CString, c_void};
-use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::{env, fmt, ptr};
@@ -76,58 +73,6 @@ impl Drop for Module {
         let _relaxed = Relaxed::begin(api);
         // SAFETY: loaded once, and no stream, graph or function of it is left. A failure has nobody to go to.
         let _ = unsafe { api.cuModuleUnload(self.handle) };
-    }
-}
-
-/// A context that is current on this thread until this is dropped; then the one before it is again.
-pub(super) struct Bound {
-    pushed: bool,
-    /// Of this thread.
-    _thread: PhantomData<*const ()>,
-}
-
-impl Bound {
-    fn to(context: &PrimaryContext) -> Result<Self> {
-        let api = api()?;
-        let mut current = ptr::null_mut();
-        // SAFETY: writes one handle.
-        unsafe { api.cuCtxGetCurrent(&mut current)? };
-        let pushed = current != context.handle();
-        if pushed {
-            // SAFETY: the context is retained.
-            unsafe { api.cuCtxPushCurrent_v2(context.handle())? };
-        }
-        Ok(Bound { pushed, _thread: PhantomData })
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        if let (true, Ok(api)) = (self.pushed, api()) {
-            let mut popped = ptr::null_mut();
-            // SAFETY: writes one handle. A failure has nobody to go to.
-            let _ = unsafe { api.cuCtxPopCurrent_v2(&mut popped) };
-        }
-    }
-}
-
-/// A stretch in which this thread may allocate, free and load modules, whatever is being captured meanwhile, by this
-/// library or another. What is done so is no part of a graph.
-pub(super) struct Relaxed<'a>(&'a Api, u32);
-
-impl<'a> Relaxed<'a> {
-    pub fn begin(api: &'a Api) -> Result<Self> {
-        let mut mode = CaptureMode::Relaxed as u32;
-        // SAFETY: reads and writes one value.
-        unsafe { api.cuThreadExchangeStreamCaptureMode(&mut mode)? };
-        Ok(Relaxed(api, mode))
-    }
-}
-
-impl Drop for Relaxed<'_> {
-    fn drop(&mut self) {
-        // SAFETY: as above. A failure has nobody to go to.
-        let _ = unsafe { self.0.cuThreadExchangeStreamCaptureMode(&mut self.1) };
     }
 }
 
@@ -273,35 +218,6 @@ impl Device {
     /// What was measured on such a device, if it was given.
     pub fn tuning(&self) -> Option<&Tuning> {
         self.tuning.as_deref()
-    }
-
-    /// A new stream. It waits for no other, the default one among them.
-    ///
-    /// # Errors
-    /// [`Error::Driver`] when no stream can be made.
-    pub fn new_stream(&self) -> Result<Stream> {
-        self.new_stream_with(Options::default())
-    }
-
-    /// A new stream, on which `options` are forced on calls.
-    ///
-    /// # Errors
-    /// As for [`Device::new_stream`].
-    pub fn new_stream_with(&self, options: Options) -> Result<Stream> {
-        Stream::new(self, options)
-    }
-
-    /// A stream that another library made.
-    ///
-    /// # Safety
-    /// - `stream` is a `CUstream` of this device's primary context, or null, its default stream.
-    /// - It lives as long as this handle and its clones; and where a buffer, workspace or graph that was used on it is
-    ///   then used on another stream, until that.
-    /// - The work that is queued on it has ended when such a buffer, workspace or graph is dropped.
-    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread, and lives as long as that. What was used
-    ///   on one waits for the device before it is used on another.
-    pub unsafe fn foreign_stream(&self, stream: *mut c_void) -> Stream {
-        Stream::foreign(self, stream, Owner::Caller)
     }
 
     /// Its name in messages.

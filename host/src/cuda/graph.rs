@@ -1,13 +1,14 @@
 //! Calls recorded once and replayed often.
 
 use crate::backend::Backend;
-use crate::cuda::device::Relaxed;
+use crate::cuda::context::Relaxed;
 use crate::cuda::driver::{Api, CaptureMode, Handle, api};
 use crate::cuda::memory::{Access, Memory};
-use crate::cuda::stream::{Event, RawStream, Recorded, Stream};
+use crate::cuda::raw_stream::Event;
+use crate::cuda::recording::Recorded;
+use crate::cuda::stream::Stream;
 use crate::error::{Error, Result};
-use crate::route::{HeldRoute, NOT_RECORDED, unique};
-use std::sync::atomic::Ordering;
+use crate::route::HeldRoute;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::{fmt, ptr};
 
@@ -38,20 +39,20 @@ impl fmt::Debug for Graph {
 /// A capture under way; it is ended when this is dropped, also by a panic.
 struct Capture<'a> {
     api: &'a Api,
-    stream: &'a RawStream,
+    stream: &'a Stream,
     ended: bool,
 }
 
 impl<'a> Capture<'a> {
-    fn begin(api: &'a Api, stream: &'a RawStream) -> Result<Self> {
+    fn begin(api: &'a Api, stream: &'a Stream) -> Result<Self> {
         // A call of another thread comes before it, or is part of it.
         let _queueing = stream.device().queueing_alone();
         // What other streams wait for is over by then: while it is captured, a stream cannot be waited for.
-        stream.wait_unless_captured(api)?;
+        stream.raw().wait_unless_captured(api)?;
         // SAFETY: the stream is live.
-        unsafe { api.cuStreamBeginCapture_v2(stream.handle(), CaptureMode::ThreadLocal as u32)? };
+        unsafe { api.cuStreamBeginCapture_v2(stream.as_raw(), CaptureMode::ThreadLocal as u32)? };
         // A stream that is captured already was refused just now.
-        stream.recording().store(unique(), Ordering::Release);
+        stream.own_recording().begin();
         Ok(Capture { api, stream, ended: false })
     }
 
@@ -59,13 +60,12 @@ impl<'a> Capture<'a> {
     fn end(&mut self) -> Result<(Handle, Recorded)> {
         self.ended = true;
         let _queueing = self.stream.device().queueing_alone();
-        let recorded = std::mem::take(&mut *self.stream.recorded());
-        self.stream.recording().store(NOT_RECORDED, Ordering::Release);
+        let recorded = self.stream.own_recording().end();
         // What they found was not found yet.
         recorded.routes.iter().for_each(|held| held.forget());
         let mut graph = ptr::null_mut();
         // SAFETY: this thread has begun it; writes one handle.
-        unsafe { self.api.cuStreamEndCapture(self.stream.handle(), &mut graph)? };
+        unsafe { self.api.cuStreamEndCapture(self.stream.as_raw(), &mut graph)? };
         Ok((graph, recorded))
     }
 }
@@ -95,9 +95,9 @@ impl Stream {
             // Calls would not find the recording.
             return Err(Error::NotRecordable { what: "a call on another thread's default stream" });
         }
-        let (api, raw) = (api()?, &self.raw());
+        let api = api()?;
         let _bound = self.device().bind()?;
-        let mut capture = Capture::begin(api, raw)?;
+        let mut capture = Capture::begin(api, self)?;
         let queued = work(self);
         let (graph, Recorded { memories, routes }) = match (queued, capture.end()) {
             (Ok(()), ended) => ended?,
@@ -149,10 +149,10 @@ impl Graph {
         let _bound = device.bind()?;
         let _queueing = device.queueing_alone();
         let executable = self.executable.lock().unwrap_or_else(PoisonError::into_inner);
-        self.memories.iter().try_for_each(|(memory, access)| raw.use_memory(memory, *access))?;
+        self.memories.iter().try_for_each(|(memory, access)| self.stream.use_memory(memory, *access))?;
         self.routes.iter().for_each(|held| held.forget());
-        if self.stream.recording() != NOT_RECORDED {
-            raw.recorded().routes.extend(self.routes.iter().cloned());
+        if let Some(recording) = self.stream.recording() {
+            recording.add_routes(&self.routes);
         }
         // SAFETY: both are live.
         unsafe { api.cuGraphLaunch(executable.0, raw.handle()) }

@@ -1,16 +1,10 @@
 //! Memory of a device, and the order in which streams use it.
 
-use crate::backend;
-use crate::cuda::device::{Device, Relaxed};
+use crate::cuda::context::Relaxed;
+use crate::cuda::device::Device;
 use crate::cuda::driver::{Allocation, api};
-use crate::cuda::stream::RawStream;
-#[cfg(feature = "cudarc-unversioned")]
-use crate::cuda::stream::Stream;
+use crate::cuda::raw_stream::RawStream;
 use crate::error::{Error, Result};
-use crate::tensor::{Cuda, View, ViewMut};
-use bytemuck::Pod;
-use std::fmt;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What queued work does with memory.
@@ -65,8 +59,9 @@ impl Memory {
 
     /// Memory of another's that `stream` may use.
     #[cfg(feature = "cudarc-unversioned")]
-    pub(super) fn lent(stream: &Stream, address: u64, bytes: usize) -> Self {
-        Memory { owner: Owner::Other(address, stream.raw()), device: stream.device().clone(), bytes }
+    pub(super) fn lent(stream: Arc<RawStream>, address: u64, bytes: usize) -> Self {
+        let device = stream.device().clone();
+        Memory { owner: Owner::Other(address, stream), device, bytes }
     }
 
     /// Whether a recording may keep it.
@@ -149,73 +144,5 @@ impl Drop for Memory {
             let _ = stream.wait_unless_captured(api);
         }
         *allocation = None;
-    }
-}
-
-/// Memory on a device, freed when dropped: after all work that uses it, whichever streams that is queued on. (For
-/// streams of the caller's see [`Device::foreign_stream`].)
-pub struct Buffer<T> {
-    memory: Arc<Memory>,
-    len: usize,
-    element: PhantomData<T>,
-}
-
-impl<T: Pod> Buffer<T> {
-    /// Room for `len` elements, unwritten.
-    ///
-    /// # Safety
-    /// The elements must be written before they are read.
-    ///
-    /// # Errors
-    /// [`Error::SizeOverflow`] and [`Error::Driver`] when there is no room.
-    pub unsafe fn uninitialized(device: &Device, len: usize) -> Result<Self> {
-        let bytes = len.checked_mul(size_of::<T>()).filter(|bytes| *bytes <= isize::MAX as usize);
-        let too_many = || Error::SizeOverflow { tensor: "buffer", shape: format!("[{len}]") };
-        let memory = Arc::new(Memory::new(device, bytes.ok_or_else(too_many)?)?);
-        Ok(Buffer { memory, len, element: PhantomData })
-    }
-
-    /// Elements.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True when there are no elements.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// The device that it is on.
-    pub fn device(&self) -> &Device {
-        self.memory.device()
-    }
-
-    /// Address of the first element, on the device. Whoever reads or writes there sees to the order of work itself.
-    pub fn address(&self) -> u64 {
-        self.memory.address()
-    }
-
-    pub(super) fn memory(&self) -> &Arc<Memory> {
-        &self.memory
-    }
-}
-
-impl<T> fmt::Debug for Buffer<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Buffer({} elements on {:?})", self.len, self.memory.device())
-    }
-}
-
-impl<T: Pod> backend::Buffer<T> for Buffer<T> {
-    type Space = Cuda;
-
-    fn view(&self) -> View<'_, Cuda, T> {
-        // SAFETY: the memory is this buffer's for as long as it is borrowed, and a call keeps it and its uses in order.
-        unsafe { View::of(self.address(), self.len, &self.memory) }
-    }
-
-    fn view_mut(&mut self) -> ViewMut<'_, Cuda, T> {
-        // SAFETY: as above, and nobody else may use it.
-        unsafe { ViewMut::of(self.memory.address(), self.len, &self.memory) }
     }
 }

@@ -15,6 +15,8 @@
 //! The driver is bound when it is first used. So a program with this back end starts on a machine without a
 //! GPU, and gets [`crate::Error::NoDevice`] there.
 
+mod buffer;
+mod context;
 #[cfg(feature = "cudarc-unversioned")]
 mod cudarc;
 mod device;
@@ -23,19 +25,23 @@ mod graph;
 mod info;
 mod launch;
 mod memory;
+mod raw_stream;
+mod recording;
+mod route_contents;
 mod stream;
 mod tensors;
 mod workspace;
 
 pub use crate::plan::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};
+pub use buffer::Buffer;
 #[cfg(feature = "cudarc-unversioned")]
 pub use cudarc::{CudarcRead, CudarcStream, CudarcWrite};
 pub use device::{Device, LoadedFrom, device_of};
 pub use graph::Graph;
 pub use info::DeviceInfo;
-pub use memory::Buffer;
 #[doc(hidden)]
 pub use memory::Memory;
 pub use moe_lora_prebuilt::{Cubin, KERNELS as EMBEDDED, Kernels as Embedded, Packed};
-pub use stream::{RouteContents, RouteTile, Stream};
+pub use route_contents::{RouteContents, RouteTile};
+pub use stream::Stream;
 pub use workspace::Workspace;

@@ -1,13 +1,12 @@
 //! Scratch memory of calls: made once, so that a call allocates nothing.
 
-use crate::backend::Backend;
-use crate::cuda::device::{Device, Relaxed};
+use crate::cuda::context::Relaxed;
+use crate::cuda::device::Device;
 use crate::cuda::driver::api;
 use crate::cuda::memory::Memory;
-use crate::cuda::stream::Stream;
+use crate::cuda::raw_stream::RawStream;
 use crate::error::Result;
 use crate::launch::{Parts, Place, Scratch};
-use crate::plan::Options;
 use crate::projection::Projection;
 use crate::route::HeldRoute;
 use std::fmt;
@@ -34,15 +33,15 @@ impl Workspace {
 
     fn with(device: &Device, scratch: Scratch) -> Result<Self> {
         let memory = Memory::new(device, scratch.bytes())?;
-        // On a stream of its own: that of the first call may be captured.
-        let stream = Stream::new(device, Options::default())?;
         {
             let (api, _bound) = (api()?, device.bind()?);
+            // On a stream of its own: that of the first call may be captured.
+            let stream = RawStream::create(device)?;
             let _relaxed = Relaxed::begin(api)?;
             // SAFETY: the memory is long enough, and nobody else uses it yet. Every other part is written by the
             // kernel that comes before its reader.
-            unsafe { api.cuMemsetD8Async(memory.address(), 0, scratch.zero_bytes(), stream.as_raw())? };
-            stream.synchronize()?;
+            unsafe { api.cuMemsetD8Async(memory.address(), 0, scratch.zero_bytes(), stream.handle())? };
+            stream.synchronize(api)?;
         }
         Ok(Workspace { memory: Arc::new(memory), scratch, held: Arc::default() })
     }
@@ -51,7 +50,7 @@ impl Workspace {
     /// `max_tokens` tokens on `projection`. It holds no route.
     ///
     /// # Errors
-    /// As for [`Backend::workspace`].
+    /// As for [`Backend::workspace`](crate::Backend::workspace).
     pub fn grown(&self, projection: &Projection, max_tokens: usize) -> Result<Self> {
         Self::with(self.memory.device(), self.scratch.grown(projection, max_tokens)?)
     }
@@ -82,10 +81,10 @@ impl Workspace {
         &self.held
     }
 
-    /// Where a call on `stream` runs.
-    pub(super) fn place(&self, stream: &Stream) -> Place<'_> {
+    /// Where a call runs that is part of `recording`, or of none.
+    pub(super) fn place(&self, recording: u64) -> Place<'_> {
         let Workspace { memory, scratch, held } = self;
-        Place { scratch, base: memory.address(), held, recording: stream.recording() }
+        Place { scratch, base: memory.address(), held, recording }
     }
 
     pub(super) fn parts(&self) -> Parts {

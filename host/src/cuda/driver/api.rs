@@ -246,3 +246,14 @@ pub fn api() -> Result<&'static Api> {
     });
     started.as_ref().map_err(Error::clone)
 }
+
+/// How `cust` starts the driver. Another user of cust may be the first; flags must be 0 to this day.
+// SAFETY: the name is the driver's own, and the signature is the driver's.
+#[cfg(feature = "cust")]
+#[unsafe(no_mangle)]
+extern "C" fn cuInit(_flags: u32) -> cust::sys::CUresult {
+    match api() {
+        Ok(_) => cust::sys::CUresult::CUDA_SUCCESS,
+        Err(_) => super::bind::no_driver(),
+    }
+}

@@ -11,7 +11,7 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// Where a slot leads while there is no driver.
-extern "C" fn no_driver() -> CUresult {
+pub extern "C" fn no_driver() -> CUresult {
     CUresult::CUDA_ERROR_STUB_LIBRARY
 }
 
@@ -82,15 +82,5 @@ pub fn fill(library: &Library) {
         if let Ok(function) = unsafe { library.get::<*mut c_void>(name.as_bytes()) } {
             slot.store(*function, Ordering::Release);
         }
-    }
-}
-
-// SAFETY: the name is the driver's own, and the signature is the driver's.
-#[unsafe(no_mangle)]
-extern "C" fn cuInit(_flags: u32) -> CUresult {
-    // Another user of cust may be the first; `api` starts the driver itself, and flags must be 0 to this day.
-    match super::api::api() {
-        Ok(_) => CUresult::CUDA_SUCCESS,
-        Err(_) => no_driver(),
     }
 }
