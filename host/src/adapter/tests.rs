@@ -1,7 +1,5 @@
-use super::name::{Name, Side};
-use super::target::Target;
 use super::*;
-use crate::dtype::{DType, Element};
+use crate::dtype::Element;
 use crate::projection::{Projection, XRows};
 use crate::tensor_file::FileError;
 use half::{bf16, f16};
