@@ -1,5 +1,5 @@
 use crate::DTypeArg;
-use crate::measure::{Workload, time};
+use crate::measure::{Choice, Workload, time};
 use crate::models::{MODELS, Model, Op};
 use crate::print::say;
 use anyhow::Context;
@@ -100,8 +100,14 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     for &op in &args.op {
         let projection = model.projection(op, args.rank, args.adapters, args.dtype.into())?;
         for &tokens in &args.tokens {
-            let workload =
-                Workload { projection, tokens, rank: args.rank, weighted: op == Op::W2, split: false };
+            let workload = Workload {
+                projection,
+                tokens,
+                rank: args.rank,
+                weighted: op == Op::W2,
+                split: false,
+                choice: Choice::Uniform,
+            };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;
             let way = match tuned.way.name("") {
                 name if name.is_empty() => "as planned".to_owned(),
@@ -144,9 +150,10 @@ fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
             ProgressStyle::with_template("{bar:30} {pos}/{len} ways  {msg}").expect("a valid template"),
         );
     let times = match projection.sizes().dtype {
-        DType::Bf16 => time::<bf16>(&streams, workload, SEED, || progress.inc(1)),
-        DType::F16 => time::<f16>(&streams, workload, SEED, || progress.inc(1)),
-    }?;
+        DType::Bf16 => time::<bf16>(&streams, workload, SEED, false, || progress.inc(1)),
+        DType::F16 => time::<f16>(&streams, workload, SEED, false, || progress.inc(1)),
+    }?
+    .times;
     progress.finish_and_clear();
     let planned = times[0].routed;
     let measured = tried.into_iter().zip(times.iter().map(|times| times.routed));

@@ -1,0 +1,298 @@
+//! `moe-lora bench`.
+
+mod cases;
+mod record;
+mod route;
+
+use crate::DTypeArg;
+use crate::measure::{Measured, Times, time};
+use crate::models::Op;
+use crate::print::say;
+use anyhow::Context;
+use cases::Case;
+use half::{bf16, f16};
+use indicatif::{ProgressBar, ProgressStyle};
+use moe_lora::cuda::{Device, Options, Stream, TileKind};
+use moe_lora::plan::{RouteSource, Stage};
+use moe_lora::tuning::ways;
+use moe_lora::{Backend, DType, Layout};
+pub use record::Record;
+use record::Recorder;
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+#[command(after_help = "\
+time   of shrink and expand: the median over replays of a CUDA graph that calls the operator on one set of
+       weights after another, together larger than the L2 cache, as the layers of a model would
+route  what routing adds to that
+host   what a call with its routing costs the thread that makes it, outside a graph
+floor  the bytes that must move (each touched weight once, x once, out read and written) at nine tenths of what
+       the memory's clock and width allow (3.0 TB/s on an H100, 4.3 on an H200), or the operations at
+       790 TFLOP/s, whichever takes longer
+error  distance from float64 at randomly drawn pairs; a wrong result is not timed
+
+Random calls (--random) are timed with their routing alone. Of each the table has the planner's own choice; the
+ten that are farthest from their floors come last, and, with --every-way, the ten of which another choice would
+have been fastest by most.
+
+Examples:
+  moe-lora bench
+  moe-lora bench --tokens 1,80,1024 --op w13
+  moe-lora bench --random 200 --seed 1
+  moe-lora bench --random 200 --seed 1 --every-way --record h200.jsonl
+  moe-lora bench --route --route-blocks 1,8,64")]
+pub struct Args {
+    /// Only cases of these numbers of tokens
+    #[arg(long, value_delimiter = ',')]
+    tokens: Vec<usize>,
+    /// Only cases of this projection
+    #[arg(long)]
+    op: Option<Op>,
+    /// Only cases of this rank
+    #[arg(long)]
+    rank: Option<usize>,
+    /// Type of activations and weights; random calls have their own
+    #[arg(long, default_value = "bf16", conflicts_with = "random")]
+    dtype: DTypeArg,
+    /// Only this tile, where it can be had: m16, m32, m64 or any
+    #[arg(long, value_parser = tile)]
+    tile: Option<TileKind>,
+    /// Time every form, tile and cluster that a plan could choose, too
+    #[arg(long, conflicts_with = "tile")]
+    every_way: bool,
+    /// Time the ways whose names hold one of these, besides the plan's own
+    #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
+    ways: Vec<String>,
+    /// Time so many random calls in place of those of models
+    #[arg(long, value_name = "N", conflicts_with_all = ["op", "tokens", "rank", "split", "route"])]
+    random: Option<u64>,
+    /// Number of the first random call: the same number is the same call, on every machine
+    #[arg(long, default_value_t = 1, requires = "random")]
+    seed: u64,
+    /// Append what was measured of each call to this file, a line of JSON each
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["tile", "split", "route"])]
+    record: Option<PathBuf>,
+    /// Time calls of the split form: shrink, then expand
+    #[arg(long)]
+    split: bool,
+    /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
+    #[arg(long, conflicts_with_all = ["op", "tile", "every_way", "split"])]
+    route: bool,
+    /// Blocks of the route: the planner's choice without; several are timed in turn
+    #[arg(long, value_delimiter = ',', requires = "route")]
+    route_blocks: Vec<u32>,
+    /// Device number
+    #[arg(long, default_value_t = 0)]
+    device: u32,
+}
+
+fn tile(name: &str) -> Result<TileKind, String> {
+    let named = |tile: &TileKind| format!("{tile:?}").eq_ignore_ascii_case(name);
+    TileKind::ALL.into_iter().find(named).ok_or_else(|| "expected m16, m32, m64 or any".to_owned())
+}
+
+/// Times calls, and prints a table.
+pub fn bench(args: &Args) -> anyhow::Result<()> {
+    // What is recorded is to be of the planner's own rules, whatever the environment says.
+    let device = match args.record {
+        Some(_) => Device::untuned(args.device)?,
+        None => Device::new(args.device)?,
+    };
+    say!("{}", device.info())?;
+    if args.route {
+        return route::bench_routes(&device, &args.tokens, &args.route_blocks);
+    }
+    let is_wanted = |way: &Options| {
+        let name = way.name("");
+        *way == Options::default() || args.every_way || args.ways.iter().any(|part| name.contains(part))
+    };
+    let ways = match args.tile {
+        Some(_) => vec![Options { tile: args.tile, ..Options::default() }],
+        None => ways().into_iter().filter(is_wanted).collect(),
+    };
+    let mut recorder = Recorder::new(args.record.as_deref())?;
+    match args.random {
+        Some(count) => bench_random(&device, &ways, args.seed..args.seed + count, &mut recorder),
+        None => bench_models(&device, &ways, args, &mut recorder),
+    }
+}
+
+/// The ways to run a call that are timed: each plan once, by the name of what forces it.
+struct Candidates {
+    ways: Vec<Options>,
+    streams: Vec<Stream>,
+    /// Which of them is the planner's own choice.
+    planned: usize,
+}
+
+impl Candidates {
+    fn new(device: &Device, ways: &[Options], case: &Case) -> anyhow::Result<Self> {
+        let projection = &case.workload.projection;
+        let layout = Layout {
+            tokens: case.workload.tokens,
+            x_stride: projection.sizes().in_dim,
+            out_stride: projection.out_width(),
+            offset: 0,
+            aligned: true,
+            ranked: case.workload.rank < projection.sizes().max_rank,
+        };
+        let (mut kept, mut streams, mut plans) = (Vec::new(), Vec::new(), Vec::new());
+        let mut planned = 0;
+        // What is not forced comes last: it is one of the others, as a rule.
+        let (own, forced): (Vec<Options>, Vec<_>) = ways.iter().partition(|way| **way == Options::default());
+        for way in forced.into_iter().chain(own) {
+            let stream = device.new_stream_with(way)?;
+            let plan = stream.plan(projection, &layout, Stage::Forward, RouteSource::Made)?;
+            let place = plans.iter().position(|other| *other == plan).unwrap_or(plans.len());
+            if place == plans.len() {
+                plans.push(plan);
+                kept.push(way);
+                streams.push(stream);
+            }
+            if way == Options::default() {
+                planned = place;
+            }
+        }
+        Ok(Candidates { ways: kept, streams, planned })
+    }
+}
+
+fn measure(streams: &[Stream], case: &Case, seed: u64, apart: bool) -> anyhow::Result<Measured> {
+    let Case { name, op, workload } = case;
+    let measured = match workload.projection.sizes().dtype {
+        DType::Bf16 => time::<bf16>(streams, workload, seed, apart, || {}),
+        DType::F16 => time::<f16>(streams, workload, seed, apart, || {}),
+    };
+    measured.with_context(|| format!("{name} {op} T={}: {:?}", workload.tokens, workload.projection.sizes()))
+}
+
+/// The rank of a call's adapters, and of its allocation where that is larger.
+fn rank(case: &Case) -> String {
+    let (rank, max_rank) = (case.workload.rank, case.workload.projection.sizes().max_rank);
+    if rank == max_rank { rank.to_string() } else { format!("{rank} of {max_rank}") }
+}
+
+fn bench_models(
+    device: &Device,
+    ways: &[Options],
+    args: &Args,
+    recorder: &mut Recorder,
+) -> anyhow::Result<()> {
+    say!(
+        "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
+    )?;
+    say!("|---|---|---|---|---|---|---|---|---|---|---|---|")?;
+    let wanted = |case: &Case| {
+        (args.tokens.is_empty() || args.tokens.contains(&case.workload.tokens))
+            && args.op.is_none_or(|op| op == case.op)
+            && args.rank.is_none_or(|rank| rank == case.workload.rank)
+    };
+    let cases = cases::of_models(args.dtype.into(), args.split)?;
+    for (seed, case) in (0..).zip(cases).filter(|(_, case)| wanted(case)) {
+        let Candidates { ways, streams, .. } = Candidates::new(device, ways, &case)?;
+        let measured = measure(&streams, &case, seed, args.record.is_none())?;
+        recorder.add(&Record::new(&device.info().name, &case, &ways, &measured))?;
+        let Case { name, op, workload } = case;
+        let (tokens, loras, rank) = (workload.tokens, workload.projection.sizes().slots, rank(&case));
+        let floor = measured.floor;
+        for (stream, Times { kernels, routed, host, error }) in streams.iter().zip(measured.times) {
+            let (way, ratio) = (stream.variant(), routed / floor);
+            say!(
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} \
+                 | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// What a summary of random calls says of one.
+struct Timed {
+    seed: u64,
+    case: Case,
+    floor: f64,
+    planned: f64,
+    /// The fastest way, and its time.
+    fastest: (Options, f64),
+}
+
+/// Calls that a summary lists.
+const WORST: usize = 10;
+/// Microseconds of a floor from which on times are compared with it by their ratio.
+const LARGE_FLOOR: f64 = 20.0;
+
+fn bench_random(
+    device: &Device,
+    ways: &[Options],
+    seeds: std::ops::Range<u64>,
+    recorder: &mut Recorder,
+) -> anyhow::Result<()> {
+    let style =
+        ProgressStyle::with_template("{bar:30} {pos}/{len} calls, {eta} left").expect("a valid template");
+    let progress = ProgressBar::new(seeds.end - seeds.start).with_style(style);
+    let mut timed = Vec::new();
+    for seed in seeds {
+        let case = cases::random(seed);
+        let Candidates { ways, streams, planned } = Candidates::new(device, ways, &case)?;
+        let measured = measure(&streams, &case, seed, false).with_context(|| format!("--seed {seed}"))?;
+        recorder.add(&Record::new(&device.info().name, &case, &ways, &measured))?;
+        let times = measured.times.iter().map(|times| times.routed);
+        let fastest = ways.into_iter().zip(times).min_by(|(_, one), (_, other)| one.total_cmp(other));
+        let planned = measured.times[planned].routed;
+        timed.push(Timed { seed, case, floor: measured.floor, planned, fastest: fastest.context("no way")? });
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    summarize(&mut timed, ways.len() > 1)
+}
+
+/// Prints how far calls are from their floors, and, where every way was timed, from the fastest.
+fn summarize(timed: &mut [Timed], has_ways: bool) -> anyhow::Result<()> {
+    let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
+    let of = |is_large: bool, value: fn(&Timed) -> f64| {
+        timed.iter().filter(|call| (call.floor >= LARGE_FLOOR) == is_large).map(value).collect::<Vec<_>>()
+    };
+    let [ratios, above] =
+        [of(true, |call| (call.planned / call.floor).ln()), of(false, |call| call.planned - call.floor)];
+    say!(
+        "{} calls with a floor of {LARGE_FLOOR} µs or more: {:.2} × the floor (geometric mean)",
+        ratios.len(),
+        mean(ratios.clone()).exp()
+    )?;
+    say!("{} others: {:.1} µs above it (mean)", above.len(), mean(above.clone()))?;
+    let row = |call: &Timed| {
+        let Timed { seed, case, floor, planned, fastest: (way, time) } = call;
+        let s = case.workload.projection.sizes();
+        let (op, tokens, rank, choice) = (case.op, case.workload.tokens, rank(case), case.workload.choice);
+        let way = match way.name("") {
+            name if name.is_empty() => "as planned".to_owned(),
+            name => name.trim_start().to_owned(),
+        };
+        format!(
+            "| {seed} | {op} | {tokens} | {rank} | {} | {} | {} | {} → {} | {choice:?} | {floor:.1} | {planned:.1} | {time:.1} | {way} |",
+            s.slots, s.experts, s.top_k, s.in_dim, s.out_dim
+        )
+    };
+    let table = |title: &str, calls: &[Timed]| {
+        say!("\n{title}\n")?;
+        say!(
+            "| seed | op | T | R | adapters | experts | k | K → N | experts chosen | floor µs | planned µs | fastest µs | way |"
+        )?;
+        say!("|---|---|---|---|---|---|---|---|---|---|---|---|---|")?;
+        calls.iter().take(WORST).try_for_each(|call| say!("{}", row(call)))
+    };
+    // Below the launches' own time a ratio says nothing.
+    let excess = |call: &Timed| call.planned / call.floor.max(LARGE_FLOOR / 2.0);
+    timed.sort_by(|one, other| excess(other).total_cmp(&excess(one)));
+    table("Farthest from their floors:", timed)?;
+    if has_ways {
+        let behind = |call: &Timed| call.planned / call.fastest.1;
+        say!(
+            "\nBehind the fastest way by {:.2} % (mean)",
+            100.0 * (mean(timed.iter().map(behind).collect()) - 1.0)
+        )?;
+        timed.sort_by(|one, other| behind(other).total_cmp(&behind(one)));
+        table("Farthest behind the fastest way:", timed)?;
+    }
+    Ok(())
+}
