@@ -292,7 +292,7 @@ impl Timed for Stream {
     ) -> Result<String> {
         let plan = self.plan(projection, &call.check(projection)?, Stage::Forward, RouteSource::Made)?;
         Ok(plan.map_or("nothing".into(), |plan| {
-            format!("{:?} {:?}", plan.index_width(), plan.tile()).to_lowercase()
+            format!("{:?} {:?}", plan.index_width(), plan.form()).to_lowercase()
         }))
     }
 

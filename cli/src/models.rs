@@ -118,7 +118,7 @@ mod tests {
             Form::Decode => "decode".to_owned(),
             Form::Prefill(tile) => of("prefill", tile),
             Form::SharedPrefill(tile) => of("sharedprefill", tile),
-            Form::TwoLaunches => "two launches".to_owned(),
+            Form::Generic => "generic".to_owned(),
         }
     }
 
@@ -152,7 +152,7 @@ mod tests {
             (w2(&GPT_OSS_20B, 2, 32), &[(2048, "prefill(m128) in 80"), (4096, "sharedprefill(m64)")]),
             (
                 w13(&MIXTRAL_8X7B, 2, 64),
-                &[(1, "two launches"), (128, "sharedprefill(m64)"), (2048, "sharedprefill(m64)")],
+                &[(1, "generic"), (128, "sharedprefill(m64)"), (2048, "sharedprefill(m64)")],
             ),
             (w13(&MIXTRAL_8X7B, 2, 64), &[(8192, "sharedprefill(m128)"), (16384, "sharedprefill(m128)")]),
             // Passes that are about as many as blocks may be more.

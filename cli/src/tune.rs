@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::cuda::{Device, Options};
 use moe_lora::plan::{RouteSource, Stage};
-use moe_lora::tuning::{TUNING_VAR, Tuned, Tuning, ways};
+use moe_lora::tuning::{TUNING_VAR, Tuned, Tuning, candidates};
 use moe_lora::{DType, Layout};
 use std::path::PathBuf;
 
@@ -71,10 +71,10 @@ fn model(name: &str) -> Result<Model, String> {
 /// Of the random inputs.
 const SEED: u64 = 1;
 
-/// A way must be faster than the planner's by more than measurements differ.
+/// A candidate must be faster than the planner's choice by more than measurements differ.
 const MARGIN: f64 = 0.98;
 
-/// Finds the fastest way of each call, and writes the file after each.
+/// Finds the fastest candidate of each call, and writes the file after each.
 pub fn tune(args: &Args) -> anyhow::Result<()> {
     let own = || {
         let &Args { hidden, intermediate, experts, top_k, .. } = args;
@@ -109,7 +109,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
                 choice: Choice::Uniform,
             };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;
-            let way = match tuned.way.name("") {
+            let way = match tuned.candidate.name("") {
                 name if name.is_empty() => "as planned".to_owned(),
                 name => name,
             };
@@ -123,7 +123,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The fastest way of a call: the planner's own, unless another is faster for sure.
+/// The fastest candidate of a call: the planner's own choice, unless another is faster for sure.
 fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
     let &Workload { projection, tokens, .. } = workload;
     let layout = Layout {
@@ -134,14 +134,14 @@ fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
         aligned: true,
         ranked: false,
     };
-    // Ways that come to the same plan are timed once.
+    // Candidates that come to the same plan are timed once.
     let (mut tried, mut plans) = (Vec::new(), Vec::new());
-    for way in ways() {
-        let stream = device.new_stream_with(way)?;
+    for candidate in candidates() {
+        let stream = device.new_stream_with(candidate)?;
         let plan = stream.plan(&projection, &layout, Stage::Forward, RouteSource::Made)?;
         if !plans.contains(&plan) {
             plans.push(plan);
-            tried.push((way, stream));
+            tried.push((candidate, stream));
         }
     }
     let (tried, streams): (Vec<_>, Vec<_>) = tried.into_iter().unzip();
@@ -157,9 +157,10 @@ fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
     progress.finish_and_clear();
     let planned = times[0].routed;
     let measured = tried.into_iter().zip(times.iter().map(|times| times.routed));
-    let (way, microseconds) = measured
+    let (candidate, microseconds) = measured
         .min_by(|(_, one), (_, other)| one.total_cmp(other))
         .filter(|(_, time)| *time < MARGIN * planned)
         .unwrap_or((Options::default(), planned));
-    Ok(Tuned { projection: *projection.sizes(), tokens, way, microseconds, planned_microseconds: planned })
+    let projection = *projection.sizes();
+    Ok(Tuned { projection, tokens, candidate, microseconds, planned_microseconds: planned })
 }

@@ -96,11 +96,11 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
     let stage = *u.choose(&[Stage::Route, Stage::Forward, Stage::Shrink, Stage::Expand])?;
     let route = *u.choose(&[
         RouteSource::Made,
-        RouteSource::Kept { tile_rows: 16 },
-        RouteSource::Kept { tile_rows: 32 },
-        RouteSource::Kept { tile_rows: 64 },
-        RouteSource::Kept { tile_rows: 72 },
-        RouteSource::Kept { tile_rows: 128 },
+        RouteSource::Kept { tile_rows: 16, ranked: false },
+        RouteSource::Kept { tile_rows: 32, ranked: true },
+        RouteSource::Kept { tile_rows: 64, ranked: false },
+        RouteSource::Kept { tile_rows: 72, ranked: false },
+        RouteSource::Kept { tile_rows: 128, ranked: true },
     ])?;
     let forced = bool::arbitrary(u)?;
     let options = Options {
@@ -109,7 +109,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
         form: *u.choose(&[
             None,
             Some(Form::Decode),
-            Some(Form::TwoLaunches),
+            Some(Form::Generic),
             Some(Form::Prefill(PrefillTile::M64)),
             Some(Form::Prefill(PrefillTile::M128)),
             Some(Form::SharedPrefill(PrefillTile::M64)),

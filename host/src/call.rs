@@ -115,7 +115,8 @@ pub struct Layout {
     pub offset: usize,
     /// True when every 16-bit tensor starts on a 16-byte boundary.
     pub aligned: bool,
-    /// True when the call finds its route, and slots have ranks of their own, which may be smaller than that which weights are allocated for.
+    /// True when the call's own routing names ranks of the slots' own, which may be smaller than the rank that
+    /// weights are allocated for.
     pub ranked: bool,
 }
 
@@ -157,9 +158,13 @@ impl<S: Space> Routing<'_, S> {
         }
     }
 
-    /// Whether the call finds it, with ranks of the slots' own.
-    fn is_ranked(&self) -> bool {
-        matches!(self, Routing::Tokens(RoutingTensors { ranks: Some(_), .. }))
+    /// Whether it names ranks of the slots' own.
+    pub(crate) fn is_ranked(&self) -> bool {
+        match self {
+            Routing::Tokens(tensors) => tensors.ranks.is_some(),
+            Routing::Sorted(sorted) => sorted.ranks.is_some(),
+            Routing::On(_) => false,
+        }
     }
 }
 

@@ -1,24 +1,23 @@
 //! From a checked call to launches: its plan, the parts of the workspace, and the parameter block of each
 //! kernel. Whatever runs the kernels, a GPU or the emulated machine, runs what comes from here.
 
-mod scratch;
-
-pub(crate) use scratch::{Parts, Scratch};
-
-use crate::blocks::{Align, BlockShape, SortedTensors};
-use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
+use crate::blocks::Align;
+use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::plan::{self, DeviceLimits, Launch, Options, PassShares, Plan, PrefillPlan, RouteSource, Stage};
-use crate::projection::{Projection, XRows};
+use crate::plan::{
+    self, Arguments, DeviceLimits, Launch, Operands, Options, Plan, Problem, RouteSource, Scratch, Stage,
+    Step, Work,
+};
+use crate::projection::Projection;
 use crate::route::{HeldRoute, Route, RouteSizes};
 use crate::tensor::{Space, View};
 use crate::tuning::Tuning;
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
-    AdoptParams, AlignParams, DecodeParams, Divider, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
-    ShrinkParams, Split, count, enabled, products,
+    AdoptParams, AlignParams, DecodeParams, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
+    ShrinkParams,
 };
 
 /// The parameter block of a launch.
@@ -44,8 +43,14 @@ pub(crate) struct Launched {
 
 /// The route of a call.
 enum AfterCall {
-    /// The call finds it, in tiles of so many pairs at most.
-    Found(RouteSizes, u32),
+    /// The call finds it.
+    Found {
+        sizes: RouteSizes,
+        /// Pairs of its largest tile.
+        tile_rows: u32,
+        /// Whether slots had ranks of their own.
+        ranked: bool,
+    },
     /// It was given.
     Given(Route),
 }
@@ -64,12 +69,14 @@ pub(crate) struct Place<'w> {
 impl Launched {
     /// Has `run` queue the launches. Unless all are queued, the workspace holds no route afterwards.
     pub fn queue(&self, place: &Place<'_>, run: impl FnOnce(&Launches) -> Result<()>) -> Result<Route> {
-        if matches!(self.route, AfterCall::Found(..)) {
+        if matches!(self.route, AfterCall::Found { .. }) {
             place.held.forget();
         }
         run(&self.launches).inspect_err(|_| place.held.forget())?;
         Ok(match self.route {
-            AfterCall::Found(sizes, tile_rows) => place.held.hold(sizes, tile_rows, place.recording),
+            AfterCall::Found { sizes, tile_rows, ranked } => {
+                place.held.hold(sizes, tile_rows, ranked, place.recording)
+            }
             AfterCall::Given(route) => route,
         })
     }
@@ -85,6 +92,7 @@ pub(crate) struct Planner<'t> {
 
 impl Planner<'_> {
     /// What a call of this layout would launch; `None` when there is nothing to do.
+    #[cfg(feature = "cuda")]
     pub fn plan(
         &self,
         projection: &Projection,
@@ -92,38 +100,45 @@ impl Planner<'_> {
         stage: Stage,
         route: RouteSource,
     ) -> Result<Option<Plan>> {
-        let tuning = self.tuning.filter(|_| self.options == Options::default());
-        let tuned = tuning.and_then(|tuning| tuning.way(projection, layout.tokens, stage, route));
-        Plan::new(projection, layout, stage, route, &self.limits, &tuned.unwrap_or(self.options))
+        if layout.tokens == 0 {
+            return Ok(None);
+        }
+        self.plan_of(&Problem::new(projection, layout, stage, route, &self.limits)?).map(Some)
     }
 
-    /// Plans a checked call, and has `launches` make its launches; none when there is nothing to do.
+    fn plan_of(&self, problem: &Problem<'_>) -> Result<Plan> {
+        let tuning = self.tuning.filter(|_| self.options == Options::default());
+        let tuned = tuning.and_then(|tuning| {
+            let Problem { projection, layout, stage, route, .. } = problem;
+            tuning.fastest(projection, layout.tokens, *stage, *route)
+        });
+        Plan::of(problem, &tuned.unwrap_or(self.options))
+    }
+
+    /// Plans a checked call and makes its launches; none when there is nothing to do.
     fn prepare<S: Space>(
         &self,
         place: &Place<'_>,
         projection: &Projection,
-        layout: Layout,
+        layout: &Layout,
         stage: Stage,
         routing: &Routing<'_, S>,
-        launches: impl FnOnce(&Prepared<'_>) -> Launches,
+        operands: &Operands,
     ) -> Result<Launched> {
         let sizes = RouteSizes::new(projection, layout.tokens);
         let after = |tile_rows| match *routing {
             Routing::On(route) => AfterCall::Given(route),
-            _ => AfterCall::Found(sizes, tile_rows),
+            _ => AfterCall::Found { sizes, tile_rows, ranked: routing.is_ranked() },
         };
         let source = place.route_source(projection, layout.tokens, routing)?;
         if layout.tokens == 0 {
             return Ok(Launched { launches: [None, None, None], route: after(0) });
         }
-        let Some(plan) = self.plan(projection, &layout, stage, source)? else {
-            return Ok(Launched { launches: [None, None, None], route: after(0) });
-        };
+        let problem = Problem::new(projection, layout, stage, source, &self.limits)?;
+        let plan = self.plan_of(&problem)?;
         let parts = place.scratch.parts_of(projection, layout.tokens, &plan, place.base)?;
-        let pair_count = projection.pairs(layout.tokens)? as u32;
-        let route = after(plan.tile_rows);
-        let prepared = Prepared { projection, layout, plan, parts, pair_count };
-        Ok(Launched { launches: launches(&prepared), route })
+        let arguments = Arguments { problem: &problem, operands, parts: &parts };
+        Ok(Launched { launches: launches(&plan, &arguments, routing), route: after(plan.tile_rows()) })
     }
 
     /// Checks and plans the routing alone.
@@ -135,42 +150,16 @@ impl Planner<'_> {
         tensors: RoutingTensors<'_, S>,
     ) -> Result<Launched> {
         tensors.check(projection, tokens)?;
-        // The tile of a fast call: any call can use its route, in parts if need be.
         let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked: false };
         let routing = Routing::Tokens(tensors);
-        let route = |prepared: &Prepared<'_>| [prepared.route(&routing), None, None];
-        self.prepare(place, projection, layout, Stage::Route, &routing, route)
+        self.prepare(place, projection, &layout, Stage::Route, &routing, &Operands::NONE)
     }
 
     /// Checks and plans the sorting of pairs into blocks, which has no workspace and leaves no route.
     pub fn align<S: Space>(&self, call: &Align<'_, S>) -> Result<Launches> {
         call.check()?;
-        let &Align { experts, slots, expert_map, .. } = call;
-        let BlockShape { block_size, max_padded, max_blocks } = call.shape;
-        let (adapter_enabled, enabled_kind) = flags(&call.adapter_enabled);
-        let parameters = AlignParams {
-            topk_ids: Global::new(call.topk_ids.address()),
-            token_lora: Global::new(call.token_lora.address()),
-            adapter_enabled,
-            lora_ids: Global::new(call.lora_ids.address()),
-            expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
-            sorted: Global::new(call.sorted_token_ids.address()),
-            block_experts: Global::new(call.expert_ids.address()),
-            padded_counts: Global::new(call.num_tokens_post_padded.address()),
-            pair_count: call.pairs() as u32,
-            top_k: Divider::new(call.top_k as u32),
-            slots: slots as u32,
-            experts: experts as u32,
-            global_experts: expert_map.map_or(experts, |map| map.len()) as u32,
-            lora_count: call.lora_ids.len() as u32,
-            block_size: block_size as u32,
-            max_padded: max_padded as u32,
-            max_blocks: max_blocks as u32,
-            enabled_kind,
-            reserved: 0,
-        };
-        let launch = plan::align(call.pairs(), experts, slots, &self.limits)?;
-        Ok([Some((launch, Parameters::Align(parameters))), None, None])
+        let launch = plan::align(call.pairs(), call.experts, call.slots, &self.limits)?;
+        Ok([Some((launch, Parameters::Align(plan::align_parameters(call)))), None, None])
     }
 
     /// Checks and plans a whole call.
@@ -181,20 +170,16 @@ impl Planner<'_> {
         call: &Forward<'_, S, T>,
     ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let &Forward { a, b, topk_weights, accumulate, .. } = call;
-        let (x, out) = (call.x.data.address(), call.out.data.address());
-        let tail = ExpandTail { b, topk_weights, out, accumulate };
-        let launches = |prepared: &Prepared<'_>| {
-            let route = prepared.route(&call.routing);
-            if let Some(decode) = prepared.decode(x, a, &tail, &call.routing) {
-                return [route, Some(decode), None];
-            }
-            if let Some(plan) = &prepared.plan.prefill {
-                return [route, Some(prepared.prefill(plan, Some((x, a)), H::Scratch, Some(&tail))), None];
-            }
-            [route, prepared.shrink(x, a, H::Scratch), prepared.expand(&tail, H::Scratch)]
+        let operands = Operands {
+            x: Global::new(call.x.data.address()),
+            a: addresses(call.a),
+            h: Global::NULL,
+            b: addresses(call.b),
+            out: Global::new(call.out.data.address()).at(layout.offset as u64),
+            topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
+            accumulate: call.accumulate,
         };
-        self.prepare(place, projection, layout, Stage::Forward, &call.routing, launches)
+        self.prepare(place, projection, &layout, Stage::Forward, &call.routing, &operands)
     }
 
     /// Checks and plans the first half of a call.
@@ -205,13 +190,13 @@ impl Planner<'_> {
         call: &Shrink<'_, S, T>,
     ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let (x, h) = (call.x.data.address(), H::Caller(call.h.address()));
-        let launches = |prepared: &Prepared<'_>| {
-            let prefill = prepared.plan.prefill.as_ref();
-            let prefill = prefill.map(|plan| prepared.prefill(plan, Some((x, call.a)), h, None));
-            [prepared.route(&call.routing), prefill.or_else(|| prepared.shrink(x, call.a, h)), None]
+        let operands = Operands {
+            x: Global::new(call.x.data.address()),
+            a: addresses(call.a),
+            h: Global::new(call.h.address()),
+            ..Operands::NONE
         };
-        self.prepare(place, projection, layout, Stage::Shrink, &call.routing, launches)
+        self.prepare(place, projection, &layout, Stage::Shrink, &call.routing, &operands)
     }
 
     /// Checks and plans the second half of a call.
@@ -222,15 +207,15 @@ impl Planner<'_> {
         call: &Expand<'_, S, T>,
     ) -> Result<Launched> {
         let layout = call.check(projection)?;
-        let &Expand { b, topk_weights, accumulate, .. } = call;
-        let tail = ExpandTail { b, topk_weights, out: call.out.data.address(), accumulate };
-        let h = H::Caller(call.h.address());
-        let launches = |prepared: &Prepared<'_>| {
-            let prefill = prepared.plan.prefill.as_ref();
-            let prefill = prefill.map(|plan| prepared.prefill(plan, None, h, Some(&tail)));
-            [prepared.route(&call.routing), None, prefill.or_else(|| prepared.expand(&tail, h))]
+        let operands = Operands {
+            h: Global::new(call.h.address()),
+            b: addresses(call.b),
+            out: Global::new(call.out.data.address()).at(layout.offset as u64),
+            topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
+            accumulate: call.accumulate,
+            ..Operands::NONE
         };
-        self.prepare(place, projection, layout, Stage::Expand, &call.routing, launches)
+        self.prepare(place, projection, &layout, Stage::Expand, &call.routing, &operands)
     }
 }
 
@@ -247,334 +232,47 @@ impl Place<'_> {
             Routing::Sorted(sorted) => RouteSource::Sorted { tile_rows: sorted.shape.block_size as u32 },
             Routing::On(route) => {
                 self.held.check(route, RouteSizes::new(projection, tokens), self.recording)?;
-                RouteSource::Kept { tile_rows: route.tile_rows() }
+                RouteSource::Kept { tile_rows: route.tile_rows(), ranked: route.is_ranked() }
             }
         })
     }
 }
 
-/// A call that was checked and planned.
-struct Prepared<'c> {
-    projection: &'c Projection,
-    layout: Layout,
-    plan: Plan,
-    parts: Parts,
-    /// P.
-    pair_count: u32,
-}
-
-impl Prepared<'_> {
-    fn route<S: Space>(&self, routing: &Routing<'_, S>) -> Option<(Launch, Parameters)> {
-        let launch = self.plan.route?;
-        let parameters = match routing {
-            Routing::Tokens(tensors) => Parameters::Route(self.routing(tensors)),
-            Routing::Sorted(sorted) => Parameters::Adopt(self.adopt(sorted)),
-            Routing::On(_) => return None,
-        };
-        Some((launch, parameters))
-    }
-
-    /// What `route` is told, or `decode` in its place.
-    fn routing<S: Space>(&self, routing: &RoutingTensors<'_, S>) -> RouteParams {
-        let sizes = self.projection.sizes();
-        let RoutingTensors { ranks, expert_map, .. } = routing;
-        let (adapter_enabled, enabled_kind) = flags(&routing.adapter_enabled);
-        RouteParams {
-            topk_ids: Global::new(routing.topk_ids.address()),
-            token_lora: Global::new(routing.token_lora.address()),
-            adapter_enabled,
-            enabled_kind,
-            ranks: Global::new(ranks.map_or(0, |view| view.address())),
-            expert_map: Global::new(expert_map.map_or(0, |view| view.address())),
-            global_experts: expert_map.map_or(sizes.experts, |map| map.len()) as u32,
-            ..self.made()
+/// The launches of a planned call, in order.
+fn launches<S: Space>(plan: &Plan, arguments: &Arguments<'_>, routing: &Routing<'_, S>) -> Launches {
+    let route = match (plan.route.step, routing) {
+        (Step::Sort(sorting), Routing::Tokens(tensors)) => {
+            let parameters = plan.route.route_parameters(arguments, tensors);
+            Some((sorting.launch, Parameters::Route(parameters)))
         }
-    }
-
-    /// What is told of a route that was made before: where it is.
-    fn made(&self) -> RouteParams {
-        let Prepared { projection, plan, parts, pair_count, .. } = self;
-        let sizes = projection.sizes();
-        RouteParams {
-            topk_ids: Global::NULL,
-            token_lora: Global::NULL,
-            adapter_enabled: Global::NULL,
-            enabled_kind: enabled::ALL,
-            ranks: Global::NULL,
-            expert_map: Global::NULL,
-            global_experts: sizes.experts as u32,
-            pairs: parts.pairs,
-            tiles: parts.tiles,
-            counts: parts.counts,
-            buckets: parts.buckets,
-            exchange: parts.exchange,
-            pair_count: *pair_count,
-            top_k: Divider::new(sizes.top_k as u32),
-            slots: sizes.slots as u32,
-            experts: sizes.experts as u32,
-            over_experts: Divider::new(sizes.experts as u32),
-            max_rank: sizes.max_rank as u32,
-            tile_rows: plan.tile_rows,
-            over_tile_rows: Divider::new(plan.tile_rows),
-            blocks: plan.sorting.blocks,
-            run: plan.sorting.run,
-            window: plan.sorting.window,
-            exchange_room: parts.exchange_room,
-            reserved: 0,
+        (Step::Adopt(launch), Routing::Sorted(sorted)) => {
+            Some((launch, Parameters::Adopt(plan.route.adopt_parameters(arguments, sorted))))
         }
-    }
-
-    fn decode<S: Space, T: Element>(
-        &self,
-        x: u64,
-        a: &[View<'_, S, T>],
-        tail: &ExpandTail<'_, S, T>,
-        routing: &Routing<'_, S>,
-    ) -> Option<(Launch, Parameters)> {
-        let Prepared { projection, layout, plan, .. } = self;
-        let decode = plan.decode?;
-        let sizes = projection.sizes();
-        let clusters = decode.launch.blocks / decode.launch.cluster;
-        let parameters = DecodeParams {
-            route: match routing {
-                Routing::Tokens(tensors) if decode.finds => self.routing(tensors),
-                _ => self.made(),
-            },
-            x: Global::new(x),
-            a: addresses(a),
-            b: addresses(tail.b),
-            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
-            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
-            x_stride: layout.x_stride as u64,
-            out_stride: layout.out_stride as u64,
-            x_row: self.x_row(),
-            in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dim as u32,
-            slices: sizes.slices as u32,
-            over_slices: Divider::new(sizes.slices as u32),
-            tile_parts: plan.tile_parts,
-            over_parts: Divider::new(plan.tile_parts),
-            a_experts: projection.a_experts() as u32,
-            b_experts: projection.b_experts() as u32,
-            accumulate: tail.accumulate.into(),
-            finds: decode.finds.into(),
-            room: decode.room,
-            shrink_stages: decode.stages[0],
-            expand_stages: decode.stages[1],
-            clusters,
-            over_listed: Divider::new(if decode.room.lists_all() { sizes.slices as u32 } else { clusters }),
-        };
-        Some((decode.launch, Parameters::Decode(parameters)))
-    }
-
-    /// What `prefill` is told: to shrink where it is given x and `a` (`head`), to expand where it is given what that takes (`tail`).
-    /// Where it does one of them, `h` is the caller's.
-    fn prefill<S: Space, T: Element>(
-        &self,
-        prefill: &PrefillPlan,
-        head: Option<(u64, &[View<'_, S, T>])>,
-        h: H,
-        tail: Option<&ExpandTail<'_, S, T>>,
-    ) -> (Launch, Parameters) {
-        let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let &PrefillPlan { launch, passes, stages, under_way, ahead, shares } = prefill;
-        let sizes = projection.sizes();
-        let products = match (head, tail) {
-            (Some(_), Some(_)) => products::BOTH,
-            (_, None) => products::SHRINK,
-            (None, _) => products::EXPAND,
-        };
-        let h = if products == products::BOTH { 0 } else { h.address(parts) };
-        let accumulates = tail.is_some_and(|tail| tail.accumulate);
-        let whole = Split { count: 1, each: sizes.out_dim as u32 };
-        let [depth, columns] =
-            shares.map_or([Split::NONE, whole], |PassShares { depth, columns, .. }| [depth, columns]);
-        let fragments = shares.map_or(Global::NULL, |_| parts.shared_passes);
-        let sums = fragments.at(shares.map_or(0, |shares| shares.h_words));
-        let out = tail.map_or(Global::NULL, |tail| Global::<u16>::new(tail.out).at(layout.offset as u64));
-        let topk_weights = tail.and_then(|tail| tail.topk_weights).map_or(0, |weights| weights.address());
-        let parameters = PrefillParams {
-            x: Global::new(head.map_or(0, |(x, _)| x)),
-            a: addresses(head.map_or(&[], |(_, a)| a)),
-            h: Global::new(h),
-            fragments,
-            sums,
-            counters: parts.counters,
-            b: addresses(tail.map_or(&[], |tail| tail.b)),
-            out,
-            topk_weights: Global::new(topk_weights),
-            pairs: parts.pairs,
-            tiles: parts.tiles,
-            tile_count: parts.counts.at(if accumulates { count::ACTIVE } else { count::ALL }),
-            scheduler: parts.scheduler,
-            x_stride: layout.x_stride as u64,
-            out_stride: layout.out_stride as u64,
-            x_row: self.x_row(),
-            pair_count: *pair_count,
-            in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dim as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
-            a_experts: projection.a_experts() as u32,
-            b_experts: projection.b_experts() as u32,
-            accumulate: accumulates.into(),
-            tile_parts: plan.tile_parts,
-            over_parts: Divider::new(plan.tile_parts),
-            passes,
-            over_passes: Divider::new(passes),
-            split_k: depth,
-            split_n: columns,
-            blocks: launch.blocks,
-            stages,
-            under_way,
-            products,
-            ahead,
-            reserved: 0,
-        };
-        (launch, Parameters::Prefill(parameters))
-    }
-
-    /// P over this gives the row of x.
-    fn x_row(&self) -> Divider {
-        let sizes = self.projection.sizes();
-        Divider::new(match sizes.x_rows {
-            XRows::Token => sizes.top_k as u32,
-            XRows::Pair => 1,
-        })
-    }
-
-    fn adopt<S: Space>(&self, sorted: &SortedTensors<'_, S>) -> AdoptParams {
-        let Prepared { projection, plan, parts, pair_count, .. } = self;
-        let sizes = projection.sizes();
-        let BlockShape { block_size, max_padded, max_blocks } = sorted.shape;
-        let (adapter_enabled, enabled_kind) = flags(&sorted.adapter_enabled);
-        AdoptParams {
-            sorted: Global::new(sorted.sorted_token_ids.address()),
-            block_experts: Global::new(sorted.expert_ids.address()),
-            padded_counts: Global::new(sorted.num_tokens_post_padded.address()),
-            lora_ids: Global::new(sorted.lora_ids.address()),
-            adapter_enabled,
-            ranks: Global::new(sorted.ranks.map_or(0, |view| view.address())),
-            pairs: parts.pairs,
-            tiles: parts.tiles,
-            counts: parts.counts,
-            pair_count: *pair_count,
-            slots: sizes.slots as u32,
-            experts: sizes.experts as u32,
-            max_rank: sizes.max_rank as u32,
-            lora_count: sorted.lora_ids.len() as u32,
-            block_size: block_size as u32,
-            max_padded: max_padded as u32,
-            max_blocks: max_blocks as u32,
-            usable_blocks: sorted.shape.usable_blocks() as u32,
-            most_tiles: plan.route_tiles as u32,
-            enabled_kind,
-            reserved: 0,
+        _ => None,
+    };
+    match plan.work {
+        Work::None => [route, None, None],
+        Work::Decode(decode) => {
+            let found = match routing {
+                Routing::Tokens(tensors) if decode.finds => plan.route.route_parameters(arguments, tensors),
+                _ => plan.route.kept_parameters(arguments),
+            };
+            [route, Some((decode.launch, Parameters::Decode(decode.parameters(arguments, found)))), None]
         }
-    }
-
-    fn shrink<S: Space, T: Element>(
-        &self,
-        x: u64,
-        a: &[View<'_, S, T>],
-        h: H,
-    ) -> Option<(Launch, Parameters)> {
-        let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let shrink = plan.shrink?;
-        let sizes = projection.sizes();
-        let parameters = ShrinkParams {
-            x: Global::new(x),
-            a: addresses(a),
-            h: Global::new(h.address(parts)),
-            partial: Global::new(parts.scratch),
-            pairs: parts.pairs,
-            tiles: parts.tiles,
-            counts: parts.counts,
-            x_stride: layout.x_stride as u64,
-            x_row: self.x_row(),
-            pair_count: *pair_count,
-            in_dim: sizes.in_dim as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
-            a_experts: projection.a_experts() as u32,
-            column_blocks: shrink.column_blocks,
-            column_room: shrink.column_room,
-            splits: shrink.splits,
-            steps_per_split: shrink.steps_per_split,
-            write_all: matches!(h, H::Caller(_)).into(),
-            tile_parts: plan.tile_parts,
-            reserved: 0,
-        };
-        Some((shrink.launch, Parameters::Shrink(parameters)))
-    }
-
-    fn expand<S: Space, T: Element>(
-        &self,
-        tail: &ExpandTail<'_, S, T>,
-        h: H,
-    ) -> Option<(Launch, Parameters)> {
-        let Prepared { projection, layout, plan, parts, pair_count } = self;
-        let expand = plan.expand?;
-        let sizes = projection.sizes();
-        let parameters = ExpandParams {
-            h: Global::new(h.address(parts)),
-            partial: Global::new(parts.scratch),
-            b: addresses(tail.b),
-            out: Global::<u16>::new(tail.out).at(layout.offset as u64),
-            topk_weights: Global::new(tail.topk_weights.map_or(0, |weights| weights.address())),
-            pairs: parts.pairs,
-            tiles: parts.tiles,
-            counts: parts.counts,
-            out_stride: layout.out_stride as u64,
-            pair_count: *pair_count,
-            out_dim: sizes.out_dim as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
-            b_experts: projection.b_experts() as u32,
-            blocks_per_slice: expand.blocks_per_slice,
-            columns_per_block: expand.columns_per_block,
-            splits: plan.splits(),
-            accumulate: tail.accumulate.into(),
-            route_is_old: plan.shrink.is_some().into(),
-            tile_parts: plan.tile_parts,
-            reserved: 0,
-        };
-        Some((expand.launch, Parameters::Expand(parameters)))
-    }
-}
-
-/// Which h a launch uses.
-#[derive(Clone, Copy)]
-enum H {
-    /// The workspace's.
-    Scratch,
-    /// The caller's, whole, at this address.
-    Caller(u64),
-}
-
-impl H {
-    fn address(self, parts: &Parts) -> u64 {
-        match self {
-            H::Scratch => parts.scratch,
-            H::Caller(address) => address,
+        Work::Prefill(prefill) => {
+            [route, Some((prefill.launch, Parameters::Prefill(prefill.parameters(arguments)))), None]
         }
-    }
-}
-
-/// What `forward` and `expand` have in common.
-struct ExpandTail<'a, S: Space, T> {
-    b: &'a [View<'a, S, T>],
-    topk_weights: Option<View<'a, S, f32>>,
-    out: u64,
-    accumulate: bool,
-}
-
-/// `adapter_enabled` as kernels take it: where, and of which kind.
-fn flags<S: Space>(adapter_enabled: &Enabled<'_, S>) -> (Global<u8>, u32) {
-    match adapter_enabled {
-        Enabled::All => (Global::NULL, enabled::ALL),
-        Enabled::U8(view) => (Global::new(view.address()), enabled::U8),
-        Enabled::I32(view) => (Global::new(view.address()), enabled::I32),
+        Work::Generic(generic) => {
+            let shrink = generic.shrink.map(|shrink| {
+                let parameters = generic.shrink_parameters(&shrink, arguments);
+                (shrink.launch, Parameters::Shrink(parameters))
+            });
+            let expand = generic.expand.map(|expand| {
+                let parameters = generic.expand_parameters(&expand, arguments);
+                (expand.launch, Parameters::Expand(parameters))
+            });
+            [route, shrink, expand]
+        }
     }
 }
 

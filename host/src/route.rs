@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Route {
     sizes: RouteSizes,
     tile_rows: u32,
+    ranked: bool,
     number: u64,
     recording: u64,
 }
@@ -33,6 +34,12 @@ impl Route {
     #[cfg(any(feature = "cuda", feature = "emulate"))]
     pub(crate) fn tile_rows(&self) -> u32 {
         self.tile_rows
+    }
+
+    /// Whether the call that found it had ranks of the slots' own.
+    #[cfg(any(feature = "cuda", feature = "emulate"))]
+    pub(crate) fn is_ranked(&self) -> bool {
+        self.ranked
     }
 }
 
@@ -83,11 +90,11 @@ impl HeldRoute {
         self.number.store(0, Ordering::Release);
     }
 
-    /// From here on the route that a call has found is held.
-    pub fn hold(&self, sizes: RouteSizes, tile_rows: u32, recording: u64) -> Route {
+    /// From here on the route that a call has found is held. `ranked`: that call had ranks of the slots' own.
+    pub fn hold(&self, sizes: RouteSizes, tile_rows: u32, ranked: bool, recording: u64) -> Route {
         let number = unique();
         self.number.store(number, Ordering::Release);
-        Route { sizes, tile_rows, number, recording }
+        Route { sizes, tile_rows, ranked, number, recording }
     }
 
     /// Refuses a route that is not held, or not for a call of these sizes, made in this recording.
@@ -121,12 +128,12 @@ mod tests {
     #[test]
     fn a_route_is_valid_while_it_is_held() {
         let (held, other) = (HeldRoute::default(), HeldRoute::default());
-        let route = held.hold(sizes(4), 16, NOT_RECORDED);
+        let route = held.hold(sizes(4), 16, false, NOT_RECORDED);
         let reason = |held: &HeldRoute, route, tokens, recording| {
             held.check(route, sizes(tokens), recording).err().map(|error| error.to_string())
         };
         assert_eq!(reason(&held, &route, 4, NOT_RECORDED), None);
-        let recorded = other.hold(sizes(4), 16, 7);
+        let recorded = other.hold(sizes(4), 16, false, 7);
         for (held, route, tokens, recording, expected) in [
             (&held, &route, 5, NOT_RECORDED, "found for T=4"),
             (&held, &route, 4, 7, "before this graph was recorded"),
@@ -140,7 +147,7 @@ mod tests {
         assert_eq!(reason(&other, &recorded, 4, 7), None);
         held.forget();
         assert!(reason(&held, &route, 4, NOT_RECORDED).is_some());
-        let next = held.hold(sizes(4), 16, NOT_RECORDED);
+        let next = held.hold(sizes(4), 16, false, NOT_RECORDED);
         assert!(reason(&held, &route, 4, NOT_RECORDED).is_some() && next != route);
     }
 }

@@ -1,8 +1,9 @@
-//! Which way to run a call was measured to be fastest, shape by shape, on one kind of device: a JSON file that
-//! `moe-lora tune` writes, and that the library loads. Where it says nothing, the planner's own rules apply.
+//! Which candidate of a call was measured to be the fastest, shape by shape, on one kind of device: a JSON
+//! file that `moe-lora tune` writes, and that the library loads. Where it says nothing, the planner chooses
+//! on its own.
 
 use crate::error::{Error, Result};
-use crate::plan::{DecodeRows, Form, Options, PrefillTile, RouteSource, Stage, TileKind};
+use crate::plan::{self, Options, RouteSource, Stage};
 use crate::projection::{Projection, ProjectionSizes};
 use crate::whole_file;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -16,27 +17,13 @@ pub const TUNING_VAR: &str = "MOE_LORA_TUNING";
 /// A measured number of tokens stands for calls of at most so many times as many, or as few.
 const REACH: f64 = 2.0;
 
-/// The ways to run a whole call that a tuning chooses from: as planned, and with every form, tile and cluster.
-pub fn ways() -> Vec<Options> {
-    let mut ways = vec![Options::default()];
-    for rows in DecodeRows::ALL {
-        ways.extend([1, 2, 4, 8].map(|cluster| Options {
-            form: Some(Form::Decode),
-            rows: Some(rows),
-            cluster: Some(cluster),
-            ..Options::default()
-        }));
-    }
-    let prefills = PrefillTile::ALL.map(|tile| [Form::Prefill(tile), Form::SharedPrefill(tile)]);
-    let prefills = prefills.into_iter().flatten();
-    ways.extend(prefills.map(|form| Options { form: Some(form), ..Options::default() }));
-    let tiles = [TileKind::M16, TileKind::M32, TileKind::M64];
-    ways.extend(tiles.map(|tile| Options { tile: Some(tile), ..Options::default() }));
-    ways.push(Options { form: Some(Form::TwoLaunches), ..Options::default() });
-    ways
+/// What a tuning chooses from for a whole call: the planner's own choice, which forces nothing, and all that
+/// it chooses from.
+pub fn candidates() -> Vec<Options> {
+    std::iter::once(Options::default()).chain(plan::candidates()).collect()
 }
 
-/// The fastest way of one call.
+/// The fastest candidate of one call.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tuned {
@@ -44,12 +31,12 @@ pub struct Tuned {
     pub projection: ProjectionSizes,
     /// T.
     pub tokens: usize,
-    /// One of [`ways`], written as its [`Options::name`].
-    #[serde(serialize_with = "write_way", deserialize_with = "read_way")]
-    pub way: Options,
-    /// Time of a call with its routing, run in this way, in microseconds.
+    /// One of [`candidates`], written as its [`Options::name`].
+    #[serde(serialize_with = "write_candidate", deserialize_with = "read_candidate")]
+    pub candidate: Options,
+    /// Time of a call with its routing, run so, in microseconds.
     pub microseconds: f64,
-    /// The same, run as the planner's own rules choose.
+    /// The same, run as the planner chooses on its own.
     pub planned_microseconds: f64,
 }
 
@@ -87,16 +74,18 @@ impl From<Tuning> for File {
     }
 }
 
-fn write_way<S: Serializer>(way: &Options, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(way.name("").trim_start())
+fn write_candidate<S: Serializer>(candidate: &Options, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(candidate.name("").trim_start())
 }
 
-fn read_way<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Options, D::Error> {
+fn read_candidate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Options, D::Error> {
     let name = String::deserialize(deserializer)?;
-    let named = |way: &Options| way.name("").trim_start() == name;
-    ways().into_iter().find(named).ok_or_else(|| {
-        let known: Vec<_> = ways().iter().map(|way| format!("{:?}", way.name("").trim_start())).collect();
-        de::Error::custom(format!("unknown way {name:?}, expected one of {}", known.join(", ")))
+    let is_named = |candidate: &Options| candidate.name("").trim_start() == name;
+    candidates().into_iter().find(is_named).ok_or_else(|| {
+        let names =
+            candidates().into_iter().map(|candidate| format!("{:?}", candidate.name("").trim_start()));
+        let known = names.collect::<Vec<_>>().join(", ");
+        de::Error::custom(format!("unknown candidate {name:?}, expected one of {known}"))
     })
 }
 
@@ -136,10 +125,10 @@ impl Tuning {
         whole_file::write(path, (json + "\n").as_bytes(), true).map_err(|error| failed(error.to_string()))
     }
 
-    /// The way that was fastest for the call nearest to this one: the same projection, and a number of tokens that is at
-    /// most twice as large, and at least half. `None` where nothing near was measured, for half a call, and on blocks of
-    /// the caller's, which were not measured.
-    pub fn way(
+    /// The candidate that was fastest for the call nearest to this one: the same projection, and a number of
+    /// tokens that is at most twice as large, and at least half. `None` where nothing near was measured, for
+    /// half a call, and on blocks of the caller's, which were not measured.
+    pub fn fastest(
         &self,
         projection: &Projection,
         tokens: usize,
@@ -156,7 +145,7 @@ impl Tuning {
             |(other, _): &(&usize, &Tuned)| tokens.max(**other) as f64 / tokens.min(**other) as f64;
         let nearest =
             below.into_iter().chain(above).min_by(|one, other| distance(one).total_cmp(&distance(other)));
-        nearest.filter(|nearest| distance(nearest) <= REACH).map(|(_, tuned)| tuned.way)
+        nearest.filter(|nearest| distance(nearest) <= REACH).map(|(_, tuned)| tuned.candidate)
     }
 }
 
@@ -183,40 +172,43 @@ mod tests {
         .expect("legal sizes")
     }
 
-    fn tuned(tokens: usize, way: Options) -> Tuned {
+    fn tuned(tokens: usize, candidate: Options) -> Tuned {
         let projection = *projection(64).sizes();
-        Tuned { projection, tokens, way, microseconds: 12.5, planned_microseconds: 14.0 }
+        Tuned { projection, tokens, candidate, microseconds: 12.5, planned_microseconds: 14.0 }
     }
 
     /// Two numbers of tokens of one projection.
     fn tuning() -> Tuning {
         let mut tuning = Tuning::new("a device".to_owned());
-        tuning.insert(tuned(16, ways()[1]));
-        tuning.insert(tuned(100, ways()[2]));
+        tuning.insert(tuned(16, candidates()[1]));
+        tuning.insert(tuned(100, candidates()[2]));
         tuning
     }
 
     #[test]
     fn the_nearest_measurement_counts_if_it_is_near() {
-        let way = |rank, tokens, stage, route| tuning().way(&projection(rank), tokens, stage, route);
+        let fastest = |rank, tokens, stage, route| tuning().fastest(&projection(rank), tokens, stage, route);
         let cases = [
             (7, None),
-            (8, Some(ways()[1])),
-            (32, Some(ways()[1])),
+            (8, Some(candidates()[1])),
+            (32, Some(candidates()[1])),
             (41, None),
-            (50, Some(ways()[2])),
-            (200, Some(ways()[2])),
+            (50, Some(candidates()[2])),
+            (200, Some(candidates()[2])),
             (201, None),
             (usize::MAX, None),
             (0, None),
         ];
         for (tokens, expected) in cases {
-            assert_eq!(way(64, tokens, Stage::Forward, RouteSource::Made), expected, "{tokens} tokens");
+            assert_eq!(fastest(64, tokens, Stage::Forward, RouteSource::Made), expected, "{tokens} tokens");
         }
-        assert_eq!(way(32, 16, Stage::Forward, RouteSource::Made), None);
-        assert_eq!(way(64, 16, Stage::Shrink, RouteSource::Made), None);
-        assert_eq!(way(64, 16, Stage::Forward, RouteSource::Sorted { tile_rows: 16 }), None);
-        assert_eq!(way(64, 16, Stage::Forward, RouteSource::Kept { tile_rows: 16 }), Some(ways()[1]));
+        assert_eq!(fastest(32, 16, Stage::Forward, RouteSource::Made), None);
+        assert_eq!(fastest(64, 16, Stage::Shrink, RouteSource::Made), None);
+        assert_eq!(fastest(64, 16, Stage::Forward, RouteSource::Sorted { tile_rows: 16 }), None);
+        assert_eq!(
+            fastest(64, 16, Stage::Forward, RouteSource::Kept { tile_rows: 16, ranked: false }),
+            Some(candidates()[1])
+        );
     }
 
     #[test]
@@ -224,7 +216,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tuning.json");
         let mut whole = tuning();
-        (0..).zip(ways()).for_each(|(tokens, way)| whole.insert(tuned(1000 + tokens, way)));
+        (0..).zip(candidates()).for_each(|(tokens, one)| whole.insert(tuned(1000 + tokens, one)));
         whole.save(&path).unwrap();
         assert_eq!(Tuning::load(&path).unwrap(), whole);
     }
@@ -241,7 +233,7 @@ mod tests {
         let cases = [
             ("{", "EOF"),
             ("{\"device\": \"a device\"}", "missing field `tuned`"),
-            (&good.replace("decode", "encode"), "unknown way \"encode m8 cluster1\", expected one of"),
+            (&good.replace("decode", "encode"), "unknown candidate \"encode m8 cluster1\", expected one of"),
             (&good.replace("max_rank", "rank"), "unknown field `rank`"),
         ];
         for (json, expected) in cases {

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::cuda::{Device, Options, Stream, TileKind};
 use moe_lora::plan::{RouteSource, Stage};
-use moe_lora::tuning::ways;
+use moe_lora::tuning::candidates;
 use moe_lora::{Backend, DType, Layout};
 pub use record::Record;
 use record::Recorder;
@@ -108,7 +108,7 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     };
     let ways = match args.tile {
         Some(_) => vec![Options { tile: args.tile, ..Options::default() }],
-        None => ways().into_iter().filter(is_wanted).collect(),
+        None => candidates().into_iter().filter(is_wanted).collect(),
     };
     let mut recorder = Recorder::new(args.record.as_deref())?;
     match args.random {

@@ -77,7 +77,7 @@ impl Workspace {
             }
         };
         self.segments = found;
-        Ok((&self.segments, self.held.hold(sizes, TILE_PAIRS as u32, NOT_RECORDED)))
+        Ok((&self.segments, self.held.hold(sizes, TILE_PAIRS as u32, routing.is_ranked(), NOT_RECORDED)))
     }
 }
 

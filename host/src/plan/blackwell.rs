@@ -2,7 +2,10 @@
 //! every launch has room.
 
 use super::*;
-use crate::projection::{ExpertWeights, ProjectionSizes};
+use crate::dtype::DType;
+use crate::projection::{ExpertWeights, ProjectionSizes, XRows};
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+use moe_lora_kernels::align;
 
 /// A device, and the compute capability, times ten, of the module that it loads.
 struct Chip {
@@ -96,13 +99,11 @@ fn plan(
 /// What plans for a chip promise beside what any does.
 fn hold(plan: &Plan, what: &str, chip: &Chip) {
     let Chip { name, capability, limits } = chip;
-    assert!(plan.prefill.is_none(), "{name}, {what}: wgmma is Hopper's alone\n{plan}");
-    let decode = plan.decode.map(|decode| decode.launch);
-    let launches = [plan.route, decode, plan.shrink.map(|s| s.launch), plan.expand.map(|e| e.launch)];
-    for Launch { entry, .. } in launches.into_iter().flatten() {
+    assert!(!matches!(plan.work, Work::Prefill(_)), "{name}, {what}: wgmma is Hopper's alone\n{plan}");
+    for Launch { entry, .. } in plan.each_launch() {
         assert!(entry.is_on(*capability), "{name}, {what}: {} is in no module of it", entry.name);
     }
-    if let Some(Launch { entry, blocks, shared_bytes, .. }) = decode {
+    if let Work::Decode(DecodePlan { launch: Launch { entry, blocks, shared_bytes, .. }, .. }) = plan.work {
         // All of its blocks run at a time: as many a multiprocessor as there are registers and memory for.
         let fit = (1..=entry.min_blocks_on(*capability))
             .rev()
@@ -122,11 +123,14 @@ fn every_launch_has_room_and_a_kernel() {
                     let what = format!("{tokens} tokens of {projection:?} as {}", options.name(chip.name));
                     let plan = plan(&projection, tokens, Stage::Forward, RouteSource::Made, &options, chip);
                     hold(&plan, &what, chip);
-                    *decoded += u32::from(plan.decode.is_some());
+                    *decoded += u32::from(plan.form() == Form::Decode);
                 }
                 for stage in [Stage::Route, Stage::Forward, Stage::Shrink, Stage::Expand] {
                     for tile_rows in [8, 16, 64, 128] {
-                        let routes = [RouteSource::Kept { tile_rows }, RouteSource::Sorted { tile_rows }];
+                        let routes = [
+                            RouteSource::Kept { tile_rows, ranked: false },
+                            RouteSource::Sorted { tile_rows },
+                        ];
                         for route in routes {
                             let what = format!("{stage:?} of {tokens} tokens of {projection:?}, {route:?}");
                             let plan = plan(&projection, tokens, stage, route, &Options::default(), chip);
@@ -159,7 +163,7 @@ fn decode_is_planned_where_shared_memory_has_room() {
         };
         let projection = Projection::new(sizes).expect("sizes as a model has them");
         let plan = plan(&projection, 4, Stage::Forward, RouteSource::Made, &Options::default(), chip);
-        plan.decode.is_some()
+        plan.form() == Form::Decode
     };
     let [b200, rtx_5090] = &CHIPS;
     for (rank, expected) in [(16, [true, true]), (64, [true, false]), (128, [true, false])] {

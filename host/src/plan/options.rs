@@ -77,8 +77,8 @@ as_kernels_have_it! {
 pub struct Options {
     /// Width of element offsets. [`IndexWidth::I32`] is honoured only where every offset fits.
     pub index: Option<IndexWidth>,
-    /// Which kernels a whole call runs. [`Form::Decode`] and [`Form::Prefill`] are honoured only where the device,
-    /// the shapes and the route allow.
+    /// Which kernels a whole call runs. [`Form::Decode`] and [`Form::Prefill`] are honoured only where the
+    /// device, the shapes and the route allow.
     pub form: Option<Form>,
     /// Tile of `shrink` and `expand`. A tile for sizes in multiples of 8 is honoured only where they are.
     pub tile: Option<TileKind>,
@@ -99,8 +99,8 @@ pub enum Form {
     Prefill(PrefillTile),
     /// `prefill`, in which blocks share passes over a tile: few segments.
     SharedPrefill(PrefillTile),
-    /// `shrink`, then `expand`.
-    TwoLaunches,
+    /// `shrink`, then `expand`: every call, on every device.
+    Generic,
 }
 
 /// The tiles of `prefill`.
@@ -141,7 +141,7 @@ impl Options {
         }
         let decode = Options { form: Some(Form::Decode), ..Options::default() };
         every.extend([1, 8].map(|cluster| Options { cluster: Some(cluster), ..decode }));
-        every.push(Options { form: Some(Form::TwoLaunches), route_blocks: Some(2), ..Options::default() });
+        every.push(Options { form: Some(Form::Generic), route_blocks: Some(2), ..Options::default() });
         every
     }
 

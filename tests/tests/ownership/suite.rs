@@ -418,12 +418,12 @@ fn the_plan_of_a_call_is_what_it_launches() {
     let control = Control::here();
     let device = Device::untuned(0).expect("a device");
     let mut tuning = Tuning::new(device.info().name.clone());
-    let way = Options { form: Some(Form::TwoLaunches), ..Options::default() };
+    let candidate = Options { form: Some(Form::Generic), ..Options::default() };
     let (microseconds, planned_microseconds) = (1.0, 2.0);
     let sizes = *projection().sizes();
-    tuning.insert(Tuned { projection: sizes, tokens: TOKENS, way, microseconds, planned_microseconds });
+    tuning.insert(Tuned { projection: sizes, tokens: TOKENS, candidate, microseconds, planned_microseconds });
     let tuned = device.tuned(tuning).expect("a tuning of this device");
-    for (device, form) in [(device, Form::Decode), (tuned, Form::TwoLaunches)] {
+    for (device, form) in [(device, Form::Decode), (tuned, Form::Generic)] {
         let stream = device.new_stream().expect("a stream");
         let mut workspace = stream.workspace(&[projection()], TOKENS).expect("room");
         let mut layer = Layer::new(&stream);

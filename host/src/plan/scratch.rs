@@ -1,12 +1,16 @@
 //! What a workspace has room for, and where its parts are. The memory itself is the back end's.
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::plan::{self, Plan};
+use crate::plan::generic::{MAX_PARTIAL, MAX_SPLITS};
+use crate::plan::{Plan, prefill, route};
 use crate::projection::Projection;
+use moe_lora_kernels::DecodeRows;
+use moe_lora_kernels::adopt::MAX_BLOCK_SIZE;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Tile, count};
 use moe_lora_kernels::prefill::MAX_COUNTERS;
-use moe_lora_kernels::route::EXCHANGE_HEAD;
+use moe_lora_kernels::route::{self as kernel, EXCHANGE_HEAD};
 
 /// Alignment of each part.
 const ALIGNMENT: usize = 256;
@@ -52,15 +56,26 @@ pub(crate) struct Parts {
 }
 
 impl Room {
-    /// What calls of up to `tokens` tokens need.
+    /// What any call of up to `tokens` tokens needs.
     fn of(projection: &Projection, tokens: usize) -> Result<Self> {
+        let sizes = projection.sizes();
+        // That of inactive pairs too.
+        let buckets = (sizes.slots * sizes.experts) as u64 + 1;
+        let pairs = projection.pairs(tokens)?;
+        let wide = pairs as u64;
+        // In blocks of the largest size, each segment ends in one that may hold a single pair.
+        let listed = wide + buckets.min(wide) * u64::from(MAX_BLOCK_SIZE);
+        let smallest = DecodeRows::M8.count();
+        let h = projection.h_elements(tokens)?;
+        let partial = (h as u64).saturating_mul(u64::from(MAX_SPLITS)).min(MAX_PARTIAL);
+        let route_blocks = route::most_route_blocks(pairs, buckets);
         Ok(Room {
-            pairs: projection.pairs(tokens)?,
-            listed: plan::max_listed(projection, tokens)? as usize,
-            tiles: plan::max_tiles(projection, tokens)? as usize,
-            scratch_bytes: plan::scratch_bytes(projection, tokens)?,
-            exchange: plan::exchange_words(projection, tokens)? as usize,
-            shared_pass_bytes: plan::shared_pass_bytes(projection, tokens)? as usize,
+            pairs,
+            listed: listed as usize,
+            tiles: kernel::max_tiles(wide, buckets, u64::from(smallest)) as usize,
+            scratch_bytes: (h * DType::SIZE).max(partial as usize * size_of::<f32>()),
+            exchange: kernel::table_words(route_blocks.into(), buckets) as usize,
+            shared_pass_bytes: prefill::shared_pass_room(projection, pairs) as usize,
         })
     }
 
@@ -186,16 +201,10 @@ impl Scratch {
     }
 
     /// Checks that a planned call fits.
-    pub(super) fn parts_of(
-        &self,
-        projection: &Projection,
-        tokens: usize,
-        plan: &Plan,
-        base: u64,
-    ) -> Result<Parts> {
+    pub fn parts_of(&self, projection: &Projection, tokens: usize, plan: &Plan, base: u64) -> Result<Parts> {
         let mut needed = Room::of(projection, tokens)?;
         // Blocks smaller than any tile make more tiles than any other route.
-        needed.tiles = needed.tiles.max(plan.route_tiles as usize);
+        needed.tiles = needed.tiles.max(plan.route.tiles.most as usize);
         self.room.check(&needed)?;
         Ok(self.room.parts(base).0)
     }
