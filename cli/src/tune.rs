@@ -90,10 +90,11 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     let device = &gpu.info().name;
     let mut tuning = match args.file.exists() {
         true => Tuning::load(&args.file)?,
-        false => Tuning::new(device.clone()),
+        false => Tuning::new(device.clone(), gpu.kernels().fingerprint()),
     };
     let (file, of) = (args.file.display(), tuning.device());
     anyhow::ensure!(of == device, "{file} is of {of}, and this is {device}: name another file");
+    tuning.check_kernels(&gpu.kernels().fingerprint())?;
 
     say!("{}", gpu.info())?;
     say!("| op | T | as planned µs | fastest µs | way |\n|---|---|---|---|---|")?;

@@ -40,26 +40,54 @@ pub struct Tuned {
     pub planned_microseconds: f64,
 }
 
-/// What was measured on one kind of device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What was measured on one kind of device, with the kernels of one build.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(from = "File", into = "File")]
 pub struct Tuning {
     device: String,
+    kernels: String,
     /// By the projection's sizes, then by T.
     tuned: HashMap<ProjectionSizes, BTreeMap<usize, Tuned>>,
+    /// The file that it was loaded from, for messages.
+    path: Option<String>,
+}
+
+/// Two tunings are equal when they say the same, wherever they were loaded from.
+impl PartialEq for Tuning {
+    fn eq(&self, other: &Self) -> bool {
+        let Tuning { device, kernels, tuned, path: _ } = self;
+        (device, kernels, tuned) == (&other.device, &other.kernels, &other.tuned)
+    }
+}
+
+/// The format of the files that this version writes, and reads.
+const FORMAT: u32 = 1;
+
+/// What to do about a file that is of no use any more.
+const AGAIN: &str = "run `moe-lora tune` again, on another file";
+
+/// The part of a file that says how to read the rest. Files of the first versions had no `format`.
+#[derive(Deserialize)]
+struct Head {
+    #[serde(default)]
+    format: u32,
 }
 
 /// A [`Tuning`] as it is written.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    /// [`FORMAT`].
+    format: u32,
     device: String,
+    /// The fingerprint of the kernels.
+    kernels: String,
     tuned: Vec<Tuned>,
 }
 
 impl From<File> for Tuning {
     fn from(file: File) -> Self {
-        let mut tuning = Tuning::new(file.device);
+        let mut tuning = Tuning::new(file.device, file.kernels);
         file.tuned.into_iter().for_each(|tuned| tuning.insert(tuned));
         tuning
     }
@@ -70,7 +98,7 @@ impl From<Tuning> for File {
         let mut tuned: Vec<_> = tuning.tuned.into_values().flat_map(BTreeMap::into_values).collect();
         // A file that is written again changes where its contents do, and nowhere else.
         tuned.sort_by_key(|tuned| (format!("{:?}", tuned.projection), tuned.tokens));
-        File { device: tuning.device, tuned }
+        File { format: FORMAT, device: tuning.device, kernels: tuning.kernels, tuned }
     }
 }
 
@@ -90,14 +118,34 @@ fn read_candidate<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Options,
 }
 
 impl Tuning {
-    /// Of a device of this name, as the driver has it; nothing was measured yet.
-    pub fn new(device: String) -> Self {
-        Tuning { device, tuned: HashMap::new() }
+    /// Of a device of this name, as the driver has it, with the kernels of this fingerprint; nothing was
+    /// measured yet.
+    pub fn new(device: String, kernels: String) -> Self {
+        Tuning { device, kernels, tuned: HashMap::new(), path: None }
     }
 
     /// Name of the device.
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// Fingerprint of the kernels.
+    pub fn kernels(&self) -> &str {
+        &self.kernels
+    }
+
+    /// Refuses other kernels than these.
+    ///
+    /// # Errors
+    /// [`Error::Tuning`] where it was measured with others.
+    pub fn check_kernels(&self, kernels: &str) -> Result<()> {
+        if self.kernels == kernels {
+            return Ok(());
+        }
+        let path = self.path.clone().unwrap_or_else(|| format!("the tuning of {}", self.device));
+        let measured = &self.kernels;
+        let reason = format!("measured with the kernels {measured}, and these are {kernels}: {AGAIN}");
+        Err(Error::Tuning { path, reason })
     }
 
     /// Takes in a measurement, in place of an older one of the same call.
@@ -108,11 +156,17 @@ impl Tuning {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Error::Tuning`] where there is none, or it is none of these.
+    /// [`Error::Tuning`] where there is none, or it is none of these, or of another version's format.
     pub fn load(path: &Path) -> Result<Self> {
-        let failed = |reason| Error::Tuning { path: path.display().to_string(), reason };
+        let path_name = path.display().to_string();
+        let failed = |reason| Error::Tuning { path: path_name.clone(), reason };
         let json = fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
-        serde_json::from_str(&json).map_err(|error| failed(error.to_string()))
+        let Head { format } = serde_json::from_str(&json).map_err(|error| failed(error.to_string()))?;
+        if format != FORMAT {
+            return Err(failed(format!("of format {format}, expected {FORMAT}: {AGAIN}")));
+        }
+        let tuning: Self = serde_json::from_str(&json).map_err(|error| failed(error.to_string()))?;
+        Ok(Tuning { path: Some(path_name), ..tuning })
     }
 
     /// Writes a file, or replaces it. Where that fails, it stays as it was.
@@ -179,7 +233,7 @@ mod tests {
 
     /// Two numbers of tokens of one projection.
     fn tuning() -> Tuning {
-        let mut tuning = Tuning::new("a device".to_owned());
+        let mut tuning = Tuning::new("a device".to_owned(), "0123".to_owned());
         tuning.insert(tuned(16, candidates()[1]));
         tuning.insert(tuned(100, candidates()[2]));
         tuning
@@ -232,7 +286,15 @@ mod tests {
         let good = serde_json::to_string(&tuning()).unwrap();
         let cases = [
             ("{", "EOF"),
-            ("{\"device\": \"a device\"}", "missing field `tuned`"),
+            ("{\"format\": 1, \"device\": \"a device\"}", "missing field `kernels`"),
+            (
+                "{\"device\": \"a device\", \"tuned\": []}",
+                "of format 0, expected 1: run `moe-lora tune` again",
+            ),
+            (
+                &good.replace("\"format\":1", "\"format\":2"),
+                "of format 2, expected 1: run `moe-lora tune` again",
+            ),
             (&good.replace("decode", "encode"), "unknown candidate \"encode m8 cluster1\", expected one of"),
             (&good.replace("max_rank", "rank"), "unknown field `rank`"),
         ];
@@ -240,6 +302,14 @@ mod tests {
             let message = message(json);
             assert!(message.contains(expected) && message.contains("tuning.json"), "{message}");
         }
+        let nothing = "{\"format\":1,\"device\":\"a device\",\"kernels\":\"0123\",\"tuned\":[]}";
+        std::fs::write(&path, nothing).unwrap();
+        let tuning = Tuning::load(&path).unwrap();
+        assert!(tuning.check_kernels("0123").is_ok());
+        let message = tuning.check_kernels("4567").unwrap_err().to_string();
+        let expected =
+            "tuning.json: measured with the kernels 0123, and these are 4567: run `moe-lora tune` again";
+        assert!(message.contains(expected), "{message}");
         let nowhere = Tuning::load(&dir.path().join("nowhere.json")).unwrap_err();
         assert!(matches!(nowhere, Error::Tuning { .. }));
     }

@@ -68,6 +68,15 @@ impl Kernels {
         self.cubin.filter(|_| self.runs_on(capability) && capability / 10 == self.sm / 10)
     }
 
+    /// A name for exactly these kernels, of 16 digits: what was measured with others says nothing of them. It is made
+    /// of the PTX, whatever assembles that, by FNV-1a (Fowler, Noll and Vo).
+    pub fn fingerprint(&self) -> String {
+        const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        let hash = |hash: u64, byte: &u8| (hash ^ u64::from(*byte)).wrapping_mul(PRIME);
+        format!("{:016x}", self.ptx.unpack().iter().fold(OFFSET, hash))
+    }
+
     /// Whether moe-lora's tests have ever run these kernels on a device: those for `sm_80` and `sm_90a`, on
     /// an H100 and an H200. The others are compiled and assembled, and no more is known of them.
     pub fn have_run(&self) -> bool {
@@ -104,6 +113,7 @@ impl fmt::Debug for Packed {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn a_cubin_is_for_devices_of_its_major_version() {
@@ -149,6 +159,19 @@ mod tests {
         }
         // Of some of them: an older generation's on a newer device.
         assert_eq!(Kernels::newest(&KERNELS[..1], 120).map(|kernels| kernels.sm), Some(80));
+    }
+
+    #[test]
+    fn a_fingerprint_is_of_one_module() {
+        // Of nothing, and of "foobar": the vectors that the algorithm's authors publish.
+        let of = |ptx| {
+            let packed = Packed::of(ptx);
+            Kernels { sm: 80, arch: "sm_80", ptx: packed, cubin: None, made_by: "" }.fingerprint()
+        };
+        assert_eq!(of(b"\0\0\0\0\0"), "cbf29ce484222325");
+        assert_eq!(of(b"\x06\0\0\0\x60foobar"), "85944171f73967e8");
+        let all: BTreeSet<_> = KERNELS.iter().map(Kernels::fingerprint).collect();
+        assert_eq!(all.len(), KERNELS.len());
     }
 
     #[test]

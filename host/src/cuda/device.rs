@@ -131,12 +131,14 @@ impl Device {
     /// This device, whose streams plan calls as they were measured to be fastest, where nothing is forced on them.
     ///
     /// # Errors
-    /// [`Error::TunedElsewhere`] when that was on a device of another name.
+    /// [`Error::TunedElsewhere`] when that was on a device of another name; [`Error::Tuning`] when it was with other
+    /// kernels than the ones that are loaded.
     pub fn tuned(&self, tuning: Tuning) -> Result<Self> {
         if tuning.device() != self.core.info.name {
             let (tuned, device) = (tuning.device().to_owned(), self.core.info.name.clone());
             return Err(Error::TunedElsewhere { tuned, device });
         }
+        tuning.check_kernels(&self.core.kernels.fingerprint())?;
         Ok(Device { core: Arc::clone(&self.core), tuning: Some(Arc::new(tuning)) })
     }
 

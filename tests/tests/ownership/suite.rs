@@ -417,7 +417,7 @@ fn a_graph_keeps_what_it_names() {
 fn the_plan_of_a_call_is_what_it_launches() {
     let control = Control::here();
     let device = Device::untuned(0).expect("a device");
-    let mut tuning = Tuning::new(device.info().name.clone());
+    let mut tuning = Tuning::new(device.info().name.clone(), device.kernels().fingerprint());
     let candidate = Options { form: Some(Form::Generic), ..Options::default() };
     let (microseconds, planned_microseconds) = (1.0, 2.0);
     let sizes = *projection().sizes();
