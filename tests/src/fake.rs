@@ -45,14 +45,15 @@ fn compile(version: Version) -> Result<PathBuf, String> {
     if !cfg!(target_os = "linux") {
         return Err("the fake CUDA driver is for Linux".to_owned());
     }
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fake-driver/src/lib.rs");
-    let text = fs::read(&source).map_err(|error| format!("{}: {error}", source.display()))?;
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("fake-driver/src");
+    let texts = read_all(&sources).map_err(|error| format!("{}: {error}", sources.display()))?;
+    let source = sources.join("lib.rs");
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let asked = Command::new(&rustc).arg("-vV").output();
     let asked = asked.map_err(|error| format!("no compiler for the fake CUDA driver: {rustc:?}: {error}"))?;
 
     let mut hash = DefaultHasher::new();
-    (&text, &asked.stdout, version).hash(&mut hash);
+    (&texts, &asked.stdout, version).hash(&mut hash);
     let folder = kept_folder().join(format!("{:016x}", hash.finish()));
     if folder.is_dir() {
         return Ok(folder);
@@ -77,6 +78,12 @@ fn compile(version: Version) -> Result<PathBuf, String> {
         fs::remove_dir_all(&unfinished).map_err(failed)?;
     }
     if folder.is_dir() { Ok(folder) } else { Err(format!("{} could not be made", folder.display())) }
+}
+
+/// The files of a folder, by their names.
+fn read_all(folder: &Path) -> std::io::Result<BTreeMap<PathBuf, Vec<u8>>> {
+    let entries = fs::read_dir(folder)?;
+    entries.map(|entry| entry.and_then(|entry| Ok((entry.path(), fs::read(entry.path())?)))).collect()
 }
 
 /// Beside what Cargo built, where it deletes it with the rest.
