@@ -6,11 +6,11 @@
 
 use crate::backend::{Backend, Buffer};
 use crate::blocks::Align;
-use crate::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::launch::{Launched, Launches, Parameters, Place, Planner};
-use crate::plan::{DeviceLimits, Launch, Options, Scratch};
+use crate::plan::{DeviceLimits, Launch, Options, Plan, RouteSource, Scratch, Stage};
 use crate::projection::Projection;
 use crate::route::{HeldRoute, NOT_RECORDED, Route};
 use crate::tensor::{self, View, ViewMut};
@@ -75,6 +75,20 @@ impl Emulated {
         memory.synchronize();
         let address = memory.allocate(bytemuck::cast_slice(elements));
         EmulatedBuffer { memory: self.memory.clone(), address, len: elements.len(), element: PhantomData }
+    }
+
+    /// What a call of this layout would launch; `None` when there is nothing to do.
+    ///
+    /// # Errors
+    /// As for [`Plan::new`].
+    pub fn plan(
+        &self,
+        projection: &Projection,
+        layout: &Layout,
+        stage: Stage,
+        route: RouteSource,
+    ) -> Result<Option<Plan>> {
+        self.planner().plan(projection, layout, stage, route)
     }
 
     fn planner(&self) -> Planner<'static> {

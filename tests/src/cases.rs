@@ -5,6 +5,10 @@ use moe_lora_verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};
+use rayon::prelude::*;
+
+/// Elements of 16 bytes.
+const VECTOR: usize = 8;
 
 /// Widths around vectors of 8 elements and tiles of 16 to 128.
 fn width() -> impl Strategy<Value = usize> {
@@ -44,12 +48,13 @@ fn patterns() -> impl Strategy<Value = (Experts, Loras, Flags, Ranks)> {
     )
 }
 
-/// Any call, small enough to be checked in milliseconds. Shrinks to few tokens, narrow matrices and
-/// plain modes.
+/// Any call, small enough to be checked in milliseconds. Three of four are aligned: of sizes, strides and
+/// addresses drawn one by one, nearly all calls have one that is not, and run the kernels for those alone.
+/// Shrinks to few tokens, narrow matrices and plain modes.
 pub fn cases() -> impl Strategy<Value = Case> {
     let experts = || select(vec![ExpertWeights::PerExpert, ExpertWeights::Shared]);
     let types = (select(vec![DType::Bf16, DType::F16]), select(vec![XRows::Token, XRows::Pair]));
-    let flags = (any::<bool>(), any::<bool>(), proptest::bool::weighted(0.2));
+    let flags = (any::<bool>(), any::<bool>(), proptest::bool::weighted(0.2), proptest::bool::weighted(0.75));
     let form = select(vec![Form::Forward, Form::Split]);
     let paddings = (padding(), padding(), padding());
     let seed = any::<u64>().no_shrink();
@@ -61,9 +66,9 @@ pub fn cases() -> impl Strategy<Value = Case> {
         let (max_rank, slices, in_dim, out_dim) = matrix;
         let (routing, loras, enabled, ranks) = pattern;
         let ((dtype, x_rows), a_experts, b_experts, flags, (form, block_size), paddings, seed) = rest;
-        let (routed_weight, accumulate, misaligned) = flags;
+        let (routed_weight, accumulate, misaligned, aligned) = flags;
         let (offset, x_padding, out_padding) = paddings;
-        Case {
+        let case = Case {
             dtype,
             tokens,
             top_k,
@@ -90,8 +95,24 @@ pub fn cases() -> impl Strategy<Value = Case> {
             block_size,
             misaligned,
             seed,
-        }
+        };
+        if aligned { align(case) } else { case }
     })
+}
+
+/// The call with each size and stride rounded up to whole vectors, as the fast kernels want them.
+fn align(case: Case) -> Case {
+    let up = |size: usize| size.next_multiple_of(VECTOR);
+    Case {
+        max_rank: up(case.max_rank),
+        in_dim: up(case.in_dim),
+        out_dim: up(case.out_dim),
+        offset: up(case.offset),
+        x_padding: up(case.x_padding),
+        out_padding: up(case.out_padding),
+        misaligned: false,
+        ..case
+    }
 }
 
 /// Any call that a slow back end can be asked for: as [`cases`], cut to few tokens and narrow matrices.
@@ -111,22 +132,39 @@ pub fn small_cases() -> impl Strategy<Value = Case> {
 /// # Errors
 /// What was wrong with the smallest such case, and the command that runs it again.
 pub fn check_cases<B: Backend>(backend: &B) -> Result<(), String> {
-    check_some(cases(), Config::default().cases, |case| check(backend, case).map(drop))
+    let passes = |case| check(backend, &case).map(drop).map_err(failed);
+    outcome(TestRunner::new(config(Config::default().cases)).run(&cases(), passes))
 }
 
-/// Checks `count` of `cases` as `passes` does, and shrinks the first that does not pass.
+/// Checks `count` of `cases` as `passes` does, on all cores, and shrinks the first that does not pass.
 ///
 /// # Errors
 /// As for [`check_cases`].
-pub fn check_some(
-    cases: impl Strategy<Value = Case>,
+pub fn check_some<S: Strategy<Value = Case>>(
+    cases: impl Fn() -> S + Sync,
     count: u32,
-    passes: impl Fn(&Case) -> Result<(), Box<Failure>>,
+    passes: impl Fn(&Case) -> Result<(), Box<Failure>> + Sync,
 ) -> Result<(), String> {
-    // A failing case prints its command: there is nothing to persist.
-    let config = Config { failure_persistence: None, cases: count, ..Config::default() };
-    let passes = |case| passes(&case).map_err(|failure| TestCaseError::fail(failure.to_string()));
-    match TestRunner::new(config).run(&cases, passes) {
+    // A runner a case, each with a generator of its own.
+    let mut first = TestRunner::new(config(1));
+    let generators: Vec<_> = (0..count).map(|_| first.new_rng()).collect();
+    generators.into_par_iter().with_max_len(1).try_for_each(|random| {
+        let mut runner = TestRunner::new_with_rng(config(1), random);
+        outcome(runner.run(&cases(), |case| passes(&case).map_err(failed)))
+    })
+}
+
+/// A failing case prints its command: there is nothing to persist.
+fn config(cases: u32) -> Config {
+    Config { failure_persistence: None, cases, ..Config::default() }
+}
+
+fn failed(failure: Box<Failure>) -> TestCaseError {
+    TestCaseError::fail(failure.to_string())
+}
+
+fn outcome(result: Result<(), TestError<Case>>) -> Result<(), String> {
+    match result {
         Ok(()) => Ok(()),
         Err(TestError::Abort(reason)) => Err(reason.to_string()),
         Err(TestError::Fail(failure, _)) => Err(failure.to_string()),

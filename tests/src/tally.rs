@@ -28,9 +28,14 @@ impl Tally {
         *sum = [sum[0] + cases, sum[1] + launches];
     }
 
+    /// Adds what `other` counted.
+    pub fn take_in(&mut self, other: Tally) {
+        other.0.into_iter().for_each(|(name, counts)| self.add(name, counts));
+    }
+
     /// Both together.
     pub fn plus(mut self, other: Tally) -> Tally {
-        other.0.into_iter().for_each(|(name, counts)| self.add(name, counts));
+        self.take_in(other);
         self
     }
 

@@ -14,7 +14,7 @@ use moe_lora_tests::tally::Tally;
 use moe_lora_verify::{Case, Experts, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
-use std::cell::RefCell;
+use std::sync::Mutex;
 
 /// Calls of many routes and small matrices, on blocks of vLLM's sizes and others.
 fn routes() -> impl Strategy<Value = Case> {
@@ -56,20 +56,20 @@ fn routes() -> impl Strategy<Value = Case> {
 #[test]
 fn blocks_of_any_size_pass_on_the_cpu() {
     let passes = |case: &Case| check(&Cpu, case).map(drop);
-    check_some(routes(), 256, passes).unwrap_or_else(|failure| panic!("{failure}"));
+    check_some(routes, 256, passes).unwrap_or_else(|failure| panic!("{failure}"));
 }
 
 #[test]
 fn blocks_of_any_size_pass_on_the_emulated_machine() {
-    let tally = RefCell::new(Tally::default());
+    let tally = Mutex::new(Tally::default());
     let passes = |case: &Case| {
         let machine = Emulated::new(Options::default(), case.seed);
         check(&machine, case)?;
-        tally.replace_with(|tally| std::mem::take(tally).plus(Tally::of([&machine])));
+        tally.lock().expect("no thread has panicked").take_in(Tally::of([&machine]));
         Ok(())
     };
-    check_some(routes(), 48, passes).unwrap_or_else(|failure| panic!("{failure}"));
-    tally.into_inner().log();
+    check_some(routes, 48, passes).unwrap_or_else(|failure| panic!("{failure}"));
+    tally.into_inner().expect("no thread has panicked").log();
 }
 
 /// Three tokens, two choices, four experts of which the map keeps two, two slots; blocks of two places.

@@ -6,38 +6,65 @@ use moe_lora::plan::{Form as PlanForm, IndexWidth, Options};
 use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
+use moe_lora_tests::plans::distinct;
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
-use moe_lora_verify::{Case, Experts, Form, Loras, Ranks, check, check_each, quick_grid};
+use moe_lora_tests::tier::amount;
+use moe_lora_verify::{Case, Experts, Failure, Form, Loras, Ranks, Runs, check_runs, short_grid};
 use rayon::prelude::*;
-use std::cell::RefCell;
+use std::sync::Mutex;
 
 #[path = "emulated/route.rs"]
 mod route;
 
-/// Random calls for each way to make the back end work.
+/// Random calls, each on the machines for which its plans differ.
 const CASES: u32 = 64;
 
 const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 
+/// Machines that check a case together, which is checked anew for others: few, so that no core is left with
+/// much at the end.
+const TOGETHER: usize = 4;
+
+/// Of so many checks, one repeats its calls.
+const REPEATED: usize = 8;
+
 /// Orders of threads and blocks that every kernel is run in, at least: each launch has one of its own.
-const SEEDS: u64 = 100;
-
-/// Kernels that small calls do not run: [`route`] and the test of a cluster that aligns run them in as many orders.
-const IN_TESTS_OF_THEIR_OWN: [&str; 3] = ["route_grid", "route_wide", "align_cluster"];
-
-/// Checks each case in each of `ways`, in an order of threads that is the case's own.
-fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
-    let check = |case: &Case| {
-        let machines: Vec<_> = ways.iter().map(|way| Emulated::new(*way, case.seed)).collect();
-        check_each(&machines, case).unwrap_or_else(|failure| panic!("{failure}"));
-        Tally::of(&machines)
-    };
-    cases.par_iter().map(check).reduce(Tally::default, Tally::plus)
+fn seeds() -> u64 {
+    amount(20, 100)
 }
 
-/// Calls of so many pairs that a grid routes them and a cluster aligns them, and of as many buckets as the route of one
-/// block has threads, all else as small as can be.
+/// Kernels that small calls do not run: [`route`] and the test of a cluster that aligns run them in as many
+/// orders.
+const IN_TESTS_OF_THEIR_OWN: [&str; 3] = ["route_grid", "route_wide", "align_cluster"];
+
+/// Checks a case in some ways, in an order of threads that is the case's own. Of the ways that are checked
+/// one after another every [`REPEATED`]th repeats its calls; `first` is the number of the first.
+fn check_in(ways: &[Options], case: &Case, first: usize) -> Result<Tally, Box<Failure>> {
+    let machines: Vec<_> = ways.iter().map(|way| Emulated::new(*way, case.seed)).collect();
+    let runs = |number: usize| if number.is_multiple_of(REPEATED) { Runs::Repeated } else { Runs::Once };
+    check_runs(machines.iter().zip((first..).map(runs)), case)?;
+    Ok(Tally::of(&machines))
+}
+
+/// Checks each case in each of `ways` that makes a difference to it.
+fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
+    let mut parts = Vec::new();
+    let mut first = 0;
+    for case in cases {
+        for ways in distinct(ways, case).chunks(TOGETHER) {
+            parts.push((case, ways.to_vec(), first));
+            first += ways.len();
+        }
+    }
+    let check = |(case, ways, first): &(&Case, Vec<Options>, usize)| {
+        check_in(ways, case, *first).unwrap_or_else(|failure| panic!("{failure}"))
+    };
+    parts.par_iter().with_max_len(1).map(check).reduce(Tally::default, Tally::plus)
+}
+
+/// Calls of so many pairs that a grid routes them and a cluster aligns them, and of as many buckets as the
+/// route of one block has threads, all else as small as can be.
 fn large_routes() -> Vec<Case> {
     let case = Case { tokens: 513, top_k: 8, in_dim: 8, out_dim: 8, max_rank: 8, ..Case::default() };
     vec![
@@ -60,8 +87,8 @@ fn is_shared(way: &Options) -> bool {
     matches!(way.form, Some(PlanForm::SharedPrefill(_)))
 }
 
-/// Calls of `prefill` with every number of columns of h, in one pass and in several, with small ranks in large
-/// allocations, and with tiles of more than one segment and of several steps.
+/// Calls of `prefill` with every number of columns of h, in one pass and in several, with small ranks in
+/// large allocations, and with tiles of more than one segment and of several steps.
 fn wide() -> Vec<Case> {
     let base = Case { tokens: 80, loras: Loras::Random, ranks: Ranks::Mixed, ..Case::default() };
     let wide = |max_rank, slices, in_dim, out_dim| Case { max_rank, slices, in_dim, out_dim, ..base.clone() };
@@ -96,12 +123,15 @@ fn ways_of(index: IndexWidth) -> Vec<Options> {
 
 #[test]
 fn every_kernel_of_the_table_passes_in_every_mode() {
-    // The width of offsets is another with every other case: it changes nothing but how they are computed. The modes are odd in
-    // number, so that each has both, one a type.
-    let grid = quick_grid();
-    let every_other = |first| grid.iter().skip(first).step_by(2).cloned().collect::<Vec<_>>();
-    let small = check_all(&every_other(0), &ways_of(IndexWidth::I32))
-        .plus(check_all(&every_other(1), &ways_of(IndexWidth::I64)));
+    // The type is another with every case, and the width of offsets with every second: neither changes more
+    // than how values are converted and offsets computed.
+    let grid = short_grid();
+    let of_width = |width| {
+        let cases = grid.iter().enumerate().filter(|(i, _)| i / 2 % 2 == width);
+        cases.map(|(_, case)| case.clone()).collect::<Vec<_>>()
+    };
+    let small = check_all(&of_width(0), &ways_of(IndexWidth::I32))
+        .plus(check_all(&of_width(1), &ways_of(IndexWidth::I64)));
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [large_routes(), vec![in_blocks]].concat();
     let tally = small.plus(check_all(&others, &[Options::default()])).plus(check_all(&wide(), &prefills()));
@@ -111,18 +141,15 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
 
 #[test]
 fn every_call_agrees_with_the_reference_and_touches_nothing_else() {
-    let check = |way: Options| {
-        let tally = RefCell::new(Tally::default());
-        let passes = |case: &Case| {
-            let machine = Emulated::new(way, case.seed);
-            check(&machine, case)?;
-            tally.replace_with(|tally| std::mem::take(tally).plus(Tally::of([&machine])));
-            Ok(())
-        };
-        check_some(small_cases(), CASES, passes).unwrap_or_else(|failure| panic!("{failure}"));
-        tally.into_inner()
+    let tally = Mutex::new(Tally::default());
+    let every = Options::every();
+    let passes = |case: &Case| {
+        let ran = check_in(&distinct(&every, case), case, case.seed as usize % REPEATED)?;
+        tally.lock().expect("no thread has panicked").take_in(ran);
+        Ok(())
     };
-    Options::every().into_par_iter().map(check).reduce(Tally::default, Tally::plus).log();
+    check_some(small_cases, amount(CASES, 8 * CASES), passes).unwrap_or_else(|failure| panic!("{failure}"));
+    tally.into_inner().expect("no thread has panicked").log();
 }
 
 #[test]
@@ -139,10 +166,11 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         seed,
         ..Case::default()
     };
-    // Of a case there are some six launches of each kernel.
-    let cases: Vec<_> = (0..SEEDS / 2).map(case).collect();
+    // Each type has every second case.
+    let cases: Vec<_> = (0..2 * seeds()).map(case).collect();
     let tally = check_all(&cases, &Options::every()[1..]);
-    // By turns: 32, 64, 128 and 256 columns of h in tiles of 64 pairs, 64, 128 and 256 in tiles of 128, whose passes take two slices.
+    // By turns: 32, 64, 128 and 256 columns of h in tiles of 64 pairs, 64, 128 and 256 in tiles of 128, whose
+    // passes take two slices.
     let width = |seed: u64| match seed / 2 % 8 {
         0 | 4 => Case { max_rank: 40, slices: 2, ..case(seed) },
         1 | 5 => Case { max_rank: 72, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
@@ -151,19 +179,19 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         _ => Case { max_rank: 24, slices: 2, ..case(seed) },
     };
     let width = |seed| Case { form: Form::Forward, block_size: None, ..width(seed) };
-    let widths: Vec<_> = (0..SEEDS * 7 / 5).map(width).collect();
+    let widths: Vec<_> = (0..8 * seeds()).map(width).collect();
     // Where blocks share passes, a launch has as many more steps.
     let (shared, whole): (Vec<_>, Vec<_>) = prefills().into_iter().partition(is_shared);
-    let tally = tally.plus(check_all(&widths, &whole)).plus(check_all(&widths[..24], &shared));
+    let tally = tally.plus(check_all(&widths, &whole)).plus(check_all(&widths[..32], &shared));
     tally.log();
     // Each launch has an order of its own.
-    let few = |name: &&str| tally.launches(name) < SEEDS && !IN_TESTS_OF_THEIR_OWN.contains(name);
+    let few = |name: &&str| tally.launches(name) < seeds() && !IN_TESTS_OF_THEIR_OWN.contains(name);
     let few: Vec<_> = ENTRIES.iter().map(|entry| entry.name).filter(few).collect();
-    assert!(few.is_empty(), "kernels in less than {SEEDS} orders: {few:?}");
+    assert!(few.is_empty(), "kernels in less than {} orders: {few:?}", seeds());
 }
 
-/// Clusters whose units have ranks of one, two, three … groups of sixteen, one after another: blocks without a group of
-/// their own keep step with the others.
+/// Clusters whose units have ranks of one, two, three … groups of sixteen, one after another: blocks without
+/// a group of their own keep step with the others.
 #[test]
 fn ranks_of_any_number_of_groups_follow_one_another() {
     let case = |seed: u64| Case {
@@ -178,11 +206,12 @@ fn ranks_of_any_number_of_groups_follow_one_another() {
     };
     let decode = Options { form: Some(PlanForm::Decode), ..Options::default() };
     let ways = [4, 8].map(|cluster| Options { cluster: Some(cluster), ..decode });
-    let cases: Vec<_> = (0..SEEDS / 2).map(case).collect();
+    let cases: Vec<_> = (0..seeds()).map(case).collect();
     check_all(&cases, &ways).log();
 }
 
-/// Passes that blocks of `prefill` share, where there are more of them than the planner expects: in as many shares of K as it wants a block would have two, perhaps of one pass.
+/// Passes that blocks of `prefill` share, where there are more of them than the planner expects: in as many
+/// shares of K as it wants a block would have two, perhaps of one pass.
 #[test]
 fn no_block_waits_for_a_share_of_its_own() {
     let case = |seed: u64| Case {
@@ -199,12 +228,12 @@ fn no_block_waits_for_a_share_of_its_own() {
         ..Case::default()
     };
     let ways: Vec<_> = ways_of(IndexWidth::I32).into_iter().filter(is_shared).collect();
-    let cases: Vec<_> = (0..SEEDS / 20).map(case).collect();
+    let cases: Vec<_> = (0..amount(5, 25)).map(case).collect();
     check_all(&cases, &ways).log();
 }
 
-/// Segments that `decode` finds by itself: counted at their buckets' numbers, in one sweep and in several, or in a hash table that is
-/// nearly as full as it gets; most pairs of one segment, and most inactive.
+/// Segments that `decode` finds by itself: counted at their buckets' numbers, in one sweep and in several, or
+/// in a hash table that is nearly as full as it gets; most pairs of one segment, and most inactive.
 #[test]
 fn segments_are_found_in_any_order_of_threads() {
     let base = Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() };
@@ -222,7 +251,7 @@ fn segments_are_found_in_any_order_of_threads() {
     };
     let decode = Options { form: Some(PlanForm::Decode), ..Options::default() };
     let ways = [1, 4].map(|cluster| Options { cluster: Some(cluster), ..decode });
-    let cases: Vec<_> = (0..SEEDS / 5).map(case).collect();
+    let cases: Vec<_> = (0..seeds()).map(case).collect();
     check_all(&cases, &ways).log();
 }
 
@@ -232,7 +261,7 @@ fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
     const PAIRS: usize = 4096;
     const BLOCK: usize = 16;
     const ROOM: usize = PAIRS + EXPERTS * BLOCK;
-    (0..SEEDS).into_par_iter().for_each(|seed| {
+    (0..seeds()).into_par_iter().for_each(|seed| {
         let machine = Emulated::new(Options::default(), seed);
         let upload = |ids: &[i32]| machine.upload(ids).expect("room");
         let ids: Vec<_> = (0..PAIRS).map(|pair| (pair % EXPERTS) as i32).collect();

@@ -1,5 +1,5 @@
-//! The emulated machine does what the PTX manual says, and tells what a kernel does wrong: small kernels, each
-//! broken in one way, and what the report says of it.
+//! The emulated machine does what the PTX manual says, and tells what a kernel does wrong: small kernels,
+//! each broken in one way, and what the report says of it.
 
 // Kernels here may do anything: the machine checks each access, and that is what is tested.
 #![allow(clippy::undocumented_unsafe_blocks)]
@@ -14,8 +14,8 @@ use moe_lora_kernels::memory::{Global, Index};
 /// Words of the buffers that kernels here are given.
 const WORDS: usize = 256;
 
-/// Runs `body` with 64 threads a block, 1 KiB of shared memory, a buffer to read (word i is i) and one to write.
-/// Returns what was written.
+/// Runs `body` with 64 threads a block, 1 KiB of shared memory, a buffer to read (word i is i) and one to
+/// write. Returns what was written.
 fn launch(
     blocks: u32,
     seed: u64,
@@ -45,7 +45,8 @@ fn launch(
     Ok(bytemuck::pod_collect_to_vec(memory.bytes(to, bytes)))
 }
 
-/// As [`launch`], with blocks in clusters, or all at once where `cluster` is 0, whose threads are given the buffer to write.
+/// As [`launch`], with blocks in clusters, or all at once where `cluster` is 0, whose threads are given the
+/// buffer to write.
 fn launch_clusters(
     blocks: u32,
     cluster: u32,

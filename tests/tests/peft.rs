@@ -7,8 +7,8 @@
 //!
 //! With u the largest relative error of one rounding (2⁻⁸ for bf16, 2⁻¹¹ for f16), a delta sees four of
 //! them: of x, of b times its scaling, of h and of the result; a is exact in both types. They are
-//! independent, so their squares add up: a delta is within √4·u = 2u ([`Tolerance::delta`]). In a whole block a
-//! delta is on top of an exact base, so that holds for its gate, up and down too; the first two are
+//! independent, so their squares add up: a delta is within √4·u = 2u ([`Tolerance::delta`]). In a whole block
+//! a delta is on top of an exact base, so that holds for its gate, up and down too; the first two are
 //! multiplied and the third is added, which makes √3·2u < 4u ([`Tolerance::block`]).
 
 use half::{bf16, f16};

@@ -1,6 +1,7 @@
 use crate::case::Case;
-use crate::check::{Fault, Placed, check_guards};
 use crate::data::{CaseData, Tensor};
+use crate::fault::Fault;
+use crate::placed::{Placed, check_guards};
 use moe_lora::backend::Backend;
 use moe_lora::blocks::{Align, BlockShape, SortedTensors};
 use moe_lora::call::{Routing, RoutingTensors};
@@ -51,8 +52,8 @@ impl<'d> Blank<'d> {
         self.lora_ids.elements().contains(&(slot as i32))
     }
 
-    /// Holds what a back end made of the arrays against `targets`. Which pair of a segment comes first is up to
-    /// the back end.
+    /// Holds what a back end made of the arrays against `targets`. Which pair of a segment comes first is up
+    /// to the back end.
     fn check(&self, targets: &[Option<Target>], on: &[bool], mut images: [Vec<i32>; 3]) -> Result<(), Fault> {
         let BlockShape { block_size, max_padded, max_blocks } = self.shape;
         let tensors = [&self.sorted_token_ids, &self.expert_ids, &self.num_tokens_post_padded];

@@ -56,8 +56,8 @@ pub struct Case {
     pub out_padding: usize,
     /// One call, or the two halves.
     pub form: Form,
-    /// The call is made on a route in vLLM's form too, in blocks of this many pairs; blocks that are too small
-    /// for a route are only made.
+    /// The call is made on a route in vLLM's form too, in blocks of this many pairs; blocks that are too
+    /// small for a route are only made.
     pub block_size: Option<usize>,
     /// Whether every tensor starts one element off a 16-byte boundary.
     pub misaligned: bool,
@@ -212,10 +212,8 @@ impl Case {
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Case { dtype, tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = self;
-        write!(
-            f,
-            "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank} S={slices} K={in_dim} N={out_dim}"
-        )?;
+        write!(f, "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank}")?;
+        write!(f, " S={slices} K={in_dim} N={out_dim}")?;
         if let Some(global_experts) = self.global_experts {
             write!(f, " of {global_experts} experts")?;
         }

@@ -1,19 +1,16 @@
 use crate::blocks::{Blank, Blocks};
 use crate::case::{Case, Form};
-use crate::data::{CaseData, FlagTensor, Operands, Tensor};
-use bytemuck::Pod;
+use crate::data::{CaseData, Tensor};
+use crate::fault::{Failure, Fault, Outcome};
+use crate::placed::{Outputs, Uploaded, Written, check_guards, check_same, check_unchanged};
 use half::{bf16, f16};
-use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
+use moe_lora::backend::Backend;
+use moe_lora::call::{Expand, Forward, Routing, Shrink};
 use moe_lora::dtype::{DType, Element};
-use moe_lora::error::Error;
 use moe_lora::projection::Projection;
 use moe_lora::reference::{self, Expected, Target};
 use moe_lora::route::Route;
-use moe_lora::tensor::{View, ViewMut};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::ops::Range;
-use thiserror::Error as ThisError;
 
 /// One element may be off by this many times the tolerance, of the deviation that a delta has by
 /// construction plus its own size: far above what rounding `h` and `out` can do, far below the effect
@@ -24,97 +21,17 @@ const ELEMENT_SLACK: f64 = 10.0;
 /// are only checked one by one, as a single rounding to bf16 may be off by 4e-3.
 const MEASURED_ROUNDINGS: usize = 1024;
 
-/// What a back end made of a case that it passed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Outcome {
-    /// ‖out − ref‖ / ‖ref‖, Frobenius, over the deltas of all active pairs; 0 when there are none.
-    pub error: f64,
-    /// Active pairs.
-    pub active: usize,
-    /// P.
-    pub pairs: usize,
-    /// Hash of the bytes of `out`: equal where results are bitwise equal.
-    pub digest: u64,
+/// How often a case's calls are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runs {
+    /// On the case's own routing and, where it has one, on the route in blocks: once each.
+    Once,
+    /// Some ten times: on used memory too, on routes that were kept or made alone, one behind another. Equal
+    /// calls must give equal bits.
+    Repeated,
 }
 
-/// A case that a back end did not pass.
-#[derive(Clone, Debug, ThisError)]
-#[error("{backend}: {fault}\n  case: {case}\n  again: {}", case.command())]
-pub struct Failure {
-    /// The back end and what was forced on it, as [`Backend::variant`] says.
-    pub backend: String,
-    /// The case.
-    pub case: Case,
-    /// What was wrong.
-    #[source]
-    pub fault: Fault,
-}
-
-/// What was wrong.
-#[derive(Clone, Debug, ThisError)]
-pub enum Fault {
-    /// The back end, or the check of the case, returned an error.
-    #[error("refused: {0}")]
-    Refused(#[from] Error),
-    /// The result as a whole is too far from the reference.
-    #[error("{tensor} is off by {error:.2e} of its norm, tolerance {tolerance:.0e}")]
-    Inaccurate {
-        /// `h` or `out`.
-        tensor: &'static str,
-        /// ‖got − expected‖ / ‖expected‖.
-        error: f64,
-        /// What is allowed.
-        tolerance: f64,
-    },
-    /// One element is wrong, or was never written (then it is NaN).
-    #[error("{tensor} at {place} is {got}, expected {expected}")]
-    WrongElement {
-        /// `h` or `out`.
-        tensor: &'static str,
-        /// Where.
-        place: String,
-        /// The back end's value.
-        got: f32,
-        /// The reference's value.
-        expected: f64,
-    },
-    /// An id of a route in vLLM's form is wrong.
-    #[error("{tensor} at {place} is {got}, expected {expected}")]
-    WrongId {
-        /// The array.
-        tensor: &'static str,
-        /// Where.
-        place: String,
-        /// The back end's value.
-        got: i32,
-        /// The reference's value.
-        expected: i32,
-    },
-    /// Memory was changed that the call must leave alone.
-    #[error("{tensor} at {place} became {got}, expected {expected} as before")]
-    Touched {
-        /// Name of the tensor.
-        tensor: &'static str,
-        /// Where.
-        place: String,
-        /// Bytes found.
-        got: String,
-        /// Bytes expected.
-        expected: String,
-    },
-    /// The same call gave two results.
-    #[error("{tensor} came out differently at {place} when {run}")]
-    NotRepeatable {
-        /// `h` or `out`.
-        tensor: &'static str,
-        /// Where.
-        place: String,
-        /// What was run again.
-        run: &'static str,
-    },
-}
-
-/// Checks `case` on `backend`.
+/// Checks `case` on `backend`, with its calls repeated.
 ///
 /// # Errors
 /// The first [`Fault`] found, with the case and the command that runs it again.
@@ -130,6 +47,17 @@ pub fn check_each<'b, B: Backend + 'b>(
     backends: impl IntoIterator<Item = &'b B>,
     case: &Case,
 ) -> Result<Vec<Outcome>, Box<Failure>> {
+    check_runs(backends.into_iter().map(|backend| (backend, Runs::Repeated)), case)
+}
+
+/// As [`check_each`], where each back end makes the case's calls as often as it is said to.
+///
+/// # Errors
+/// As [`check`], for the first back end that does not pass.
+pub fn check_runs<'b, B: Backend + 'b>(
+    backends: impl IntoIterator<Item = (&'b B, Runs)>,
+    case: &Case,
+) -> Result<Vec<Outcome>, Box<Failure>> {
     match case.dtype {
         DType::Bf16 => check_typed::<B, bf16>(backends, case),
         DType::F16 => check_typed::<B, f16>(backends, case),
@@ -137,14 +65,16 @@ pub fn check_each<'b, B: Backend + 'b>(
 }
 
 fn check_typed<'b, B: Backend + 'b, T: Element>(
-    backends: impl IntoIterator<Item = &'b B>,
+    backends: impl IntoIterator<Item = (&'b B, Runs)>,
     case: &Case,
 ) -> Result<Vec<Outcome>, Box<Failure>> {
     let failure =
         |backend: &str, fault| Box::new(Failure { backend: backend.to_owned(), case: case.clone(), fault });
     let data = CaseData::<T>::new::<B::Space>(case).map_err(|error| failure("case", error.into()))?;
     let trial = Trial::new(case, &data).map_err(|error| failure("reference", error.into()))?;
-    let outcome = |backend: &'b B| trial.run(backend).map_err(|fault| failure(&backend.variant(), fault));
+    let outcome = |(backend, runs): (&'b B, Runs)| {
+        trial.run(backend, runs).map_err(|fault| failure(&backend.variant(), fault))
+    };
     backends.into_iter().map(outcome).collect()
 }
 
@@ -170,13 +100,6 @@ enum Named {
     InBlocks,
 }
 
-/// What one run left: images, guards and all.
-#[derive(PartialEq)]
-struct Outputs<T> {
-    h: Vec<T>,
-    out: Vec<T>,
-}
-
 impl<'d, T: Element> Trial<'d, T> {
     fn new(case: &'d Case, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
         let projection = case.projection()?;
@@ -193,51 +116,17 @@ impl<'d, T: Element> Trial<'d, T> {
         Ok(Trial { case, projection, data, delta, h, blank: Blank::new(case, data) })
     }
 
-    fn run<B: Backend>(&self, backend: &B) -> Result<Outcome, Fault> {
+    fn run<B: Backend>(&self, backend: &B, runs: Runs) -> Result<Outcome, Fault> {
         let inputs = Uploaded::new(backend, self.data)?;
-        let routing = inputs.routing();
-        let own = Routing::Tokens(routing);
-        let workspace = || backend.workspace(&[self.projection], self.case.tokens);
-        let (mut used, mut routed) = (workspace()?, workspace()?);
-        let (first, _) = self.call(backend, &mut used, &inputs, own)?;
+        let mut workspace = backend.workspace(&[self.projection], self.case.tokens)?;
+        let (first, _) = self.call(backend, &mut workspace, &inputs, inputs.routing().into())?;
         self.check_h(&first.h, Named::All)?;
         let error = self.check_out(&first.out, Named::All)?;
-
-        // Again, in other ways, one behind another with no wait between.
-        let new = || Written::new(backend, self.data);
-        let (mut fresh, mut kept, mut kept_again) = (new()?, new()?, new()?);
-        let (mut alone, mut behind) = (new()?, new()?);
-        let route = self.queue(backend, &mut used, &inputs, own, &mut fresh)?;
-        self.queue(backend, &mut used, &inputs, route.into(), &mut kept)?;
-        self.queue(backend, &mut used, &inputs, route.into(), &mut kept_again)?;
-        let route = backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
-        self.queue(backend, &mut routed, &inputs, route.into(), &mut alone)?;
-        self.queue(backend, &mut routed, &inputs, own, &mut behind)?;
-        let same = |one: &Outputs<T>, written: &Written<'_, B, T>, run| {
-            let other = written.download(backend)?;
-            check_same(&self.data.h, &one.h, &other.h, run)?;
-            check_same(&self.data.out, &one.out, &other.out, run)
-        };
-        same(&first, &fresh, "run again")?;
-        same(&first, &behind, "run again behind others")?;
-        // On a given route, other kernels may run, that add in another order.
-        let kept = kept.download(backend)?;
-        for outputs in [&kept, &alone.download(backend)?] {
-            self.check_h(&outputs.h, Named::All)?;
-            self.check_out(&outputs.out, Named::All)?;
+        if runs == Runs::Repeated {
+            self.repeat(backend, &mut workspace, &inputs, &first)?;
         }
-        same(&kept, &kept_again, "run again on the kept route")?;
         if let Some(blank) = &self.blank {
-            let on = reference::slots_on(self.case.slots, &self.data.routing().adapter_enabled)?;
-            let blocks = Blocks::sorted(backend, blank, routing, &self.delta.targets, &on)?;
-            if let Some(sorted) = blocks.routing(routing) {
-                let (sorted, route) = self.call(backend, &mut used, &inputs, sorted)?;
-                self.check_h(&sorted.h, Named::InBlocks)?;
-                self.check_out(&sorted.out, Named::InBlocks)?;
-                let (again, _) = self.call(backend, &mut used, &inputs, route.into())?;
-                check_same(&self.data.h, &sorted.h, &again.h, "run again on the kept blocks")?;
-                check_same(&self.data.out, &sorted.out, &again.out, "run again on the kept blocks")?;
-            }
+            self.run_in_blocks(backend, &mut workspace, &inputs, blank, runs)?;
         }
         inputs.check_unchanged(backend)?;
 
@@ -245,6 +134,65 @@ impl<'d, T: Element> Trial<'d, T> {
         bytemuck::cast_slice::<T, u8>(&first.out).hash(&mut hasher);
         let active = self.delta.targets.iter().flatten().count();
         Ok(Outcome { error, active, pairs: self.delta.targets.len(), digest: hasher.finish() })
+    }
+
+    /// Runs the case's calls again, in other ways, one behind another with no wait between.
+    fn repeat<B: Backend>(
+        &self,
+        backend: &B,
+        used: &mut B::Workspace,
+        inputs: &Uploaded<'_, B, T>,
+        first: &Outputs<T>,
+    ) -> Result<(), Fault> {
+        let routing = inputs.routing();
+        let own = Routing::Tokens(routing);
+        let mut routed = backend.workspace(&[self.projection], self.case.tokens)?;
+        let new = || Written::new(backend, self.data);
+        let (mut fresh, mut kept, mut kept_again) = (new()?, new()?, new()?);
+        let (mut alone, mut behind) = (new()?, new()?);
+        let route = self.queue(backend, used, inputs, own, &mut fresh)?;
+        self.queue(backend, used, inputs, route.into(), &mut kept)?;
+        self.queue(backend, used, inputs, route.into(), &mut kept_again)?;
+        let route = backend.route(&mut routed, &self.projection, self.case.tokens, routing)?;
+        self.queue(backend, &mut routed, inputs, route.into(), &mut alone)?;
+        self.queue(backend, &mut routed, inputs, own, &mut behind)?;
+        let same = |one: &Outputs<T>, written: &Written<'_, B, T>, run| {
+            let other = written.download(backend)?;
+            check_same(&self.data.h, &one.h, &other.h, run)?;
+            check_same(&self.data.out, &one.out, &other.out, run)
+        };
+        same(first, &fresh, "run again")?;
+        same(first, &behind, "run again behind others")?;
+        // On a given route, other kernels may run, that add in another order.
+        let kept = kept.download(backend)?;
+        for outputs in [&kept, &alone.download(backend)?] {
+            self.check_h(&outputs.h, Named::All)?;
+            self.check_out(&outputs.out, Named::All)?;
+        }
+        same(&kept, &kept_again, "run again on the kept route")
+    }
+
+    /// Runs the case's calls on a route in vLLM's form, which the back end makes first.
+    fn run_in_blocks<B: Backend>(
+        &self,
+        backend: &B,
+        workspace: &mut B::Workspace,
+        inputs: &Uploaded<'_, B, T>,
+        blank: &Blank<'_>,
+        runs: Runs,
+    ) -> Result<(), Fault> {
+        let on = reference::slots_on(self.case.slots, &self.data.routing().adapter_enabled)?;
+        let blocks = Blocks::sorted(backend, blank, inputs.routing(), &self.delta.targets, &on)?;
+        let Some(routing) = blocks.routing(inputs.routing()) else { return Ok(()) };
+        let (sorted, route) = self.call(backend, workspace, inputs, routing)?;
+        self.check_h(&sorted.h, Named::InBlocks)?;
+        self.check_out(&sorted.out, Named::InBlocks)?;
+        if runs == Runs::Repeated {
+            let (again, _) = self.call(backend, workspace, inputs, route.into())?;
+            check_same(&self.data.h, &sorted.h, &again.h, "run again on the kept blocks")?;
+            check_same(&self.data.out, &sorted.out, &again.out, "run again on the kept blocks")?;
+        }
+        Ok(())
     }
 
     /// Runs the case's calls on fresh outputs.
@@ -347,8 +295,9 @@ impl<'d, T: Element> Trial<'d, T> {
     fn relative_error(&self, meter: &Meter<'_, T>, named: Named) -> Result<f64, Fault> {
         let error = meter.relative_error();
         let targets: Vec<_> = (0..self.delta.targets.len()).map(|pair| self.target(pair, named)).collect();
-        // Choices of one token may share their row of `x` and their weights: they count once. Of fewer elements of K, or fewer
-        // columns, than ranks the values are products of few numbers, whose roundings are no more independent than these.
+        // Choices of one token may share their row of `x` and their weights: they count once. Of fewer
+        // elements of K, or fewer columns, than ranks the values are products of few numbers, whose roundings
+        // are no more independent than these.
         let most = self.case.in_dim.min(self.case.out_dim);
         let ranks = targets
             .chunks(self.case.top_k)
@@ -394,179 +343,5 @@ impl<'t, T: Element> Meter<'t, T> {
 
     fn relative_error(&self) -> f64 {
         if self.norm == 0.0 { 0.0 } else { (self.error / self.norm).sqrt() }
-    }
-}
-
-pub(crate) fn check_guards<T: Pod>(tensor: &Tensor<T>, image: &[T]) -> Result<(), Fault> {
-    check_unchanged(tensor, image, 0..tensor.range().start)?;
-    check_unchanged(tensor, image, tensor.range().end..image.len())
-}
-
-/// `image` must hold what the tensor was made with at `range`, byte for byte.
-fn check_unchanged<T: Pod>(tensor: &Tensor<T>, image: &[T], range: Range<usize>) -> Result<(), Fault> {
-    match first_difference(&tensor.image()[range.clone()], &image[range.clone()]) {
-        None => Ok(()),
-        Some(i) => Err(Fault::Touched {
-            tensor: tensor.name(),
-            place: tensor.place(range.start + i),
-            got: hex(&image[range.start + i]),
-            expected: hex(&tensor.image()[range.start + i]),
-        }),
-    }
-}
-
-fn check_same<T: Pod>(tensor: &Tensor<T>, first: &[T], again: &[T], run: &'static str) -> Result<(), Fault> {
-    match first_difference(first, again) {
-        None => Ok(()),
-        Some(index) => Err(Fault::NotRepeatable { tensor: tensor.name(), place: tensor.place(index), run }),
-    }
-}
-
-/// Index of the first element that differs in any byte.
-fn first_difference<T: Pod>(one: &[T], other: &[T]) -> Option<usize> {
-    let (one, other): (&[u8], &[u8]) = (bytemuck::cast_slice(one), bytemuck::cast_slice(other));
-    if one == other {
-        return None;
-    }
-    one.iter().zip(other).position(|(one, other)| one != other).map(|byte| byte / size_of::<T>())
-}
-
-fn hex<T: Pod>(element: &T) -> String {
-    let digits = bytemuck::bytes_of(element).iter().rev().map(|byte| format!("{byte:02x}"));
-    format!("0x{}", digits.collect::<String>())
-}
-
-/// A tensor on a back end, between its guards.
-pub(crate) struct Placed<'d, B: Backend, T: Pod> {
-    tensor: &'d Tensor<T>,
-    buffer: B::Buffer<T>,
-}
-
-impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
-    pub fn new(backend: &B, tensor: &'d Tensor<T>) -> moe_lora::Result<Self> {
-        Ok(Placed { tensor, buffer: backend.upload(tensor.image())? })
-    }
-
-    fn optional(backend: &B, tensor: &'d Option<Tensor<T>>) -> moe_lora::Result<Option<Self>> {
-        tensor.as_ref().map(|tensor| Placed::new(backend, tensor)).transpose()
-    }
-
-    pub fn view(&self) -> View<'_, B::Space, T> {
-        self.buffer.view().slice(self.tensor.range())
-    }
-
-    pub fn view_mut(&mut self) -> ViewMut<'_, B::Space, T> {
-        self.buffer.view_mut().slice(self.tensor.range())
-    }
-
-    /// The elements with their guards.
-    pub fn download(&self, backend: &B) -> moe_lora::Result<Vec<T>> {
-        backend.download(&self.buffer)
-    }
-
-    fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
-        let image = self.download(backend)?;
-        check_unchanged(self.tensor, &image, 0..image.len())
-    }
-}
-
-/// What one run of a case writes, on a back end.
-struct Written<'d, B: Backend, T: Pod> {
-    h: Placed<'d, B, T>,
-    out: Placed<'d, B, T>,
-}
-
-impl<'d, B: Backend, T: Element> Written<'d, B, T> {
-    fn new(backend: &B, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
-        Ok(Written { h: Placed::new(backend, &data.h)?, out: Placed::new(backend, &data.out)? })
-    }
-
-    fn download(&self, backend: &B) -> moe_lora::Result<Outputs<T>> {
-        Ok(Outputs { h: backend.download(&self.h.buffer)?, out: backend.download(&self.out.buffer)? })
-    }
-}
-
-/// `adapter_enabled` on a back end.
-enum PlacedFlags<'d, B: Backend> {
-    All,
-    U8(Placed<'d, B, u8>),
-    I32(Placed<'d, B, i32>),
-}
-
-/// The inputs of a case on a back end.
-struct Uploaded<'d, B: Backend, T: Pod> {
-    topk_ids: Placed<'d, B, i32>,
-    token_lora: Placed<'d, B, i32>,
-    enabled: PlacedFlags<'d, B>,
-    ranks: Option<Placed<'d, B, i32>>,
-    expert_map: Option<Placed<'d, B, i32>>,
-    x: Placed<'d, B, T>,
-    a: Vec<Placed<'d, B, T>>,
-    b: Vec<Placed<'d, B, T>>,
-    topk_weights: Option<Placed<'d, B, f32>>,
-}
-
-impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
-    fn new(backend: &B, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
-        let slices = |tensors: &'d [Tensor<T>]| -> moe_lora::Result<Vec<_>> {
-            tensors.iter().map(|tensor| Placed::new(backend, tensor)).collect()
-        };
-        Ok(Uploaded {
-            topk_ids: Placed::new(backend, &data.topk_ids)?,
-            token_lora: Placed::new(backend, &data.token_lora)?,
-            enabled: match &data.enabled {
-                FlagTensor::All => PlacedFlags::All,
-                FlagTensor::U8(flags) => PlacedFlags::U8(Placed::new(backend, flags)?),
-                FlagTensor::I32(flags) => PlacedFlags::I32(Placed::new(backend, flags)?),
-            },
-            ranks: Placed::optional(backend, &data.ranks)?,
-            expert_map: Placed::optional(backend, &data.expert_map)?,
-            x: Placed::new(backend, &data.x)?,
-            a: slices(&data.a)?,
-            b: slices(&data.b)?,
-            topk_weights: Placed::optional(backend, &data.topk_weights)?,
-        })
-    }
-
-    fn routing(&self) -> RoutingTensors<'_, B::Space> {
-        RoutingTensors {
-            topk_ids: self.topk_ids.view(),
-            token_lora: self.token_lora.view(),
-            adapter_enabled: match &self.enabled {
-                PlacedFlags::All => Enabled::All,
-                PlacedFlags::U8(flags) => Enabled::U8(flags.view()),
-                PlacedFlags::I32(flags) => Enabled::I32(flags.view()),
-            },
-            ranks: self.ranks.as_ref().map(Placed::view),
-            expert_map: self.expert_map.as_ref().map(Placed::view),
-        }
-    }
-
-    fn operands(&self) -> Operands<'_, B::Space, T> {
-        Operands {
-            routing: self.routing(),
-            x: self.x.view(),
-            a: self.a.iter().map(Placed::view).collect(),
-            b: self.b.iter().map(Placed::view).collect(),
-            topk_weights: self.topk_weights.as_ref().map(Placed::view),
-        }
-    }
-
-    fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
-        let ids = [&self.topk_ids, &self.token_lora];
-        ids.into_iter()
-            .chain(&self.ranks)
-            .chain(&self.expert_map)
-            .try_for_each(|tensor| tensor.check_unchanged(backend))?;
-        match &self.enabled {
-            PlacedFlags::All => {}
-            PlacedFlags::U8(flags) => flags.check_unchanged(backend)?,
-            PlacedFlags::I32(flags) => flags.check_unchanged(backend)?,
-        }
-        if let Some(weights) = &self.topk_weights {
-            weights.check_unchanged(backend)?;
-        }
-        let values = [&self.x].into_iter().chain(&self.a).chain(&self.b);
-        values.into_iter().try_for_each(|tensor| tensor.check_unchanged(backend))
     }
 }

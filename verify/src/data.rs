@@ -127,7 +127,8 @@ pub(crate) enum FlagTensor {
 /// `x` is normal(0, 1); `a` and `b` are scaled by 1/√K and 1/√rank, so deltas have about unit
 /// variance (times the router weight, when there is one). Whatever a call has no business to read is
 /// NaN: rows of `a` and columns of `b` above a slot's rank, the weights of segments without a pair,
-/// activations and router weights of inactive pairs, the padding of rows, the guards. So is `out` when it is overwritten.
+/// activations and router weights of inactive pairs, the padding of rows, the guards. So is `out` when it is
+/// overwritten.
 #[derive(Clone, Debug)]
 pub struct CaseData<T> {
     /// `[T, k]`.

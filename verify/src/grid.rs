@@ -48,8 +48,24 @@ pub fn quick_grid() -> Vec<Case> {
     cases
 }
 
+/// Every mode in both forms on a small call, with one type and then the other: half of [`quick_grid`], for a
+/// back end that is slow.
+pub fn short_grid() -> Vec<Case> {
+    let call = Case { tokens: 40, slices: 2, ..Case::default() };
+    let forms = FORMS.into_iter().enumerate();
+    let cases = forms.flat_map(|(i, form)| {
+        modes(&call).into_iter().zip(DTYPES.into_iter().cycle().skip(i)).map(move |(mode, dtype)| Case {
+            form,
+            dtype,
+            ..mode
+        })
+    });
+    cases.collect()
+}
+
 /// Every mode, in both forms and both types, on calls of many shapes: no tokens, one token, odd
-/// sizes, sizes around those of tiles, many adapters, and the projections of Qwen3-30B-A3B. Minutes on a laptop.
+/// sizes, sizes around those of tiles, many adapters, and the projections of Qwen3-30B-A3B. Minutes on a
+/// laptop.
 pub fn full_grid() -> Vec<Case> {
     // T, k, E, L, R, S, K, N
     const SHAPES: [[usize; 8]; 10] = [
@@ -92,8 +108,8 @@ pub fn full_grid() -> Vec<Case> {
     cases
 }
 
-/// The grid of vLLM's own test of its fused MoE-LoRA operator (`tests/lora/test_fused_moe_lora_kernel.py`): all
-/// 72 combinations of its parameters.
+/// The grid of vLLM's own test of its fused MoE-LoRA operator (`tests/lora/test_fused_moe_lora_kernel.py`):
+/// all 72 combinations of its parameters.
 pub fn vllm_grid() -> Vec<Case> {
     let mut cases = Vec::new();
     for top_k in [6, 12] {

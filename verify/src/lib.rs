@@ -9,9 +9,12 @@ mod blocks;
 mod case;
 mod check;
 mod data;
+mod fault;
 mod grid;
+mod placed;
 
 pub use case::{Case, Experts, Flags, Form, Loras, Ranks};
-pub use check::{Failure, Fault, Outcome, check, check_each};
+pub use check::{Runs, check, check_each, check_runs};
 pub use data::{CaseData, Operands, Tensor};
-pub use grid::{full_grid, quick_grid, vllm_grid};
+pub use fault::{Failure, Fault, Outcome};
+pub use grid::{full_grid, quick_grid, short_grid, vllm_grid};

@@ -1,5 +1,5 @@
-//! What an engine does with the library: one struct without lifetimes owns a device, streams on three threads,
-//! buffers, workspaces and graphs, and lets go of them in any order.
+//! What an engine does with the library: one struct without lifetimes owns a device, streams on three
+//! threads, buffers, workspaces and graphs, and lets go of them in any order.
 
 use half::bf16;
 use libtest_mimic::Failed;

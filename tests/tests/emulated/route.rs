@@ -1,7 +1,8 @@
-//! `route` on its own, in one block and in a grid, with so few counters that it goes over its pairs in many windows,
-//! and with runs that do not stay in registers: what it leaves, to the bit, against the same done plainly.
+//! `route` on its own, in one block and in a grid, with so few counters that it goes over its pairs in many
+//! windows, and with runs that do not stay in registers: what it leaves, to the bit, against the same done
+//! plainly.
 
-use super::SEEDS;
+use super::seeds;
 use moe_lora_kernels::emulate::{self, Buffer, Grid, Memory};
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{Divider, RouteParams, Tile, count, enabled};
@@ -150,7 +151,8 @@ fn expected(call: &Call, tile_rows: u32) -> Left {
     (pairs, tiles, active)
 }
 
-/// Routes calls of `tokens` tokens, each sorted in the next of `shapes`, and holds them against the plain one.
+/// Routes calls of `tokens` tokens, each sorted in the next of `shapes`, and holds them against the plain
+/// one.
 fn check(tokens: u32, tile_rows: u32, shapes: &[Shape], seed: u64) {
     let calls: Vec<_> = (0..).zip(shapes).map(|(i, _)| Call::new(tokens, seed + 1000 * i)).collect();
     for ((left, call), shape) in run(shapes, &calls, tile_rows, seed).iter().zip(&calls).zip(shapes) {
@@ -160,7 +162,7 @@ fn check(tokens: u32, tile_rows: u32, shapes: &[Shape], seed: u64) {
 
 #[test]
 fn pairs_are_sorted_whatever_the_order_of_threads() {
-    (0..SEEDS).into_par_iter().for_each(|seed| {
+    (0..seeds()).into_par_iter().for_each(|seed| {
         let shape = |kernel, blocks, window| Shape { kernel, blocks, window };
         let all = INACTIVE + 1;
         // Grids of any size follow one another on one exchange; several windows, with the last cut short.

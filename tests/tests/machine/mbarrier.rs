@@ -75,7 +75,8 @@ enum Wrong {
     Alone,
 }
 
-/// Thread 0 brings stages of the input by bulk copies, the warps after the first add up what a lane reads of each.
+/// Thread 0 brings stages of the input by bulk copies, the warps after the first add up what a lane reads of
+/// each.
 unsafe fn ring(input: Global<u32>, out: Global<u32>, warps: u32, rounds: u32, wrong: Wrong) {
     let (full, empty) = (at, |stage| at(STAGES + stage));
     let speakers = warps - 1 - u32::from(wrong == Wrong::Silent);
@@ -552,7 +553,8 @@ fn stores_lie_behind_a_fence_before_a_copy_overwrites_them() {
             .expect("a fence lies between");
     }
     reported(
-        "bulk copy to byte 128 of shared memory without a fence.proxy.async between it and write by thread 32",
+        "bulk copy to byte 128 of shared memory without a fence.proxy.async between it and write by \
+         thread 32",
         1,
         |input, _| unsafe { overwrite(input, false, false) },
     );
@@ -570,7 +572,8 @@ fn stores_lie_behind_a_fence_before_a_copy_overwrites_them() {
 
 #[test]
 fn copies_that_an_arrival_waits_for_land_with_its_phase() {
-    /// Each lane copies 16 bytes, `bytes` of which it brings, and arrives after them or at once; who reads waits for the phase.
+    /// Each lane copies 16 bytes, `bytes` of which it brings, and arrives after them or at once; who reads
+    /// waits for the phase.
     unsafe fn copy(input: Global<u32>, out: Global<u32>, bytes: u32, after: bool) {
         unsafe {
             make(&[34]);

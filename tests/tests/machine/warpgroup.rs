@@ -15,8 +15,8 @@ const B: u32 = 64 * 128;
 /// Where a barrier lies: after B.
 const BARRIER: u32 = B + COLUMNS * 128;
 
-/// Runs `body` with one warpgroup, panels of 64 rows of A and `COLUMNS` rows of B, and a [64, `COLUMNS`] buffer to
-/// write. Returns what was written.
+/// Runs `body` with one warpgroup, panels of 64 rows of A and `COLUMNS` rows of B, and a [64, `COLUMNS`]
+/// buffer to write. Returns what was written.
 fn launch_warpgroup(seed: u64, body: impl Fn(Global<f32>) + 'static) -> Result<Vec<f32>, Box<Report>> {
     let mut memory = Memory::default();
     let bytes = u64::from(4 * 64 * COLUMNS);
@@ -187,8 +187,8 @@ fn sums_of_one_product_are_the_rows_of_the_next() {
 
 #[test]
 fn a_hand_checked_product() {
-    // A's only row with elements is row 9: 1 at k = 3. B's row 3 then is D's row 9; thread 7 of warp 0 has columns
-    // 6 and 7 of its rows 1 and 9.
+    // A's only row with elements is row 9: 1 at k = 3. B's row 3 then is D's row 9; thread 7 of warp 0 has
+    // columns 6 and 7 of its rows 1 and 9.
     launch_warpgroup(1, |_| unsafe {
         let me = thread::index();
         for chunk in 0..8 {

@@ -1,0 +1,76 @@
+//! Which options make a difference to a case.
+
+use bytemuck::Pod;
+use moe_lora::emulated::Emulated;
+use moe_lora::plan::{Options, Plan, RouteSource, Stage};
+use moe_lora::{BlockShape, DType, Element, Enabled, Layout, RoutingTensors, View, ViewMut};
+use moe_lora_verify::{Case, Form, Operands, Ranks};
+
+/// Those of `options` for which the calls of `case` are planned in another way than for any before. Equal
+/// plans in the same order of threads would only run the same again.
+///
+/// # Panics
+/// When the case is of no legal call.
+pub fn distinct(options: &[Options], case: &Case) -> Vec<Options> {
+    let mut known: Vec<Vec<Option<Plan>>> = Vec::new();
+    let is_new = |options: &&Options| {
+        let machine = Emulated::new(**options, case.seed);
+        let plans = match case.dtype {
+            DType::Bf16 => plans::<half::bf16>(&machine, case),
+            DType::F16 => plans::<half::f16>(&machine, case),
+        };
+        let is_new = !known.contains(&plans);
+        known.extend(is_new.then_some(plans));
+        is_new
+    };
+    options.iter().filter(is_new).copied().collect()
+}
+
+/// The plans of all calls that a check of the case may make.
+fn plans<T: Element>(machine: &Emulated, case: &Case) -> Vec<Option<Plan>> {
+    let projection = case.projection().expect("a legal case");
+    let layout = layout::<T>(case);
+    let stages: &[Stage] = match case.form {
+        Form::Forward => &[Stage::Forward],
+        Form::Split => &[Stage::Shrink, Stage::Expand],
+    };
+    let plan =
+        |stage, route| machine.plan(&projection, &layout, stage, route).expect("a case's plans are legal");
+    let ranked = case.ranks != Ranks::Max;
+    let alone = plan(Stage::Route, RouteSource::Made);
+    let mut plans = vec![alone];
+    for &stage in stages {
+        let made = plan(stage, RouteSource::Made);
+        plans.push(made);
+        let kept = [made, alone].into_iter().flatten().map(|plan| plan.tile_rows());
+        plans.extend(kept.map(|tile_rows| plan(stage, RouteSource::Kept { tile_rows, ranked })));
+        let blocks = case.block_size.filter(|rows| *rows >= BlockShape::MIN_BLOCK_SIZE);
+        let blocks = blocks.map(|rows| RouteSource::Sorted { tile_rows: rows as u32 });
+        plans.extend(blocks.map(|route| plan(stage, route)));
+    }
+    plans
+}
+
+/// The layout of the case's call, on memory that nobody looks at.
+fn layout<T: Element>(case: &Case) -> Layout {
+    fn view<'a, T: Pod>(misaligned: bool) -> View<'a, moe_lora::tensor::Emulated, T> {
+        let address = if misaligned { 64 + size_of::<T>() as u64 } else { 64 };
+        // SAFETY: planning reads no memory.
+        unsafe { View::from_raw(address, isize::MAX as usize / size_of::<T>()) }
+    }
+    let ids = || view::<i32>(case.misaligned);
+    let weights = || vec![view::<T>(case.misaligned); case.slices];
+    let routing = RoutingTensors {
+        topk_ids: ids(),
+        token_lora: ids(),
+        adapter_enabled: Enabled::All,
+        ranks: (case.ranks != Ranks::Max).then(ids),
+        expert_map: None,
+    };
+    let x = view::<T>(case.misaligned);
+    let operands = Operands { routing, x, a: weights(), b: weights(), topk_weights: None };
+    // SAFETY: as above.
+    let out = unsafe { ViewMut::from_raw(x.address(), x.len()) };
+    let projection = case.projection().expect("a legal case");
+    operands.forward(case, out).check(&projection).expect("a case's call is legal")
+}
