@@ -1,5 +1,6 @@
-//! Calls through the C interface: a good one, with any of its fields changed to what a caller may get wrong. It is
-//! done or refused; refused, it leaves its outputs alone; and never does it end in a bug in the library.
+//! Calls through the C interface: a good one, with any of its fields changed to what a caller may get wrong.
+//! It is done or refused; refused, it leaves its outputs alone; and never does it end in a bug in the
+//! library.
 //!
 //! What a caller must see to cannot be fuzzed: pointers here are null, misaligned or to memory, and no tensor
 //! says that it has more elements than there is memory.
@@ -267,7 +268,8 @@ fn call(u: &mut Unstructured<'_>) -> Result<()> {
     let tokens = if bool::arbitrary(u)? { TOKENS } else { number(u)? as usize };
     let outputs = (memory.h.clone(), memory.out.clone());
 
-    // SAFETY: structs are as long as they say or longer, handles are live or null, and tensors are in `memory`.
+    // SAFETY: structs are as long as they say or longer, handles are live or null, and tensors are in
+    // `memory`.
     let done = unsafe {
         let (mut context, mut workspace) = (ptr::null_mut(), ptr::null_mut());
         assert_eq!(status(capi::moe_lora_context_create_cpu(&mut context)), Status::Ok as i32);

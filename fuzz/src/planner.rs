@@ -1,5 +1,5 @@
-//! Any sizes: there is a plan or an error, and a plan keeps within its index width, its grid, its device and the
-//! work to be done.
+//! Any sizes: there is a plan or an error, and a plan keeps within its index width, its grid, its device and
+//! the work to be done.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use half::{bf16, f16};
@@ -8,8 +8,8 @@ use moe_lora::plan::{
     DecodeRows, DeviceLimits, Form, IndexWidth, Options, Plan, PrefillTile, RouteSource, Stage, TileKind,
 };
 use moe_lora::{
-    Cuda, DType, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes, RoutingTensors, Rows,
-    RowsMut, View, ViewMut, XRows,
+    BlockShape, Cuda, DType, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes,
+    RoutingTensors, Rows, RowsMut, View, ViewMut, XRows,
 };
 
 /// Plans for the call that `data` describes.
@@ -52,7 +52,8 @@ fn sizes(u: &mut Unstructured<'_>) -> Result<ProjectionSizes> {
 }
 
 fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
-    // The most shared memory of a block from sm_80 on: 99 KiB on consumers' devices, 163 on A100, 227 on H100.
+    // The most shared memory of a block from sm_80 on: 99 KiB on consumers' devices, 163 on A100, 227 on
+    // H100.
     let shared_bytes = *u.choose(&[99 << 10, 163 << 10, 227 << 10])?;
     let with_clusters = bool::arbitrary(u)?;
     let decode_clusters = if with_clusters { DeviceLimits::H100.decode_clusters } else { [0; 4] };
@@ -86,6 +87,34 @@ fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Resu
     Ok(call.check(projection).ok())
 }
 
+/// Where a route comes from: tiles of a kernel's own, or blocks of any size that a caller may bring or keep.
+fn source(u: &mut Unstructured<'_>) -> Result<RouteSource> {
+    let tiles = [8, 16, 32, 64, 72, 128];
+    let block =
+        |u: &mut Unstructured<'_>| u.int_in_range(BlockShape::MIN_BLOCK_SIZE..=BlockShape::MAX_BLOCK_SIZE);
+    Ok(match u.int_in_range(0..=3)? {
+        0 => RouteSource::Made,
+        1 => RouteSource::Kept { tile_rows: *u.choose(&tiles)?, ranked: u.arbitrary()? },
+        2 => RouteSource::Kept { tile_rows: block(u)? as u32, ranked: u.arbitrary()? },
+        _ => RouteSource::Sorted { tile_rows: block(u)? as u32 },
+    })
+}
+
+/// A route that is there is taken as it is: its tiles, and no launch that would make another.
+fn hold_route(route: RouteSource, plan: &Plan) {
+    let first = plan.launches().next().map_or("", |launch| launch.kernel);
+    match route {
+        RouteSource::Made => assert_ne!(first, "adopt", "{plan}"),
+        RouteSource::Sorted { tile_rows } => {
+            assert_eq!((first, plan.tile_rows()), ("adopt", tile_rows), "{plan}");
+        }
+        RouteSource::Kept { tile_rows, .. } => {
+            assert!(!first.starts_with("route") && first != "adopt", "{plan}");
+            assert_eq!(plan.tile_rows(), tile_rows, "{plan}");
+        }
+    }
+}
+
 fn plan(u: &mut Unstructured<'_>) -> Result<()> {
     let Ok(projection) = Projection::new(sizes(u)?) else { return Ok(()) };
     let layout = match projection.sizes().dtype {
@@ -94,14 +123,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
     };
     let Some(layout) = layout else { return Ok(()) };
     let stage = *u.choose(&[Stage::Route, Stage::Forward, Stage::Shrink, Stage::Expand])?;
-    let route = *u.choose(&[
-        RouteSource::Made,
-        RouteSource::Kept { tile_rows: 16, ranked: false },
-        RouteSource::Kept { tile_rows: 32, ranked: true },
-        RouteSource::Kept { tile_rows: 64, ranked: false },
-        RouteSource::Kept { tile_rows: 72, ranked: false },
-        RouteSource::Kept { tile_rows: 128, ranked: true },
-    ])?;
+    let route = source(u)?;
     let forced = bool::arbitrary(u)?;
     let options = Options {
         index: *u.choose(&[None, Some(IndexWidth::I32), Some(IndexWidth::I64)])?,
@@ -122,6 +144,7 @@ fn plan(u: &mut Unstructured<'_>) -> Result<()> {
     let limits = limits(u)?;
     if let Ok(Some(plan)) = Plan::new(&projection, &layout, stage, route, &limits, &options) {
         hold(&projection, &layout, &limits, &plan);
+        hold_route(route, &plan);
     }
     Ok(())
 }

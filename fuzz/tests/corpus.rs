@@ -28,9 +28,10 @@ fn the_corpus_keeps_its_promises() {
     }
 }
 
+/// Not of adapters, which are JSON and tensors' headers: such bytes are refused at the first one.
 #[test]
 fn any_bytes_keep_their_promises() {
-    for (target, check) in TARGETS {
+    for (target, check) in TARGETS.into_iter().filter(|(target, _)| *target != "adapter") {
         for seed in 0..INPUTS {
             println!("{target}, seed {seed}");
             let mut random = StdRng::seed_from_u64(seed);
