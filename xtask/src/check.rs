@@ -16,7 +16,7 @@ use crate::{fuzz, header, package, python};
 /// tools of NVIDIA's that are downloaded where they are not installed. A kernel that spills registers or
 /// has a stack frame is an error too, and so is one that costs other than codegen/budget.txt says, or
 /// whose machine code lacks what makes it fast. Fuzzing takes 30 seconds, from a fixed seed. The packages are
-/// made and tried as by `cargo xtask package`.
+/// made as by `cargo xtask package`, and tried with one driver.
 #[derive(clap::Args)]
 pub struct Args {
     /// Instead, make what the kernels cost now the budget (codegen/budget.txt) that checks compare with
@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<()> {
         cargo().args(["doc", "--release", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
     )?;
     python::check()?;
-    package::run(&package::Args::default())?;
+    package::briefly()?;
 
     let fuzzed = fuzz::briefly()?;
     let mut kernels = kernels()?;

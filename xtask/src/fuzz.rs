@@ -20,9 +20,9 @@ const MOST_KEPT: usize = 64;
 /// Make up inputs for what takes them from strangers, guided by what code they reach.
 ///
 /// The targets are adapter folders (adapter), calls through the C interface (abi), and sizes to plan for
-/// (planner). libFuzzer makes up the inputs; it needs a C++ compiler, and works with stable Rust. It starts from
-/// fuzz/corpus and keeps what it finds under target/fuzz, where the next run goes on. An input that breaks
-/// a promise is written there, and the command that replays it is printed.
+/// (planner). libFuzzer makes up the inputs; it needs a C++ compiler, and works with stable Rust. It starts
+/// from fuzz/corpus and keeps what it finds under target/fuzz, where the next run goes on. An input that
+/// breaks a promise is written there, and the command that replays it is printed.
 #[derive(clap::Args)]
 pub struct Args {
     /// Only this target
@@ -40,6 +40,13 @@ pub struct Args {
     /// Add the smallest of the inputs that together reach as much as all that were found to fuzz/corpus
     #[arg(long, conflicts_with = "replay")]
     keep: bool,
+}
+
+impl Args {
+    /// Every target, for so many seconds each.
+    pub fn all(seconds: u32) -> Self {
+        Args { target: None, seconds, seed: None, replay: None, keep: false }
+    }
 }
 
 /// Carries the command out.
@@ -62,8 +69,8 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Fuzzes each target for a few seconds, from a fixed seed and fuzz/corpus alone. The inner error says why it cannot
-/// be done.
+/// Fuzzes each target for a few seconds, from a fixed seed and fuzz/corpus alone. The inner error says why it
+/// cannot be done.
 pub fn briefly() -> Result<Result<(), String>> {
     const SECONDS: u32 = 10;
     if let Some(reason) = missing() {
@@ -75,7 +82,7 @@ pub fn briefly() -> Result<Result<(), String>> {
 }
 
 /// Why there can be no fuzzing here.
-fn missing() -> Option<String> {
+pub fn missing() -> Option<String> {
     let found = std::env::var_os("CXX").is_some() || ["c++", "g++", "clang++"].into_iter().any(installed);
     (!found).then(|| "libFuzzer needs a C++ compiler: on Debian, apt-get install g++".to_owned())
 }

@@ -9,6 +9,7 @@ mod fuzz;
 mod glibc;
 mod header;
 mod miri;
+mod nightly;
 mod package;
 mod ptx;
 mod python;
@@ -42,6 +43,7 @@ enum Task {
     Fuzz(fuzz::Args),
     Header(header::Args),
     Miri(miri::Args),
+    Nightly(nightly::Args),
     Wheel(python::Args),
     Package(package::Args),
     Bundle(bundle::Args),
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Header(args) => header::run(&args),
         Task::Miri(args) => miri::run(&args),
+        Task::Nightly(args) => nightly::run(&args),
         Task::Wheel(args) => python::run(&args),
         Task::Package(args) => package::run(&args),
         Task::Bundle(args) => bundle::run(&args),

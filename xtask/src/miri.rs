@@ -12,13 +12,13 @@ const TESTS: [&str; 6] = ["-p", "moe-lora", "--no-default-features", "--lib", "-
 /// Watch the host's own code for undefined behaviour: checks, plans and the CPU back end on small calls.
 ///
 /// Miri interprets it and sees all of it. It is part of nightly toolchains:
-/// `rustup toolchain install nightly --component miri,rust-src`. AddressSanitizer sees accesses outside of memory,
-/// at full speed, with the stable toolchain.
-#[derive(clap::Args)]
+/// `rustup toolchain install nightly --component miri,rust-src`. AddressSanitizer sees accesses outside of
+/// memory, at full speed, with the stable toolchain.
+#[derive(Default, clap::Args)]
 pub struct Args {
     /// AddressSanitizer in place of Miri
     #[arg(long)]
-    address_sanitizer: bool,
+    pub address_sanitizer: bool,
 }
 
 /// Carries the command out.
@@ -35,18 +35,21 @@ pub fn run(args: &Args) -> Result<()> {
         let target = host()?;
         return run_command(cargo.arg("test").args(TESTS).args(["--target", &target]));
     }
-    if read(Command::new("cargo").args(["+nightly", "miri", "--version"]).env_remove("RUSTUP_TOOLCHAIN"))
-        .is_err()
-    {
-        bail!(
-            "no nightly toolchain with Miri: rustup toolchain install nightly --component miri,rust-src\n\
-             Without one: cargo xtask miri --address-sanitizer"
-        );
+    if let Some(reason) = missing() {
+        bail!("{reason}\nWithout one: cargo xtask miri --address-sanitizer");
     }
     // Addresses are numbers here, as they are on a device. rayon keeps its threads.
     let flags = "-Zmiri-permissive-provenance -Zmiri-ignore-leaks -Zmiri-disable-isolation";
     cargo.env("MIRIFLAGS", flags).env("RAYON_NUM_THREADS", "2");
     run_command(cargo.args(["+nightly", "miri", "test"]).args(TESTS))
+}
+
+/// Why Miri cannot run here.
+pub fn missing() -> Option<String> {
+    let mut version = Command::new("cargo");
+    version.args(["+nightly", "miri", "--version"]).env_remove("RUSTUP_TOOLCHAIN");
+    let how = "rustup toolchain install nightly --component miri,rust-src";
+    read(&mut version).is_err().then(|| format!("no nightly toolchain with Miri: {how}"))
 }
 
 /// The machine that this runs on, as rustc names it.

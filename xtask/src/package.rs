@@ -39,8 +39,9 @@ const TOOLS: &[&str] = &["PTXAS", "NVDISASM", "LIBNVVM", "CUDA_HOME", "CUDA_PATH
 ///
 /// Then a crate outside of this repository uses the packages, unpacked, and nothing else. It sees no compiler
 /// for GPUs and no CUDA toolkit. It is built and run three times: with `cudarc` for a driver; with the
-/// default features; and with `from-source`, with a compiler. That is what shows that the packages compile:
-/// `cargo package` itself does not try it, as it would compile each crate and all that it depends on again.
+/// default features; and with `from-source`, with a compiler. `cargo xtask check` does the first alone. That
+/// is what shows that the packages compile: `cargo package` itself does not try it, as it would compile each
+/// crate and all that it depends on again.
 ///
 /// To publish: run `cargo publish --workspace` in target/package-stage.
 #[derive(Default, clap::Args)]
@@ -52,6 +53,35 @@ pub struct Args {
 /// Carries the command out.
 pub fn run(args: &Args) -> Result<()> {
     let compiler = setup::compiler(&args.codegen)?;
+    let outside = packed(&args.codegen)?;
+    outside.run("cudarc", &[], &[], &CodegenArgs::default())?;
+    let stub = outside.unpacked("moe-lora")?.join("cuda-stub").into_os_string();
+    outside.run(
+        "the default features",
+        &["default-features"],
+        &[("CUDA_LIBRARY_PATH", stub)],
+        &CodegenArgs::default(),
+    )?;
+    let mut with_compiler = Vec::new();
+    if let Some(toolchain) = compiler.generator().toolchain() {
+        with_compiler.push(("MOE_LORA_KERNEL_RUSTC", toolchain.rustc.clone().into_os_string()));
+    }
+    // It takes what rustc has made of the same sources for the package.
+    outside.run("from-source", &["from-source"], &with_compiler, &args.codegen)?;
+    outside.remove()
+}
+
+/// Makes the packages, and uses them with one driver.
+pub fn briefly() -> Result<()> {
+    let codegen = CodegenArgs::default();
+    setup::compiler(&codegen)?;
+    let outside = packed(&codegen)?;
+    outside.run("cudarc", &[], &[], &codegen)?;
+    outside.remove()
+}
+
+/// Makes the packages, and a crate that uses them.
+fn packed(codegen: &CodegenArgs) -> Result<Outside> {
     // With the assembler at hand, the package carries cubins, and its users' drivers have nothing to compile.
     if let Err(reason) = setup::ptxas(true) {
         eprintln!("no cubins, the driver will compile the PTX: {reason:#}");
@@ -66,26 +96,11 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let prebuilt = crates.iter().find(|crate_| crate_.name == PREBUILT).context(PREBUILT)?;
     let kernels = prebuilt.dir.join(KERNELS);
-    copy_tree(&compiled_kernels(&args.codegen)?, &kernels)?;
+    copy_tree(&compiled_kernels(codegen)?, &kernels)?;
     let packages = package(&stage, &crates, &kernels)?;
     print_sizes(&packages)?;
 
-    let outside = Outside::new(&packages)?;
-    let mut with_compiler = Vec::new();
-    if let Some(toolchain) = compiler.generator().toolchain() {
-        with_compiler.push(("MOE_LORA_KERNEL_RUSTC", toolchain.rustc.clone().into_os_string()));
-    }
-    let stub = outside.unpacked("moe-lora")?.join("cuda-stub").into_os_string();
-    outside.run("cudarc", &[], &[], &CodegenArgs::default())?;
-    outside.run(
-        "the default features",
-        &["default-features"],
-        &[("CUDA_LIBRARY_PATH", stub)],
-        &CodegenArgs::default(),
-    )?;
-    // It takes what rustc has made of the same sources for the package.
-    outside.run("from-source", &["from-source"], &with_compiler, &args.codegen)?;
-    outside.remove()
+    Outside::new(&packages)
 }
 
 /// A crate that goes to crates.io.

@@ -37,7 +37,7 @@ pub struct Args {
     out: Option<PathBuf>,
     #[command(flatten)]
     codegen: CodegenArgs,
-    /// Download ptxas and nvdisasm into target/cuda-tools where they are not installed (needs python3 with pip)
+    /// Download ptxas and nvdisasm into target/cuda-tools where they are not installed (needs pip)
     #[arg(long)]
     fetch_ptxas: bool,
 }

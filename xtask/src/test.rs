@@ -95,7 +95,8 @@ fn print_emulated(log: &str) {
     if let Some((kernel, least)) = least {
         let (ran, all, total) = (cases.len(), ENTRIES.len(), cases.values().sum::<u64>());
         println!(
-            "\nUnder emulation: {ran} of {all} kernels, {total} kernel × shape cases; fewest for {kernel}: {least}"
+            "\nUnder emulation: {ran} of {all} kernels, {total} kernel × shape cases; \
+             fewest for {kernel}: {least}"
         );
     }
 }
