@@ -75,7 +75,11 @@ pub const GOOD: ProjectionSizes = ProjectionSizes {
 #[rustfmt::skip]
 const DEMANDS: [Demand; 12] = {
     use Tensor::*;
-    const fn row(tensor: Tensor, name: &'static str, shape: &'static str, elements: usize, align: usize, stages: &'static [Stage]) -> Demand {
+    type Text = &'static str;
+    type Stages = &'static [Stage];
+    const fn row(
+        tensor: Tensor, name: Text, shape: Text, elements: usize, align: usize, stages: Stages,
+    ) -> Demand {
         Demand { tensor, name, shape, elements, align, stages }
     }
     [
@@ -215,6 +219,7 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
     let overlap = |tensor, expected| Error::RowStride { tensor, expected, got: expected - 1 };
     let overflow = |tensor, shape: String| Error::SizeOverflow { tensor, shape };
     let tokens = |limit| Error::SizeTooLarge { what: "tokens", limit, got: limit + 1 };
+    let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + S·N]", usize::MAX));
     let room = |limit| Error::WorkspaceTooSmall { what: "pairs", limit, got: 6 };
     type Row = (&'static str, &'static [Stage], fn(&mut Call), Error);
     #[rustfmt::skip]
@@ -225,8 +230,8 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
         ("too many slices of b", WRITES_OUT, |call| call.slices_b = 3, slices("b", 3)),
         ("overlapping rows of x", READS_X, |call| call.x_stride = Some(15), overlap("x", 16)),
         ("overlapping rows of out", WRITES_OUT, |call| call.out_stride = Some(16), overlap("out", 17)),
-        ("a stride that overflows", READS_X, |call| call.x_stride = Some(usize::MAX), overflow("x", format!("[2, {}]", usize::MAX))),
-        ("an offset that overflows", WRITES_OUT, |call| call.offset = usize::MAX, overflow("out", format!("[.., {} + S·N]", usize::MAX))),
+        ("a stride that overflows", READS_X, |call| call.x_stride = Some(usize::MAX), overflow("x", stride)),
+        ("an offset that overflows", WRITES_OUT, |call| call.offset = usize::MAX, overflow("out", offset)),
         ("tokens over 31 bits", ALL, |call| call.tokens = MOST + 1, tokens(MOST)),
         ("pairs over 31 bits", ALL, |call| call.tokens = MOST / 2 + 1, tokens(MOST / 2)),
         ("a workspace for fewer tokens", ALL, |call| call.room = (2, 2), room(4)),

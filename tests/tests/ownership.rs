@@ -1,5 +1,5 @@
-//! Who owns what on a GPU, in which order memory is used, and when a route is valid: under a driver that plays CUDA's
-//! rules and runs no kernel (`moe_lora_tests::fake`).
+//! Who owns what on a GPU, in which order memory is used, and when a route is valid: under a driver that
+//! plays CUDA's rules and runs no kernel (`moe_lora_tests::fake`).
 
 use libtest_mimic::Arguments;
 #[cfg(not(feature = "cuda"))]

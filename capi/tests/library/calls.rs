@@ -8,7 +8,8 @@ use crate::functions::{Context, Functions};
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Buffer, DType, Enabled, ProjectionSizes, RoutingTensors, View, ViewMut};
+use moe_lora::{Backend, Buffer, Enabled, ProjectionSizes, RoutingTensors, View, ViewMut};
+use moe_lora_tests::refusals::GOOD;
 use std::ffi::{CStr, c_void};
 use std::ptr;
 
@@ -25,28 +26,16 @@ pub const PROJECTION: Projection = Projection {
     x_rows: XRows::Token as i32,
     a_experts: ExpertWeights::PerExpert as i32,
     b_experts: ExpertWeights::PerExpert as i32,
-    top_k: 2,
-    experts: 4,
-    slots: 2,
-    max_rank: 8,
-    slices: 1,
-    in_dim: 16,
-    out_dim: 8,
+    top_k: SIZES.top_k,
+    experts: SIZES.experts,
+    slots: SIZES.slots,
+    max_rank: SIZES.max_rank,
+    slices: SIZES.slices,
+    in_dim: SIZES.in_dim,
+    out_dim: SIZES.out_dim,
 };
 
-const SIZES: ProjectionSizes = ProjectionSizes {
-    dtype: DType::Bf16,
-    top_k: 2,
-    experts: 4,
-    slots: 2,
-    max_rank: 8,
-    slices: 1,
-    in_dim: 16,
-    out_dim: 8,
-    x_rows: moe_lora::XRows::Token,
-    a_experts: moe_lora::ExpertWeights::PerExpert,
-    b_experts: moe_lora::ExpertWeights::PerExpert,
-};
+const SIZES: ProjectionSizes = ProjectionSizes { slices: 1, ..GOOD };
 
 /// Buffers of a call of [`TOKENS`] tokens on [`PROJECTION`].
 pub struct Operands<B: Backend> {

@@ -18,29 +18,83 @@ struct Call {
 pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
     use Status::*;
     type Row = (fn(&mut Call), Status, &'static str);
-    #[rustfmt::skip]
     let table: [Row; 21] = [
         (|call| call.projection.max_rank = 0, ZeroSize, "max_rank is 0, expected at least 1"),
         (|call| call.projection.top_k = 65, SizeTooLarge, "top_k is 65, expected at most 64"),
-        (|call| call.forward.offset = usize::MAX, SizeOverflow, "out of [.., 18446744073709551615 + S·N] has more elements than can be addressed"),
+        (
+            |call| call.forward.offset = usize::MAX,
+            SizeOverflow,
+            "out of [.., 18446744073709551615 + S·N] has more elements than can be addressed",
+        ),
         (|call| call.forward.a[1] = call.forward.a[0], SliceCount, "a has 2 slices, expected 1"),
         (|call| call.forward.b[0] = ABSENT, SliceCount, "b has 0 slices, expected 1"),
-        (|call| call.forward.out.elements = 47, TooShort, "out holds 47 elements, expected at least 48 for [6, 8] with a row stride of 8"),
-        (|call| call.forward.x_stride = 15, RowStride, "x has a row stride of 15 elements, expected at least 16"),
-        (|call| call.routing.topk_ids.data = ptr::null(), NullPointer, "topk_ids is a null pointer, expected 6 elements"),
+        (
+            |call| call.forward.out.elements = 47,
+            TooShort,
+            "out holds 47 elements, expected at least 48 for [6, 8] with a row stride of 8",
+        ),
+        (
+            |call| call.forward.x_stride = 15,
+            RowStride,
+            "x has a row stride of 15 elements, expected at least 16",
+        ),
+        (
+            |call| call.routing.topk_ids.data = ptr::null(),
+            NullPointer,
+            "topk_ids is a null pointer, expected 6 elements",
+        ),
         (|call| call.routing.ranks.elements = 2, NullPointer, "ranks is a null pointer, expected 2 elements"),
-        (|call| call.forward.x.data = call.forward.x.data.wrapping_byte_add(1), Misaligned, " is not aligned to its 2-byte elements"),
-        (|call| call.projection.dtype = 3, UnsupportedDtype, "projection.dtype is 3, expected 1 (bf16) or 2 (f16)"),
-        (|call| call.routing.ranks = crate::abi::Tensor { data: (&raw const RANKS).cast(), elements: 2 }, RankTooLarge, "ranks[1] is 9, expected at most max_rank = 8"),
-        (|call| { call.projection.top_k = 3; call.routing.topk_ids = call.forward.x; call.routing.topk_ids.elements = 9; call.forward.topk_weights = ABSENT; call.forward.out.elements = 72 }, WorkspaceTooSmall, "workspace has room for pairs = 6, this call needs 9"),
-        (|call| call.routed = false, RouteNotKept, "the route is not valid: no call on this workspace has found one, or the last that was to has failed"),
+        (
+            |call| call.forward.x.data = call.forward.x.data.wrapping_byte_add(1),
+            Misaligned,
+            " is not aligned to its 2-byte elements",
+        ),
+        (
+            |call| call.projection.dtype = 3,
+            UnsupportedDtype,
+            "projection.dtype is 3, expected 1 (bf16) or 2 (f16)",
+        ),
+        (
+            |call| call.routing.ranks = crate::abi::Tensor { data: (&raw const RANKS).cast(), elements: 2 },
+            RankTooLarge,
+            "ranks[1] is 9, expected at most max_rank = 8",
+        ),
+        (
+            |call| {
+                call.projection.top_k = 3;
+                call.routing.topk_ids = call.forward.x;
+                call.routing.topk_ids.elements = 9;
+                call.forward.topk_weights = ABSENT;
+                call.forward.out.elements = 72
+            },
+            WorkspaceTooSmall,
+            "workspace has room for pairs = 6, this call needs 9",
+        ),
+        (
+            |call| call.routed = false,
+            RouteNotKept,
+            "the route is not valid: no call on this workspace has found one, or the last that was to has \
+             failed",
+        ),
         (|call| call.projection.size -= 1, StructSize, "projection.size is 79, expected 80"),
         (|call| call.routing.size = 0, StructSize, "routing.size is 0, expected 96"),
         (|call| call.forward.size = 8, StructSize, "call.size is 8, expected 232"),
         (|call| call.forward.flags = 2, InvalidValue, "call.flags is 2, expected 0 or 1 (accumulate)"),
-        (|call| call.projection.x_rows = -1, InvalidValue, "projection.x_rows is -1, expected 1 (token) or 2 (pair)"),
-        (|call| call.projection.b_experts = 0, InvalidValue, "projection.b_experts is 0, expected 1 (per expert) or 2 (shared)"),
-        (|call| call.routing.adapter_enabled_bytes = 2, InvalidValue, "routing.adapter_enabled_bytes is 2, expected 1 or 4"),
+        (
+            |call| call.projection.x_rows = -1,
+            InvalidValue,
+            "projection.x_rows is -1, expected 1 (token) or 2 (pair)",
+        ),
+        (
+            |call| call.projection.b_experts = 0,
+            InvalidValue,
+            "projection.b_experts is 0, expected 1 (per expert) or 2 (shared)",
+        ),
+        (
+            |call| call.routing.adapter_enabled_bytes = 2,
+            InvalidValue,
+            "routing.adapter_enabled_bytes is 2, expected 1 or 4",
+        ),
     ];
     let context = functions.cpu();
     for (spoil, status, message) in table {

@@ -6,6 +6,7 @@ use moe_lora::cuda::{Buffer, Device, Form, Graph, Options, Stream, Workspace, de
 use moe_lora::tuning::{Tuned, Tuning};
 use moe_lora::{
     Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
+    ViewMut,
 };
 use moe_lora_tests::fake::{Control, Log, Version, trial};
 use std::ffi::c_void;
@@ -53,13 +54,44 @@ fn projection() -> Projection {
     Projection::new(sizes).expect("legal sizes")
 }
 
-/// A call's memory on a device.
-struct Layer {
+/// A call's inputs on a device.
+struct Inputs {
     topk_ids: Buffer<i32>,
     token_lora: Buffer<i32>,
     x: Buffer<bf16>,
     a: [Buffer<bf16>; 2],
     b: [Buffer<bf16>; 2],
+}
+
+impl Inputs {
+    fn routing(&self) -> RoutingTensors<'_, Cuda> {
+        RoutingTensors::new(self.topk_ids.view(), self.token_lora.view())
+    }
+
+    /// What `take` makes of the call that adds to `out`.
+    fn call<R>(
+        &self,
+        routing: Routing<'_, Cuda>,
+        out: ViewMut<'_, Cuda, bf16>,
+        take: impl FnOnce(Forward<'_, Cuda, bf16>) -> R,
+    ) -> R {
+        take(Forward {
+            tokens: TOKENS,
+            routing,
+            x: self.x.view().into(),
+            a: &self.a.each_ref().map(|a| a.view()),
+            b: &self.b.each_ref().map(|b| b.view()),
+            topk_weights: None,
+            out: out.into(),
+            offset: 0,
+            accumulate: true,
+        })
+    }
+}
+
+/// A call's memory on a device.
+struct Layer {
+    inputs: Inputs,
     out: Buffer<bf16>,
 }
 
@@ -68,18 +100,14 @@ impl Layer {
         let zeros = |len| stream.zeros::<bf16>(len).expect("room");
         let ids = |len: usize| stream.upload(&vec![0i32; len]).expect("room");
         let (a, b) = (2 * 4 * 16 * 64, 2 * 4 * 32 * 16);
-        Layer {
+        let inputs = Inputs {
             topk_ids: ids(TOKENS * 2),
             token_lora: ids(TOKENS),
             x: zeros(TOKENS * 64),
             a: [zeros(a), zeros(a)],
             b: [zeros(b), zeros(b)],
-            out: zeros(TOKENS * 2 * 64),
-        }
-    }
-
-    fn routing(&self) -> RoutingTensors<'_, Cuda> {
-        RoutingTensors::new(self.topk_ids.view(), self.token_lora.view())
+        };
+        Layer { inputs, out: zeros(TOKENS * 2 * 64) }
     }
 
     /// The call, on a route or on one of its own.
@@ -89,23 +117,9 @@ impl Layer {
         workspace: &mut Workspace,
         on: Option<Route>,
     ) -> moe_lora::Result<Route> {
-        let Layer { topk_ids, token_lora, x, a, b, out } = self;
-        let routing = match on {
-            Some(route) => Routing::On(route),
-            None => RoutingTensors::new(topk_ids.view(), token_lora.view()).into(),
-        };
-        let call = Forward {
-            tokens: TOKENS,
-            routing,
-            x: x.view().into(),
-            a: &a.each_ref().map(|a| a.view()),
-            b: &b.each_ref().map(|b| b.view()),
-            topk_weights: None,
-            out: out.view_mut().into(),
-            offset: 0,
-            accumulate: true,
-        };
-        stream.forward(workspace, &projection(), call)
+        let Layer { inputs, out } = self;
+        let routing = on.map_or_else(|| inputs.routing().into(), Routing::On);
+        inputs.call(routing, out.view_mut(), |call| stream.forward(workspace, &projection(), call))
     }
 }
 
@@ -223,9 +237,9 @@ fn what_is_of_another_device_is_refused() {
     };
     type Part = (&'static str, fn(&mut Layer) -> &mut Buffer<bf16>);
     let parts: [Part; 4] = [
-        ("x", |layer| &mut layer.x),
-        ("a", |layer| &mut layer.a[1]),
-        ("b", |layer| &mut layer.b[0]),
+        ("x", |layer| &mut layer.inputs.x),
+        ("a", |layer| &mut layer.inputs.a[1]),
+        ("b", |layer| &mut layer.inputs.b[0]),
         ("out", |layer| &mut layer.out),
     ];
     for (what, part) in parts {
@@ -368,7 +382,7 @@ fn what_cannot_be_recorded_is_refused_before_the_driver_is_asked() {
             |error: Option<Error>| assert!(matches!(error, Some(Error::NotRecordable { .. })), "{error:?}");
         refused(stream.upload(&[0i32]).err());
         refused(stream.download(&layer.out).err());
-        refused(stream.write(&mut layer.x, 0, &[bf16::ONE]).err());
+        refused(stream.write(&mut layer.inputs.x, 0, &[bf16::ONE]).err());
         refused(stream.synchronize().err());
         layer.call(stream, workspace, None).map(drop)
     });
@@ -427,20 +441,10 @@ fn the_plan_of_a_call_is_what_it_launches() {
         let stream = device.new_stream().expect("a stream");
         let mut workspace = stream.workspace(&[projection()], TOKENS).expect("room");
         let mut layer = Layer::new(&stream);
-        let (a, b) = (layer.a.each_ref().map(|a| a.view()), layer.b.each_ref().map(|b| b.view()));
         let mut out = stream.zeros::<bf16>(TOKENS * 2 * 64).expect("room");
-        let call = Forward {
-            tokens: TOKENS,
-            routing: layer.routing().into(),
-            x: layer.x.view().into(),
-            a: &a,
-            b: &b,
-            topk_weights: None,
-            out: out.view_mut().into(),
-            offset: 0,
-            accumulate: true,
-        };
-        let plan = stream.plan_forward(&workspace, &projection(), &call).expect("a call").expect("work");
+        let plan = layer.inputs.call(layer.inputs.routing().into(), out.view_mut(), |call| {
+            stream.plan_forward(&workspace, &projection(), &call).expect("a call").expect("work")
+        });
         assert_eq!(plan.form(), form);
         let before = control.log().kernels().len();
         layer.call(&stream, &mut workspace, None).expect("a call");
@@ -502,10 +506,10 @@ fn each_thread_has_a_default_stream_of_its_own() {
 mod lent {
     use super::*;
     use cudarc::driver::CudaContext;
-    use moe_lora::{Operator, ViewMut, cuda::CudarcStream};
+    use moe_lora::{Operator, cuda::CudarcStream};
 
-    /// A call on slices is in order with what other streams do with them; a slice that is lent to one stream is of no
-    /// use on another, in a recording, or on another device.
+    /// A call on slices is in order with what other streams do with them; a slice that is lent to one stream
+    /// is of no use on another, in a recording, or on another device.
     pub fn a_slice_that_is_lent_is_used_on_its_stream_alone() {
         let control = Control::here();
         let context = CudaContext::new(0).expect("a context");
@@ -520,19 +524,10 @@ mod lent {
             [(&here, &here, false), (&there, &here, true), (&there, &there, false)]
         {
             let mut out = lent_to.write(out.as_view_mut()).expect("a slice");
-            let Layer { topk_ids, token_lora, x, a, b, .. } = &engine.layer;
-            let call = Forward {
-                tokens: TOKENS,
-                routing: (topk_ids, token_lora).into(),
-                x: x.view().into(),
-                a: &a.each_ref().map(|a| a.view()),
-                b: &b.each_ref().map(|b| b.view()),
-                topk_weights: None,
-                out: out.view_mut().into(),
-                offset: 0,
-                accumulate: true,
-            };
-            let done = stream.stream().forward(&mut engine.workspace, &projection(), call);
+            let Engine { layer: Layer { inputs, .. }, workspace, .. } = &mut engine;
+            let done = inputs.call(inputs.routing().into(), out.view_mut(), |call| {
+                stream.stream().forward(workspace, &projection(), call)
+            });
             assert_eq!(
                 matches!(done, Err(Error::OtherDevice { what: "a slice that is lent", .. })),
                 refused,
@@ -550,12 +545,12 @@ mod lent {
             let mut x = stream.zeros::<bf16>(8).err();
             assert!(matches!(x.take(), Some(Error::NotRecordable { .. })));
             let [topk_ids, token_lora] =
-                [&engine.layer.topk_ids, &engine.layer.token_lora].map(|ids| ids.view());
+                [&engine.layer.inputs.topk_ids, &engine.layer.inputs.token_lora].map(|ids| ids.view());
             let shrink = moe_lora::Shrink {
                 tokens: TOKENS,
                 routing: (topk_ids, token_lora).into(),
                 x: read.view().slice(0..TOKENS * 64).into(),
-                a: &engine.layer.a.each_ref().map(|a| a.view()),
+                a: &engine.layer.inputs.a.each_ref().map(|a| a.view()),
                 h: engine.layer.out.view_mut(),
             };
             stream.shrink(&mut engine.workspace, &projection(), shrink).map(drop)
