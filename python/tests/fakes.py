@@ -60,7 +60,15 @@ class Fake:
         kind = dtype.rstrip("0123456789")
         bits = int(dtype[len(kind) :] or 8)
         self._managed = _Managed(
-            _Tensor(address, _Device(*device), len(shape), _Type(_CODES[kind], bits, 1), self._shape, self._strides, 0)
+            _Tensor(
+                address,
+                _Device(*device),
+                len(shape),
+                _Type(_CODES[kind], bits, 1),
+                self._shape,
+                self._strides,
+                0,
+            )
         )
 
     def __dlpack_device__(self) -> tuple[int, int]:

@@ -3,10 +3,10 @@
 
     python3 host_time.py [--calls N]
 
-Host time is what a call costs the thread that makes it: calls are made in batches that the stream can hold, timed
-without waiting for the device. The first result is timed in a process of its own, from ``import moe_lora`` to the
-end of the first call's work, with PyTorch imported and its context made before; once as on a machine that has never
-run these kernels (the driver's cache of compiled kernels is off), and then as found.
+Host time is what a call costs the thread that makes it: calls are made in batches that the stream can hold,
+timed without waiting for the device. The first result is timed in a process of its own, from ``import
+moe_lora`` to the end of the first call's work, with PyTorch imported and its context made before; once as on
+a machine that has never run these kernels (the driver's cache of compiled kernels is off), and then as found.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def host_time(calls: int) -> dict[str, float]:
     weights = dict(topk_weights=case.topk_weights, mul_routed_weight=True)
     kinds = {
         "forward": lambda: moe_lora.forward(*tensors, adapter_enabled=on, **weights),
-        "forward, own workspace": lambda: moe_lora.forward(*tensors, adapter_enabled=on, workspace=workspace, **weights),
-        "forward, kept route": lambda: moe_lora.forward(case.x, case.a, case.b, None, None, case.base, **weights),
+        "forward, own workspace": lambda: moe_lora.forward(
+            *tensors, adapter_enabled=on, workspace=workspace, **weights
+        ),
+        "forward, kept route": lambda: moe_lora.forward(
+            case.x, case.a, case.b, None, None, case.base, **weights
+        ),
         "route": lambda: moe_lora.route(case.topk_ids, case.token_lora, experts=128, slots=2, max_rank=64),
     }
     try:
@@ -77,7 +81,8 @@ def host_time(calls: int) -> dict[str, float]:
         more = torch.ones(3, dtype=torch.int32, device="cuda")
         for form, arrays in [("naive", (None, ids, None)), ("sorted", blocks(case, 16, ids.numel() * 16))]:
             arguments = (
-                case.base, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 64, 8, more, active,
+                case.base, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 64, 8, more,
+                active,
                 more, *flat, False, False, 0, True,
             )  # fmt: skip
             kinds[f"vllm.fused_moe_lora, {form}"] = partial(stand_in.fused_moe_lora, *arguments)

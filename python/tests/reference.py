@@ -47,7 +47,8 @@ class Case:
         self.x = normal(self.tokens if self.x_rows == "token" else pairs, self.in_dim)
         a_experts = 1 if self.shared_a else self.experts
         self.a = [
-            normal(self.slots, a_experts, self.rank, self.in_dim, scale=self.in_dim**-0.5) for _ in range(self.slices)
+            normal(self.slots, a_experts, self.rank, self.in_dim, scale=self.in_dim**-0.5)
+            for _ in range(self.slices)
         ]
         self.b = [
             normal(self.slots, self.experts, self.out_dim, self.rank, scale=self.rank**-0.5)
@@ -108,7 +109,8 @@ class Case:
 
 
 def blocks(case: Case, block_size: int, max_padded: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What vLLM's ``moe_lora_align_block_size`` leaves: sorted_token_ids, expert_ids, num_tokens_post_padded."""
+    """What vLLM's ``moe_lora_align_block_size`` leaves: sorted_token_ids, expert_ids,
+    num_tokens_post_padded."""
     pairs = case.tokens * case.top_k
     max_blocks = -(-max_padded // block_size)
     sorted_ids = torch.full((case.slots, max_padded), pairs, dtype=torch.int32)

@@ -25,12 +25,23 @@ def vllm() -> Iterator[Callable[..., dict[str, Any]]]:
         names = ["fused_moe_lora", "fused_moe_lora_shrink", "fused_moe_lora_expand"]
         functions = {name: object() for name in names}
         align = object()
-        for package in ["vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops", "vllm.lora.punica_wrapper"]:
+        for package in [
+            "vllm",
+            "vllm.lora",
+            "vllm.lora.ops",
+            "vllm.lora.ops.triton_ops",
+            "vllm.lora.punica_wrapper",
+        ]:
             module(package).__path__ = []
         vars(sys.modules["vllm.lora.ops.triton_ops"]).update(functions)
         module(OPERATORS, _fused_moe_lora=operator, **functions)
         module("vllm._custom_ops", moe_lora_align_block_size=align)
-        module("vllm.lora.punica_wrapper.punica_gpu", renamed=functions["fused_moe_lora"], other=align, untouched=3)
+        module(
+            "vllm.lora.punica_wrapper.punica_gpu",
+            renamed=functions["fused_moe_lora"],
+            other=align,
+            untouched=3,
+        )
         return functions
 
     yield make

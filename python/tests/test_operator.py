@@ -78,7 +78,14 @@ def test_views_with_gaps() -> None:
     whole = torch.full((case.tokens, case.top_k, case.out_dim + 40), 7.0, dtype=case.dtype, device="cuda")
     view = whole[:, :, : case.out_dim + 32]
     moe_lora.forward(
-        wide_x[:, : case.in_dim], case.a, case.b, case.topk_ids, case.token_lora, view, accumulate=False, offset=16
+        wide_x[:, : case.in_dim],
+        case.a,
+        case.b,
+        case.topk_ids,
+        case.token_lora,
+        view,
+        accumulate=False,
+        offset=16,
     )
     check(whole[:, :, 16 : 16 + case.out_dim], case.delta())
     assert (whole[:, :, :16] == 7).all() and (whole[:, :, 16 + case.out_dim :] == 7).all()
@@ -237,10 +244,14 @@ def test_refusals_write_nothing() -> None:
         "x": dict(x=case.x.cpu()),
         r"topk_ids: expected int32, got int64": dict(topk_ids=case.topk_ids.long()),
         r"topk_ids: expected shape \[20, 8\], got shape \[19, 8\]": dict(topk_ids=case.topk_ids[:19]),
-        r"out: expected a contiguous innermost dimension": dict(out=case.base.transpose(1, 2).contiguous().transpose(1, 2)),
+        r"out: expected a contiguous innermost dimension": dict(
+            out=case.base.transpose(1, 2).contiguous().transpose(1, 2)
+        ),
         r"b\[1\]": dict(b=[case.b[0], case.b[1].float()]),
     }
-    arguments = dict(x=case.x, a=case.a, b=case.b, topk_ids=case.topk_ids, token_lora=case.token_lora, out=case.base)
+    arguments = dict(
+        x=case.x, a=case.a, b=case.b, topk_ids=case.topk_ids, token_lora=case.token_lora, out=case.base
+    )
     for message, fault in faults.items():
         with pytest.raises(ValueError, match=message):
             moe_lora.forward(**(arguments | fault))

@@ -1,4 +1,5 @@
-"""Each wrong argument is one ValueError that says what was expected and what came. Needs no GPU, no PyTorch."""
+"""Each wrong argument is one ValueError that says what was expected and what came. Needs no GPU, no
+PyTorch."""
 
 from __future__ import annotations
 
@@ -34,10 +35,19 @@ def arguments() -> dict[str, Any]:
 # What is changed, and the whole message.
 FORWARD: list[tuple[dict[str, Any], str]] = [
     # Shapes.
-    (dict(x=Fake(5, K)), "x: expected shape [6, 16] (a row a token) or [12, 16] (a row a pair), got shape [5, 16]"),
-    (dict(x=Fake(T, 15)), "x: expected shape [6, 16] (a row a token) or [12, 16] (a row a pair), got shape [6, 15]"),
+    (
+        dict(x=Fake(5, K)),
+        "x: expected shape [6, 16] (a row a token) or [12, 16] (a row a pair), got shape [5, 16]",
+    ),
+    (
+        dict(x=Fake(T, 15)),
+        "x: expected shape [6, 16] (a row a token) or [12, 16] (a row a pair), got shape [6, 15]",
+    ),
     (dict(a=Fake(L, R, K)), "a: expected shape [L, E or 1, R, K], got shape [2, 8, 16]"),
-    (dict(a=[Fake(L, E, R, K), Fake(L, E, 4, K)]), "a[1]: expected shape [2, 4, 8, 16], got shape [2, 4, 4, 16]"),
+    (
+        dict(a=[Fake(L, E, R, K), Fake(L, E, 4, K)]),
+        "a[1]: expected shape [2, 4, 8, 16], got shape [2, 4, 4, 16]",
+    ),
     (dict(a=weights(L, 3, R, K)), "a[0]: expected shape [2, 4 or 1, 8, 16], got shape [2, 3, 8, 16]"),
     (dict(experts=8), "a[0]: expected shape [2, 8 or 1, 8, 16], got shape [2, 4, 8, 16]"),
     (dict(b=weights(3, E, N, R)), "b[0]: expected shape [2, E or 1, N, 8], got shape [3, 4, 24, 8]"),
@@ -64,13 +74,25 @@ FORWARD: list[tuple[dict[str, Any], str]] = [
     (dict(topk_ids=Fake(T, K_TOP, dtype="int64")), "topk_ids: expected int32, got int64"),
     (dict(token_lora=Fake(T, dtype="int64")), "token_lora: expected int32, got int64"),
     (dict(topk_weights=Fake(T, K_TOP)), "topk_weights: expected float32, got bfloat16"),
-    (dict(adapter_enabled=Fake(L, dtype="float32")), "adapter_enabled: expected int32 or uint8 or bool, got float32"),
+    (
+        dict(adapter_enabled=Fake(L, dtype="float32")),
+        "adapter_enabled: expected int32 or uint8 or bool, got float32",
+    ),
     (dict(ranks=Fake(L, dtype="uint8")), "ranks: expected int32, got uint8"),
     # Devices.
     (dict(x=Fake(T, K, device=(CPU, 0))), "x: expected a tensor on a CUDA device, got one on the CPU"),
-    (dict(out=Fake(T, K_TOP, 2 * N, device=(CPU, 0))), "out: expected a tensor on a CUDA device, got one on the CPU"),
-    (dict(token_lora=Fake(T, device=(CUDA, 1), **I32)), "token_lora: expected a tensor on cuda:0, got cuda:1"),
-    (dict(b=[Fake(L, E, N, R), Fake(L, E, N, R, device=(CUDA, 3))]), "b[1]: expected a tensor on cuda:0, got cuda:3"),
+    (
+        dict(out=Fake(T, K_TOP, 2 * N, device=(CPU, 0))),
+        "out: expected a tensor on a CUDA device, got one on the CPU",
+    ),
+    (
+        dict(token_lora=Fake(T, device=(CUDA, 1), **I32)),
+        "token_lora: expected a tensor on cuda:0, got cuda:1",
+    ),
+    (
+        dict(b=[Fake(L, E, N, R), Fake(L, E, N, R, device=(CUDA, 3))]),
+        "b[1]: expected a tensor on cuda:0, got cuda:3",
+    ),
     # Strides.
     (
         dict(x=Fake(T, K, strides=[1, T])),
@@ -98,14 +120,19 @@ FORWARD: list[tuple[dict[str, Any], str]] = [
     ),
     # Things that are no tensors, and routes that are no routes.
     (dict(x=3), "x: expected a tensor (__dlpack__ or __cuda_array_interface__), got int"),
-    (dict(a=[Fake(L, E, R, K), None]), "a[1]: expected a tensor (__dlpack__ or __cuda_array_interface__), got NoneType"),
+    (
+        dict(a=[Fake(L, E, R, K), None]),
+        "a[1]: expected a tensor (__dlpack__ or __cuda_array_interface__), got NoneType",
+    ),
     (
         dict(topk_ids=None),
-        "token_lora: expected with topk_ids and token_lora, or without both for the route that the workspace keeps",
+        "token_lora: expected with topk_ids and token_lora, "
+        "or without both for the route that the workspace keeps",
     ),
     (
         dict(topk_ids=None, token_lora=None, ranks=Fake(L, **I32)),
-        "ranks: expected with topk_ids and token_lora, or without both for the route that the workspace keeps",
+        "ranks: expected with topk_ids and token_lora, "
+        "or without both for the route that the workspace keeps",
     ),
     (
         dict(stream="default"),
@@ -118,7 +145,9 @@ def says(message: str) -> str:
     return f"^{re.escape(message)}$"
 
 
-@pytest.mark.parametrize(("change", "message"), FORWARD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("change", "message"), FORWARD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_forward_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=says(message)):
         moe_lora.forward(**(arguments() | change))
@@ -126,7 +155,9 @@ def test_forward_refuses(change: dict[str, Any], message: str) -> None:
 
 def split(**change: Any) -> dict[str, Any]:
     """Arguments of shrink."""
-    call = {name: value for name, value in arguments().items() if name in ("x", "a", "topk_ids", "token_lora")}
+    call = {
+        name: value for name, value in arguments().items() if name in ("x", "a", "topk_ids", "token_lora")
+    }
     return call | dict(h=Fake(2, T, K_TOP, R)) | change
 
 

@@ -28,7 +28,8 @@ def max_padded(case: Case, block_size: int = BLOCK_SIZE) -> int:
 
 
 def lora_ids(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which adapters a batch uses, as vLLM lists them: sorted, -1 (none) among them; and how many there are."""
+    """Which adapters a batch uses, as vLLM lists them: sorted, -1 (none) among them; and how many there
+    are."""
     active = torch.unique(case.token_lora)
     ids = torch.full((case.slots + 1,), -1, dtype=torch.int32, device="cuda")
     ids[: len(active)] = active
@@ -57,7 +58,8 @@ def call(
         enabled = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
     ids, active = lora_ids(case)
     operator(
-        out, case.x, case.a, case.b, case.topk_weights, *(arrays or routing(case, form)), case.token_lora, case.rank,
+        out, case.x, case.a, case.b, case.topk_weights, *(arrays or routing(case, form)), case.token_lora,
+        case.rank,
         case.top_k, ids, active, enabled, *CONFIG, mul_routed_weight, False, offset, add_inputs,
     )  # fmt: skip
 
@@ -70,7 +72,8 @@ def call(
 def test_vllms_grid(top_k: int, slots: int, rank: int, dtype: torch.dtype, form: str) -> None:
     """The sizes of vLLM's own tests."""
     case = Case(
-        100, top_k=top_k, experts=64, slots=slots, rank=rank, slices=1, in_dim=2048, out_dim=1408, dtype=dtype,
+        100, top_k=top_k, experts=64, slots=slots, rank=rank, slices=1, in_dim=2048, out_dim=1408,
+        dtype=dtype,
         without_adapter=0,
     )  # fmt: skip
     out = torch.zeros_like(case.base)
@@ -83,7 +86,9 @@ def test_vllms_grid(top_k: int, slots: int, rank: int, dtype: torch.dtype, form:
 @pytest.mark.parametrize("mul_routed_weight", [False, True])
 @pytest.mark.parametrize("rank", [4, 8, 128, 256])
 def test_ranks_and_modes(rank: int, mul_routed_weight: bool, add_inputs: bool, form: str) -> None:
-    case = Case(40, rank=rank, x_rows="pair" if mul_routed_weight else "token", slices=1 + (not mul_routed_weight))
+    case = Case(
+        40, rank=rank, x_rows="pair" if mul_routed_weight else "token", slices=1 + (not mul_routed_weight)
+    )
     out = case.base.clone()
     call(stand_in.fused_moe_lora, case, out, form, mul_routed_weight=mul_routed_weight, add_inputs=add_inputs)
     expected = case.delta(mul_routed_weight=mul_routed_weight)
@@ -119,7 +124,8 @@ def test_no_tokens(form: str) -> None:
 
 @pytest.mark.parametrize("form", ["sorted", "naive"])
 def test_views_and_offset(form: str) -> None:
-    """Rows of the output further apart than they are wide, and columns before the first: nothing else is written."""
+    """Rows of the output further apart than they are wide, and columns before the first: nothing else is
+    written."""
     case = Case(40, slices=1)
     whole = torch.full((case.tokens, case.top_k, case.out_dim + 40), 7.0, dtype=case.dtype, device="cuda")
     call(stand_in.fused_moe_lora, case, whole[:, :, : case.out_dim + 32], form, offset=16)
@@ -142,7 +148,8 @@ def test_longer_token_mapping_and_64_bit_ids(form: str) -> None:
     ids, active = torch.arange(-1, 3, dtype=torch.int32, device="cuda"), torch.tensor([4], dtype=torch.int32)
     on = torch.ones(4, dtype=torch.int32, device="cuda")
     stand_in.fused_moe_lora(
-        out, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, ids, active, on, *CONFIG,
+        out, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, ids, active, on,
+        *CONFIG,
     )  # fmt: skip
     case.token_lora = mapping
     check(out, expected)
@@ -159,7 +166,17 @@ def test_split_form(form: str) -> None:
     stand_in.fused_moe_lora_shrink(h, case.x, case.a, *shared, *sizes, *CONFIG[:7], active)
     out = case.base.clone()
     stand_in.fused_moe_lora_expand(
-        out, h, case.b, *shared, *sizes, case.rank, case.out_dim, *CONFIG[7:], active, offset=0, add_inputs=True
+        out,
+        h,
+        case.b,
+        *shared,
+        *sizes,
+        case.rank,
+        case.out_dim,
+        *CONFIG[7:],
+        active,
+        offset=0,
+        add_inputs=True,
     )
     check(out, case.base.float() + case.delta())
 
@@ -167,7 +184,8 @@ def test_split_form(form: str) -> None:
 @pytest.mark.parametrize("form", ["sorted", "naive"])
 @pytest.mark.parametrize("collective", ["all_reduce", "all_gather"])
 def test_fully_sharded(monkeypatch: pytest.MonkeyPatch, collective: str, form: str) -> None:
-    """One device of two, the other's part being known: w2 sums h over devices, w13 joins the ranks of its shards."""
+    """One device of two, the other's part being known: w2 sums h over devices, w13 joins the ranks of its
+    shards."""
     case = Case(40, rank=32)
     ids, active = lora_ids(case)
     on = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
@@ -187,7 +205,8 @@ def test_fully_sharded(monkeypatch: pytest.MonkeyPatch, collective: str, form: s
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
     out = case.base.clone()
     stand_in.fused_moe_lora(
-        out, case.x, shards[0], case.b, case.topk_weights, *arrays, case.token_lora, rank, case.top_k, ids, active, on,
+        out, case.x, shards[0], case.b, case.topk_weights, *arrays, case.token_lora, rank, case.top_k, ids,
+        active, on,
         *CONFIG, False, True, 0, True,
     )  # fmt: skip
     # h is rounded once more, and summed in the element type.
@@ -205,7 +224,8 @@ def aligned(case: Case, block_size: int, **more: Any) -> list[torch.Tensor]:
     ids, _ = lora_ids(case)
     on = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
     stand_in.moe_lora_align_block_size(
-        case.topk_ids, case.token_lora, case.experts, block_size, case.slots, padded, -(-padded // block_size), *out,
+        case.topk_ids, case.token_lora, case.experts, block_size, case.slots, padded,
+        -(-padded // block_size), *out,
         on, ids, **more,
     )  # fmt: skip
     return [tensor.view(case.slots, -1) for tensor in out[:2]] + [out[2]]
@@ -255,12 +275,14 @@ def test_a_captured_graph_follows_the_routing_tensors(form: str) -> None:
         arrays = [None, case.topk_ids.view(-1), None]
         if form == "sorted":
             stand_in.moe_lora_align_block_size(
-                case.topk_ids, case.token_lora, case.experts, BLOCK_SIZE, case.slots, padded, -(-padded // BLOCK_SIZE),
+                case.topk_ids, case.token_lora, case.experts, BLOCK_SIZE, case.slots, padded,
+                -(-padded // BLOCK_SIZE),
                 *flat, on, every,
             )  # fmt: skip
             arrays = [flat[0].view(4, -1), flat[1].view(4, -1), flat[2]]
         stand_in.fused_moe_lora(
-            out, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, every, active, on, *CONFIG,
+            out, case.x, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, every, active,
+            on, *CONFIG,
         )  # fmt: skip
 
     graph = torch.cuda.CUDAGraph()
@@ -284,7 +306,8 @@ def test_torch_compile(form: str) -> None:
     def layer(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         out = out * 1
         stand_in.fused_moe_lora(
-            out, x + 0, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, ids, active, on, *CONFIG,
+            out, x + 0, case.a, case.b, case.topk_weights, *arrays, case.token_lora, 16, 8, ids, active, on,
+            *CONFIG,
         )  # fmt: skip
         return out + 1
 
@@ -308,7 +331,8 @@ def test_operators_keep_their_promises() -> None:
     ids, active = lora_ids(case)
     on = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
     arguments = (
-        case.base.clone(), case.x, case.a, case.b, case.topk_weights, *routing(case, "sorted"), case.token_lora, 16, 8,
+        case.base.clone(), case.x, case.a, case.b, case.topk_weights, *routing(case, "sorted"),
+        case.token_lora, 16, 8,
         ids, active, on, *CONFIG,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moe_lora.fused_moe_lora.default, arguments)
@@ -319,10 +343,18 @@ def test_refusals_name_the_tensor() -> None:
     before = case.base.clone()
     sorted_ids, expert_ids, padded = routing(case, "sorted")
     for message, form, arrays in [
-        (r"sorted_token_ids: expected shape \[3, ≥ 1\], got shape \[2, ", "sorted", [sorted_ids[:2], expert_ids, padded]),
+        (
+            r"sorted_token_ids: expected shape \[3, ≥ 1\], got shape \[2, ",
+            "sorted",
+            [sorted_ids[:2], expert_ids, padded],
+        ),
         (r"expert_ids: expected int32, got int64", "sorted", [sorted_ids, expert_ids.long(), padded]),
         (r"num_tokens_post_padded: expected a tensor", "sorted", [sorted_ids, expert_ids, None]),
-        (r"expert_ids: expected shape \[80\], got shape \[79\]", "naive", [None, case.topk_ids.reshape(-1)[1:], None]),
+        (
+            r"expert_ids: expected shape \[80\], got shape \[79\]",
+            "naive",
+            [None, case.topk_ids.reshape(-1)[1:], None],
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call(stand_in.fused_moe_lora, case, case.base, form, arrays=arrays)
@@ -347,7 +379,8 @@ def theirs() -> ModuleType:
 @pytest.mark.parametrize("rank", [8, 64, 256])
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_agrees_with_vllm(theirs: ModuleType, tokens: int, rank: int, add_inputs: bool, form: str) -> None:
-    """The same tensors through vLLM 0.33's own dispatch: small batches, one shot, and its two kernels for rank 256."""
+    """The same tensors through vLLM 0.33's own dispatch: small batches, one shot, and its two kernels for
+    rank 256."""
     w13 = Case(tokens, rank=rank, slots=4, in_dim=256, out_dim=128)
     w2 = Case(tokens, rank=rank, slots=4, slices=1, x_rows="pair", in_dim=128, out_dim=256)
     for case in (w13, w2):

@@ -1,7 +1,7 @@
 """vLLM's own operator, out of the file of its wheel, for tests that compare with it.
 
-`MOE_LORA_VLLM_OPS` names a folder with `v033/fused_moe_lora_op.py`, as `cargo xtask bench --fetch` fills it. vLLM's
-files are no part of this project.
+`MOE_LORA_VLLM_OPS` names a folder with `v033/fused_moe_lora_op.py`, as `cargo xtask bench --fetch` fills it.
+vLLM's files are no part of this project.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ def load(file: Path) -> ModuleType:
 
     no, yes = (lambda *_: False), (lambda *_: True)
     platform = SimpleNamespace(
-        num_compute_units=lambda _=0: device.multi_processor_count, is_cuda=yes, is_cuda_alike=yes, is_rocm=no, is_xpu=no
+        num_compute_units=lambda _=0: device.multi_processor_count,
+        is_cuda=yes,
+        is_cuda_alike=yes,
+        is_rocm=no,
+        is_xpu=no,
     )
     stand_in("vllm")
     stand_in("vllm.distributed", tensor_model_parallel_all_gather=None, tensor_model_parallel_all_reduce=None)
@@ -56,7 +60,9 @@ def load(file: Path) -> ModuleType:
     stand_in("vllm.triton_utils", tl=tl, triton=triton)
     stand_in("vllm.triton_utils.allocation", set_triton_allocator=lambda _: triton.set_allocator(scratch))
     stand_in("vllm.utils")
-    stand_in("vllm.utils.mem_utils", get_max_shared_memory_bytes=lambda _=0: device.shared_memory_per_block_optin)
+    stand_in(
+        "vllm.utils.mem_utils", get_max_shared_memory_bytes=lambda _=0: device.shared_memory_per_block_optin
+    )
     stand_in(
         "vllm.utils.torch_utils",
         direct_register_custom_op=keep_unregistered,
