@@ -10,6 +10,7 @@ use moe_lora_kernels::arch::shared::Shared;
 use moe_lora_kernels::arch::{async_copy, barrier, cluster, grid, thread, warp};
 use moe_lora_kernels::emulate::{Buffer, Launch, Memory, Report, run};
 use moe_lora_kernels::memory::{Global, Index};
+use moe_lora_tests::faults::caught;
 
 /// Words of the buffers that kernels here are given.
 const WORDS: usize = 256;
@@ -92,6 +93,7 @@ fn reports(expected: &str, launch: impl Fn(u64) -> Result<Vec<u32>, Box<Report>>
         assert!(report.contains(expected), "{expected:?} is not in: {report}");
         assert!(report.contains("tests/machine"), "{report}");
     }
+    caught(expected);
 }
 
 fn word(number: u32) -> Shared {

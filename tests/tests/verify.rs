@@ -7,6 +7,7 @@ use moe_lora::{
     Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, Routing,
     RoutingTensors, Shrink, XRows,
 };
+use moe_lora_tests::faults::caught;
 use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
 use std::cell::Cell;
 
@@ -103,6 +104,7 @@ fn every_mistake_is_found() {
         check(&blameless, &case).unwrap_or_else(|failure| panic!("{failure}"));
         let failure = check(&Faulty { mistake, calls: Cell::new(0) }, &case).expect_err("a mistake");
         assert!(is_found(&failure.fault), "{mistake:?} was taken for: {failure}");
+        caught(&format!("{mistake:?}"));
     }
 }
 

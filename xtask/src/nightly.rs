@@ -7,7 +7,7 @@ use clap::ValueEnum;
 
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, installed, run as run_command, target_dir};
-use crate::{bench, fuzz, miri, package, python};
+use crate::{bench, check, fuzz, miri, package, python, test};
 
 /// Set where the suites are to do all that they can: more random calls, a hundred orders of threads, full
 /// grids.
@@ -38,10 +38,15 @@ enum Part {
     Sanitizer,
     /// Ten minutes of fuzzing for each target
     Fuzz,
-    /// The packages, used with each driver and from source
+    /// Every kernel by both code generators, for every architecture, held to the budget
+    Kernels,
+    /// A crate elsewhere that uses the repository by path, and one that uses the packages: with each driver,
+    /// and from source
     Packages,
-    /// The example on candle's tensors, with candle's CUDA back end
+    /// The example on candle's tensors, on the CPU
     Candle,
+    /// The same with candle's CUDA back end, built alone
+    CandleCuda,
     /// The Python package beside vLLM's own operators
     Peers,
 }
@@ -81,7 +86,7 @@ impl Part {
         match self {
             Part::Miri => miri::missing(),
             Part::Fuzz => fuzz::missing(),
-            Part::Candle if !installed("nvcc") => Some("there is no nvcc on the PATH".to_owned()),
+            Part::CandleCuda if !installed("nvcc") => Some("there is no nvcc on the PATH".to_owned()),
             _ => None,
         }
     }
@@ -98,8 +103,17 @@ impl Part {
             Part::Miri => miri::run(&miri::Args::default()),
             Part::Sanitizer => miri::run(&miri::Args { address_sanitizer: true }),
             Part::Fuzz => fuzz::run(&fuzz::Args::all(FUZZ_SECONDS)),
-            Part::Packages => package::run(&package::Args::default()),
+            Part::Kernels => check::every_kernel(),
+            Part::Packages => {
+                setup::compiler(&codegen)?;
+                test::path_dependency()?;
+                package::run(&package::Args::default())
+            }
             Part::Candle => {
+                setup::compiler(&codegen)?;
+                run_command(cargo().args(["test", "--release", "-p", "moe-lora-candle-example"]))
+            }
+            Part::CandleCuda => {
                 setup::compiler(&codegen)?;
                 let check = ["check", "--release", "-p", "moe-lora-candle-example", "--features", "cuda"];
                 run_command(cargo().args(check).arg("--all-targets"))
