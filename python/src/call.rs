@@ -1,5 +1,5 @@
-//! From the tensors of a call to the library's call: every shape is checked against the others, and the sizes of
-//! the projection follow from them.
+//! From the tensors of a call to the library's call: every shape is checked against the others, and the sizes
+//! of the projection follow from them.
 
 use crate::fault::Outcome;
 use crate::place::{self, On, Place, Workspace};
@@ -48,8 +48,8 @@ fn run(
     let stream = place::stream(arguments.stream, reader)?;
     let place = Place { ordinal: reader.ordinal, stream, workspace: arguments.workspace };
     place.run(&projection, tokens, kept, |on, workspace| {
-        // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their memory
-        // does so in the order of the stream, as for any work that is queued on it.
+        // SAFETY: the sizes' type is that of the tensors. The caller holds them, and whatever frees their
+        // memory does so in the order of the stream, as for any work that is queued on it.
         unsafe {
             match sizes.dtype {
                 DType::Bf16 => work.run::<bf16>(on, workspace, &projection),
@@ -59,91 +59,171 @@ fn run(
     })
 }
 
-/// A whole call.
-pub fn forward<'py>(
-    x: &Bound<'py, PyAny>,
-    a: &Bound<'py, PyAny>,
-    b: &Bound<'py, PyAny>,
-    delta: &Delta<'_, 'py>,
-    arguments: &Arguments<'_, 'py>,
-) -> Outcome<()> {
-    struct Call {
-        x: Tensor,
-        x_stride: usize,
-        a: Slices,
-        b: Slices,
-        output: Output,
-        source: Source,
-    }
-    impl Queued for Call {
-        unsafe fn run<T: Element>(
-            &self,
-            on: On<'_>,
-            workspace: &mut cuda::Workspace,
-            projection: &Projection,
-        ) -> moe_lora::Result<Route> {
-            let Call { x, x_stride, a, b, output, source } = self;
-            // SAFETY: as the caller promises.
-            unsafe {
-                let call = Forward::<Cuda, T> {
-                    tokens: output.tokens(),
-                    routing: source.routing(on.1)?,
-                    x: x.rows(*x_stride),
-                    a: &a.views(),
-                    b: &b.views(),
-                    topk_weights: output.weights(),
-                    out: output.rows(),
-                    offset: output.offset,
-                    accumulate: output.accumulate,
-                };
-                on.0.forward(workspace, projection, call)
+/// What the first half of a call reads.
+struct First {
+    x: Tensor,
+    a: Slices,
+}
+
+/// What the second half of a call reads and writes.
+struct Second {
+    b: Slices,
+    output: Output,
+}
+
+/// The tensors of a call, whole or half. A half has `h` too.
+enum Part {
+    Forward(First, Second),
+    Shrink(First, Tensor),
+    Expand(Tensor, Second),
+}
+
+/// A call whose tensors were read and checked.
+struct Call {
+    part: Part,
+    tokens: usize,
+    /// Elements from one row of `x` to the next; 0 without `x`.
+    x_stride: usize,
+    source: Source,
+}
+
+impl Queued for Call {
+    unsafe fn run<T: Element>(
+        &self,
+        on: On<'_>,
+        workspace: &mut cuda::Workspace,
+        projection: &Projection,
+    ) -> moe_lora::Result<Route> {
+        let &Call { ref part, tokens, x_stride, ref source } = self;
+        // SAFETY: as the caller promises.
+        unsafe {
+            let routing = source.routing(on.1)?;
+            match part {
+                Part::Forward(First { x, a }, Second { b, output }) => {
+                    let call = Forward::<Cuda, T> {
+                        tokens,
+                        routing,
+                        x: x.rows(x_stride),
+                        a: &a.views(),
+                        b: &b.views(),
+                        topk_weights: output.weights(),
+                        out: output.rows(),
+                        offset: output.offset,
+                        accumulate: output.accumulate,
+                    };
+                    on.0.forward(workspace, projection, call)
+                }
+                Part::Shrink(First { x, a }, h) => {
+                    let (x, h) = (x.rows(x_stride), h.view_mut());
+                    let call = Shrink::<Cuda, T> { tokens, routing, x, a: &a.views(), h };
+                    on.0.shrink(workspace, projection, call)
+                }
+                Part::Expand(h, Second { b, output }) => {
+                    let call = Expand::<Cuda, T> {
+                        tokens,
+                        routing,
+                        h: h.view(),
+                        b: &b.views(),
+                        topk_weights: output.weights(),
+                        out: output.rows(),
+                        offset: output.offset,
+                        accumulate: output.accumulate,
+                    };
+                    on.0.expand(workspace, projection, call)
+                }
             }
         }
     }
-    let (reader, x) = Reader::first("x", x)?;
-    let dtype = element(&x)?;
-    let output = Output::read(&reader, delta)?;
-    let (tokens, top_k) = (output.tokens(), output.top_k());
-    let a = reader.slices(
-        "a",
-        a,
-        x.dtype(),
-        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("R"), Dim::Named("K")],
-    )?;
-    let [slots, a_experts, max_rank, in_dim] = a.sizes;
-    let b = reader.slices(
-        "b",
-        b,
-        x.dtype(),
-        [Dim::Is(slots), Dim::Named("E or 1"), Dim::Named("N"), Dim::Is(max_rank)],
-    )?;
-    let [_, b_experts, out_dim, _] = b.sizes;
-    if a.tensors.len() != b.tensors.len() {
-        return Err(Error::SliceCount { tensor: "b", expected: a.tensors.len(), got: b.tensors.len() }.into());
-    }
-    let slices = a.tensors.len();
-    output.check(x.dtype(), slices, out_dim)?;
-    let experts = arguments.experts.unwrap_or(a_experts.max(b_experts));
-    let sizes = ProjectionSizes {
-        dtype,
-        top_k,
-        experts,
-        slots,
-        max_rank,
-        slices,
-        in_dim,
-        out_dim,
-        x_rows: x_rows(&x, tokens, top_k, in_dim)?,
-        a_experts: a.experts(experts)?,
-        b_experts: b.experts(experts)?,
-    };
-    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
-    let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
-    run(&reader, arguments, sizes, tokens, kept, &Call { x, x_stride, a, b, output, source })
 }
 
-/// The tokens and choices that the pairs of `h`, `[S, T, k, R]` or `[S, P, R]`, stand for. The shorter form says
-/// only how many pairs there are, so `topk_ids` must say the rest.
+impl Part {
+    fn first(&self) -> Option<&First> {
+        match self {
+            Part::Forward(first, _) | Part::Shrink(first, _) => Some(first),
+            Part::Expand(..) => None,
+        }
+    }
+
+    /// The sizes of the projection, on which all tensors agree, and of whose type they are. A size that a
+    /// half does not have is 1.
+    fn sizes(
+        &self,
+        (dtype, element): (Type, DType),
+        (tokens, top_k): (usize, usize),
+        experts: Option<usize>,
+    ) -> Outcome<ProjectionSizes> {
+        let (first, second, h) = match self {
+            Part::Forward(first, second) => (Some(first), Some(second), None),
+            Part::Shrink(first, h) => (Some(first), None, Some(h)),
+            Part::Expand(h, second) => (None, Some(second), Some(h)),
+        };
+        let (a, b) = (first.map(|first| &first.a), second.map(|second| &second.b));
+        let ([slots, ..], max_rank, slices) = match (a, b) {
+            (Some(a), Some(b)) if a.tensors.len() != b.tensors.len() => {
+                let (expected, got) = (a.tensors.len(), b.tensors.len());
+                return Err(Error::SliceCount { tensor: "b", expected, got }.into());
+            }
+            (Some(a), _) => (a.sizes, a.sizes[2], a.tensors.len()),
+            (None, Some(b)) => (b.sizes, b.sizes[3], b.tensors.len()),
+            (None, None) => unreachable!("each half has weights"),
+        };
+        let (a_experts, in_dim) = a.map_or((0, 1), |a| (a.sizes[1], a.sizes[3]));
+        let (b_experts, out_dim) = b.map_or((0, 1), |b| (b.sizes[1], b.sizes[2]));
+        if let Some(h) = h {
+            check_h(h, dtype, slices, max_rank)?;
+        }
+        if let Some(Second { output, .. }) = second {
+            output.check(dtype, slices, out_dim)?;
+        }
+        let experts = experts.unwrap_or(a_experts.max(b_experts));
+        let weights = |slices: Option<&Slices>| match slices {
+            Some(slices) => slices.experts(experts),
+            None => Ok(ExpertWeights::Shared),
+        };
+        Ok(ProjectionSizes {
+            dtype: element,
+            top_k,
+            experts,
+            slots,
+            max_rank,
+            slices,
+            in_dim,
+            out_dim,
+            x_rows: first.map_or(Ok(XRows::Token), |first| x_rows(&first.x, tokens, top_k, in_dim))?,
+            a_experts: weights(a)?,
+            b_experts: weights(b)?,
+        })
+    }
+}
+
+/// Reads `a`, S tensors `[L, E or 1, R, K]`.
+fn read_a(reader: &Reader<'_>, a: &Bound<'_, PyAny>, dtype: Type) -> Outcome<Slices> {
+    let shape = [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("R"), Dim::Named("K")];
+    reader.slices("a", a, dtype, shape)
+}
+
+/// Reads `b`, S tensors `[L, E or 1, N, R]`.
+fn read_b(reader: &Reader<'_>, b: &Bound<'_, PyAny>, dtype: Type, slots: Dim, rank: Dim) -> Outcome<Slices> {
+    reader.slices("b", b, dtype, [slots, Dim::Named("E or 1"), Dim::Named("N"), rank])
+}
+
+/// Checks the tensors of a call against one another, and queues it.
+fn queue(
+    reader: &Reader<'_>,
+    part: Part,
+    types: (Type, DType),
+    (tokens, top_k): (usize, usize),
+    arguments: &Arguments<'_, '_>,
+) -> Outcome<()> {
+    let sizes = part.sizes(types, (tokens, top_k), arguments.experts)?;
+    let source = Source::read(reader, &arguments.routing, tokens, top_k, sizes.slots)?;
+    let kept = source.is_kept();
+    let x_stride = part.first().map_or(Ok(0), |first| first.x.row_stride())?;
+    run(reader, arguments, sizes, tokens, kept, &Call { part, tokens, x_stride, source })
+}
+
+/// The tokens and choices that the pairs of `h`, `[S, T, k, R]` or `[S, P, R]`, stand for. The shorter form
+/// says only how many pairs there are, so `topk_ids` must say the rest.
 fn tokens_of(reader: &Reader<'_>, h: &Tensor, arguments: &Arguments<'_, '_>) -> Outcome<(usize, usize)> {
     match *h.shape() {
         [_, tokens, top_k, _] => Ok((tokens, top_k)),
@@ -171,6 +251,24 @@ fn check_h(h: &Tensor, dtype: Type, slices: usize, max_rank: usize) -> Outcome<(
     h.expect_contiguous()
 }
 
+/// A whole call.
+pub fn forward<'py>(
+    x: &Bound<'py, PyAny>,
+    a: &Bound<'py, PyAny>,
+    b: &Bound<'py, PyAny>,
+    delta: &Delta<'_, 'py>,
+    arguments: &Arguments<'_, 'py>,
+) -> Outcome<()> {
+    let (reader, x) = Reader::first("x", x)?;
+    let types = (x.dtype(), element(&x)?);
+    let output = Output::read(&reader, delta)?;
+    let size = (output.tokens(), output.top_k());
+    let a = read_a(&reader, a, types.0)?;
+    let [slots, _, max_rank, _] = a.sizes;
+    let b = read_b(&reader, b, types.0, Dim::Is(slots), Dim::Is(max_rank))?;
+    queue(&reader, Part::Forward(First { x, a }, Second { b, output }), types, size, arguments)
+}
+
 /// The first half of a call.
 pub fn shrink<'py>(
     x: &Bound<'py, PyAny>,
@@ -178,66 +276,12 @@ pub fn shrink<'py>(
     h: &Bound<'py, PyAny>,
     arguments: &Arguments<'_, 'py>,
 ) -> Outcome<()> {
-    struct Call {
-        tokens: usize,
-        x: Tensor,
-        x_stride: usize,
-        a: Slices,
-        h: Tensor,
-        source: Source,
-    }
-    impl Queued for Call {
-        unsafe fn run<T: Element>(
-            &self,
-            on: On<'_>,
-            workspace: &mut cuda::Workspace,
-            projection: &Projection,
-        ) -> moe_lora::Result<Route> {
-            let &Call { tokens, x_stride, .. } = self;
-            // SAFETY: as the caller promises.
-            unsafe {
-                let (x, h) = (self.x.rows(x_stride), self.h.view_mut());
-                let call = Shrink::<Cuda, T> {
-                    tokens,
-                    routing: self.source.routing(on.1)?,
-                    x,
-                    a: &self.a.views(),
-                    h,
-                };
-                on.0.shrink(workspace, projection, call)
-            }
-        }
-    }
     let (reader, x) = Reader::first("x", x)?;
-    let dtype = element(&x)?;
+    let types = (x.dtype(), element(&x)?);
     let h = reader.whole("h", h)?;
-    let (tokens, top_k) = tokens_of(&reader, &h, arguments)?;
-    let a = reader.slices(
-        "a",
-        a,
-        x.dtype(),
-        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("R"), Dim::Named("K")],
-    )?;
-    let [slots, a_experts, max_rank, in_dim] = a.sizes;
-    let slices = a.tensors.len();
-    check_h(&h, x.dtype(), slices, max_rank)?;
-    let experts = arguments.experts.unwrap_or(a_experts);
-    let sizes = ProjectionSizes {
-        dtype,
-        top_k,
-        experts,
-        slots,
-        max_rank,
-        slices,
-        in_dim,
-        out_dim: 1,
-        x_rows: x_rows(&x, tokens, top_k, in_dim)?,
-        a_experts: a.experts(experts)?,
-        b_experts: ExpertWeights::Shared,
-    };
-    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
-    let (kept, x_stride) = (source.is_kept(), x.row_stride()?);
-    run(&reader, arguments, sizes, tokens, kept, &Call { tokens, x, x_stride, a, h, source })
+    let size = tokens_of(&reader, &h, arguments)?;
+    let a = read_a(&reader, a, types.0)?;
+    queue(&reader, Part::Shrink(First { x, a }, h), types, size, arguments)
 }
 
 /// The second half of a call.
@@ -247,77 +291,22 @@ pub fn expand<'py>(
     delta: &Delta<'_, 'py>,
     arguments: &Arguments<'_, 'py>,
 ) -> Outcome<()> {
-    struct Call {
-        h: Tensor,
-        b: Slices,
-        output: Output,
-        source: Source,
-    }
-    impl Queued for Call {
-        unsafe fn run<T: Element>(
-            &self,
-            on: On<'_>,
-            workspace: &mut cuda::Workspace,
-            projection: &Projection,
-        ) -> moe_lora::Result<Route> {
-            let Call { h, b, output, source } = self;
-            // SAFETY: as the caller promises.
-            unsafe {
-                let call = Expand::<Cuda, T> {
-                    tokens: output.tokens(),
-                    routing: source.routing(on.1)?,
-                    h: h.view(),
-                    b: &b.views(),
-                    topk_weights: output.weights(),
-                    out: output.rows(),
-                    offset: output.offset,
-                    accumulate: output.accumulate,
-                };
-                on.0.expand(workspace, projection, call)
-            }
-        }
-    }
     let (reader, h) = Reader::first("h", h)?;
-    let dtype = element(&h)?;
+    let types = (h.dtype(), element(&h)?);
     let output = Output::read(&reader, delta)?;
     let (tokens, top_k) = (output.tokens(), output.top_k());
-    let b = reader.slices(
-        "b",
-        b,
-        h.dtype(),
-        [Dim::Named("L"), Dim::Named("E or 1"), Dim::Named("N"), Dim::Named("R")],
-    )?;
-    let [slots, b_experts, out_dim, max_rank] = b.sizes;
-    let slices = b.tensors.len();
+    let b = read_b(&reader, b, types.0, Dim::Named("L"), Dim::Named("R"))?;
     match *h.shape() {
         [_, t, k, _] if (t, k) == (tokens, top_k) => {}
         [_, pairs, _] if pairs == tokens * top_k => {}
         _ => {
-            let pairs = tokens * top_k;
+            let (slices, max_rank, pairs) = (b.tensors.len(), b.sizes[3], tokens * top_k);
             return Err(h.wrong_shape(format_args!(
                 "[{slices}, {tokens}, {top_k}, {max_rank}] or [{slices}, {pairs}, {max_rank}]"
             )));
         }
     }
-    check_h(&h, h.dtype(), slices, max_rank)?;
-    output.check(h.dtype(), slices, out_dim)?;
-    let experts = arguments.experts.unwrap_or(b_experts);
-    let sizes = ProjectionSizes {
-        dtype,
-        top_k,
-        experts,
-        slots,
-        max_rank,
-        slices,
-        in_dim: 1,
-        out_dim,
-        x_rows: XRows::Token,
-        a_experts: ExpertWeights::Shared,
-        b_experts: b.experts(experts)?,
-    };
-    let source = Source::read(&reader, &arguments.routing, tokens, top_k, slots)?;
-    let kept = source.is_kept();
-    run(&reader, arguments, sizes, tokens, kept, &Call { h, b, output, source })
+    queue(&reader, Part::Expand(h, Second { b, output }), types, (tokens, top_k), arguments)
 }
 
 /// The routing alone.
