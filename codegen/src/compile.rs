@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::entries;
 use moe_lora_kernels::Entry;
 
 use crate::kept::{Emitted, Kept};
 use crate::lint::{LintError, lint};
+use crate::sources::{entries, kernel_sources};
 use crate::stamp::stamp;
 use crate::toolchain::{Core, TARGET, Toolchain};
-use crate::{Arch, Generator, NvvmError, RustCudaError, kernel_sources, nvvm};
+use crate::{Arch, Generator, NvvmError, RustCudaError, nvvm};
 
 /// `core` is compiled for the oldest architecture; that serves every later one, since what is
 /// inlined from it is compiled again with the kernels.

@@ -4,9 +4,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use crate::sources::workspace;
+
 /// Where this project keeps tools of its own; `cargo xtask` fills it. `None` outside of the workspace.
 pub fn project_dir() -> Option<PathBuf> {
-    Some(crate::workspace()?.join("target/cuda-tools"))
+    Some(workspace()?.join("target/cuda-tools"))
 }
 
 /// Where `program` may be: what `variable` names and nothing else, or, where that is not set, the

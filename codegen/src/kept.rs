@@ -1,9 +1,9 @@
 //! What rustc and ptxas have made of the kernels, kept from one build to the next.
 //!
-//! Cargo runs a build script anew for each profile, set of features and lint, and `cargo xtask test` and `check` do
-//! so eight times; the kernels are the same in all of them. What is kept goes with everything that it was made from, in full, so that
-//! nothing but the same command over the same sources by the same compiler finds it. Where the sources lie is
-//! no part of that: the kernels have no path in them.
+//! Cargo runs a build script anew for each profile, set of features and lint, and `cargo xtask test` and
+//! `check` do so eight times; the kernels are the same in all of them. What is kept goes with everything that
+//! it was made from, in full, so that nothing but the same command over the same sources by the same compiler
+//! finds it. Where the sources lie is no part of that: the kernels have no path in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,8 @@ pub(crate) struct Kept {
 }
 
 impl Kept {
-    /// In `file`, for what `command` makes of the sources below `sources`; `None` if one of them cannot be read.
+    /// In `file`, for what `command` makes of the sources below `sources`; `None` if one of them cannot be
+    /// read.
     pub fn new(file: PathBuf, command: &str, sources: &Path) -> Option<Self> {
         let mut key = format!("{command}\n");
         append(&mut key, sources, sources).ok()?;
@@ -51,8 +52,9 @@ impl Kept {
         is_same.then(|| Emitted { bytes: rest.to_owned(), warnings })
     }
 
-    /// Keeps it, in place of what was made of something else. `scratch` is a folder beside the file, in which nobody else writes: another
-    /// build sees all of it or nothing. What cannot be written is made anew next time.
+    /// Keeps it, in place of what was made of something else. `scratch` is a folder beside the file, in which
+    /// nobody else writes: another build sees all of it or nothing. What cannot be written is made anew next
+    /// time.
     pub fn write(&self, emitted: &Emitted, scratch: &Path) {
         let (key, Emitted { bytes, warnings }) = (&self.key, emitted);
         let new = scratch.join("kept");

@@ -155,8 +155,8 @@ impl Nvvm {
     }
 }
 
-/// Blocks of an entry point that must share a multiprocessor. libNVVM's code for `decode` spills in the registers that
-/// two blocks leave it, and so has one.
+/// Blocks of an entry point that must share a multiprocessor. libNVVM's code for `decode` spills in the
+/// registers that two blocks leave it, and so has one.
 pub(crate) fn min_blocks(entry: &Entry) -> u32 {
     if matches!(entry.kernel, Kernel::Decode { .. }) { 1 } else { entry.min_blocks }
 }
@@ -194,14 +194,16 @@ fn to_nvvm_ir(ir: &str, version: [c_int; 4]) -> String {
     }
     let [major, minor, debug_major, debug_minor] = version;
     nvvm_ir.push_str(&format!(
-        "!nvvmir.version = !{{!{free}}}\n!{free} = !{{i32 {major}, i32 {minor}, i32 {debug_major}, i32 {debug_minor}}}\n"
+        "!nvvmir.version = !{{!{free}}}\n\
+         !{free} = !{{i32 {major}, i32 {minor}, i32 {debug_major}, i32 {debug_minor}}}\n"
     ));
     nvvm_ir
 }
 
 /// Where the call ends, in a line that calls inline assembly at which threads meet (`bar.sync`, `mma.sync`,
-/// `barrier.cluster.wait.aligned`): all of them must come to one and the same instruction. rustc says that of none, and
-/// libNVVM then copies them into the branches of an `if`, where each half of a warp waits for the other for ever.
+/// `barrier.cluster.wait.aligned`): all of them must come to one and the same instruction. rustc says that of
+/// none, and libNVVM then copies them into the branches of an `if`, where each half of a warp waits for the
+/// other for ever.
 fn end_of_meeting_call(line: &str) -> Option<usize> {
     let (before, assembly) = line.split_once(" asm ")?;
     let arguments = before.len() + " asm ".len() + assembly.rfind('"')? + 1;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::nvvm::restate;
+use crate::sources::kernel_sources;
 use crate::toolchain::{TARGET, folder, rustup_home};
 use crate::{Arch, cuda_tools};
 
@@ -48,8 +49,8 @@ pub enum RustCudaError {
     BackendMissing(PathBuf),
     /// No toolchain was named.
     #[error(
-        "code generator rustc_codegen_nvvm: no toolchain was named. Pass --toolchain with the name of the one \
-         that the back end was built with (rust-cuda's rust-toolchain.toml tells), or set {TOOLCHAIN_VAR}"
+        "code generator rustc_codegen_nvvm: no toolchain was named. Pass --toolchain with the name of the \
+         one that the back end was built with (rust-cuda's rust-toolchain.toml tells), or set {TOOLCHAIN_VAR}"
     )]
     NoToolchain,
     /// rustup has no such toolchain.
@@ -65,8 +66,8 @@ pub enum RustCudaError {
     },
     /// A back end is loaded by nightly compilers alone.
     #[error(
-        "code generator rustc_codegen_nvvm: the toolchain {0} is no nightly; only a nightly loads a back end, \
-         and only the one that it was built with"
+        "code generator rustc_codegen_nvvm: the toolchain {0} is no nightly; only a nightly loads a back \
+         end, and only the one that it was built with"
     )]
     NotNightly(String),
     /// The toolchain lacks a component.
@@ -183,7 +184,7 @@ impl RustCuda {
             .args(["rustc", "--lib", "--release", "--crate-type", "cdylib", "-Zbuild-std=core,alloc"])
             .arg(format!("--target={TARGET}"))
             .arg("--manifest-path")
-            .arg(crate::kernel_sources().with_file_name("Cargo.toml"))
+            .arg(kernel_sources().with_file_name("Cargo.toml"))
             .arg("--target-dir")
             .arg(target_dir)
             .arg(format!("--features={}", features.join(",")))

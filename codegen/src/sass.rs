@@ -125,7 +125,8 @@ pub fn expectation(kernel: Kernel) -> Expectation {
         Kernel::Prefill(_) => Expectation {
             tensor_cores: true,
             wide_loads: true,
-            // Its main loops begin the next tile too, whose rows of x are found by a division: a 64-bit product.
+            // Its main loops begin the next tile too, whose rows of x are found by a division: a 64-bit
+            // product.
             narrow_offsets: false,
         },
         Kernel::Shrink(variant) | Kernel::Expand(variant) => Expectation {

@@ -8,7 +8,7 @@
 //! | place | what is looked at |
 //! |---|---|
 //! | `MOE_LORA_KERNEL_RUSTC` | that program alone: when it will not do, that is an error |
-//! | `rustup` | the toolchains in `$RUSTUP_HOME`: ready-made `core` before sources, releases before nightlies, newer before older |
+//! | `rustup` | those in `$RUSTUP_HOME`: `core` before sources, releases before nightlies, newer before older |
 //! | `system` | `/usr/bin/rustc` |
 //! | `project` | `target/kernel-toolchain`, which `cargo xtask build-ptx` fills where nothing else is found |
 //!
@@ -21,6 +21,7 @@ use std::process::Command;
 use std::str::FromStr;
 
 use crate::cuda_tools;
+use crate::sources::workspace;
 
 /// The oldest rustc that will do, as (major, minor): the first with LLVM 22, whose NVPTX back end
 /// knows every architecture in [`crate::Arch::ALL`].
@@ -213,7 +214,7 @@ impl Search {
             places,
             rustup_home: rustup_home(),
             system_rustc: PathBuf::from("/usr/bin/rustc"),
-            project_dir: crate::workspace().map(|root| root.join("target/kernel-toolchain")),
+            project_dir: workspace().map(|root| root.join("target/kernel-toolchain")),
         })
     }
 
@@ -321,8 +322,8 @@ fn oldest() -> String {
 
 fn remedies() -> String {
     format!(
-        "Needed is rustc {} or later with `core` for {TARGET}, or with the library's sources to build it from. \
-         Any of these gives one:\n  \
+        "Needed is rustc {} or later with `core` for {TARGET}, or with the library's sources to build it \
+         from. Any of these gives one:\n  \
          rustup target add {TARGET}\n  \
          rustup component add rust-src\n  \
          apt-get install rustc-web rust-web-src    on Debian 12\n  \
