@@ -54,7 +54,9 @@ int main(void)
 {
     /* The router's choices; the adapter of each token, -1 for none; the ranks of the two adapters. */
     const int32_t topk_ids[T][TOP_K] = {{0, 1}, {2, 0}, {1, 2}, {0, 2}, {1, 0}};
-    const float topk_weights[T][TOP_K] = {{0.75f, 0.25f}, {0.5f, 0.5f}, {1, 0.125f}, {0.5f, 1}, {0.25f, 0.75f}};
+    const float topk_weights[T][TOP_K] = {
+        {0.75f, 0.25f}, {0.5f, 0.5f}, {1, 0.125f}, {0.5f, 1}, {0.25f, 0.75f},
+    };
     const int32_t token_lora[T] = {0, 1, -1, 1, 0};
     const int32_t ranks[L] = {R, 2};
     fill(&x[0][0], sizeof x / sizeof(uint16_t));

@@ -67,8 +67,8 @@ impl Workspace {
     /// Runs a call: on `stream`, where there are streams.
     ///
     /// # Safety
-    /// As for [`Call::run`]; and `stream` is a live stream of the device's primary context, or null. The stream of
-    /// the workspace's call before is live too.
+    /// As for [`Call::run`]; and `stream` is a live stream of the device's primary context, or null. The
+    /// stream of the workspace's call before is live too.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the CPU has no streams"))]
     pub unsafe fn run(
         &mut self,

@@ -69,7 +69,8 @@ pub trait Backend {
         routing: RoutingTensors<'_, Self::Space>,
     ) -> Result<Route>;
 
-    /// Queues the sorting of pairs into blocks, the form in which vLLM hands a route on. It needs no workspace.
+    /// Queues the sorting of pairs into blocks, the form in which vLLM hands a route on. It needs no
+    /// workspace.
     ///
     /// # Errors
     /// Whatever [`Align::check`] finds, before anything is launched.

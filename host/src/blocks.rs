@@ -1,11 +1,12 @@
 //! Routes in vLLM's form: the pairs of each adapter slot, sorted into blocks of one expert each.
 //!
-//! vLLM 0.33.0 routes a layer with `moe_lora_align_block_size` ([`Align`] here), and hands what that leaves to
-//! its operator `fused_moe_lora` ([`Routing::Sorted`](crate::Routing::Sorted) here). Names and shapes are vLLM's.
+//! vLLM 0.33.0 routes a layer with `moe_lora_align_block_size` ([`Align`] here), and hands what that leaves
+//! to its operator `fused_moe_lora` ([`Routing::Sorted`](crate::Routing::Sorted) here). Names and shapes are
+//! vLLM's.
 //!
-//! A slot has a row in each array. Its pairs are sorted by local expert, the *segment* of each expert filled up
-//! to whole blocks of `block_size` places with P, which is no pair. Places past `num_tokens_post_padded` hold
-//! P, and blocks past it the expert −1. The order of pairs within a segment is nobody's promise, neither
+//! A slot has a row in each array. Its pairs are sorted by local expert, the *segment* of each expert filled
+//! up to whole blocks of `block_size` places with P, which is no pair. Places past `num_tokens_post_padded`
+//! hold P, and blocks past it the expert −1. The order of pairs within a segment is nobody's promise, neither
 //! vLLM's nor ours.
 //!
 //! vLLM's *naive* form, for few tokens, has no sorted arrays: `sorted_token_ids` is `None`, `expert_ids` is
@@ -26,8 +27,8 @@ pub struct BlockShape {
     /// Places of a block. In a route [`BlockShape::MIN_BLOCK_SIZE`] ..= [`BlockShape::MAX_BLOCK_SIZE`], in
     /// [`Align`] anything from 1 on.
     pub block_size: usize,
-    /// Places of a row of `sorted_token_ids` (vLLM's `max_num_tokens_padded`). It need not be a multiple of the
-    /// block size: the places after the last whole block are never used.
+    /// Places of a row of `sorted_token_ids` (vLLM's `max_num_tokens_padded`). It need not be a multiple of
+    /// the block size: the places after the last whole block are never used.
     pub max_padded: usize,
     /// Blocks of a row of `expert_ids` (vLLM's `max_num_m_blocks`).
     pub max_blocks: usize,
@@ -81,10 +82,11 @@ impl BlockShape {
 ///
 /// A pair in no block *is no part of the call*: its row of `out` keeps what it holds even when the call
 /// overwrites (vLLM with `add_inputs=False`), and so does its row of `h` in the split form (vLLM hands its
-/// shrink an `h` of zeros). This differs from [`Routing::Tokens`](crate::Routing::Tokens), which knows all pairs.
+/// shrink an `h` of zeros). This differs from [`Routing::Tokens`](crate::Routing::Tokens), which knows all
+/// pairs.
 ///
-/// A pair in two blocks gets the delta of one or both of them. Blocks past those that P pairs in L · E segments
-/// can fill are left out.
+/// A pair in two blocks gets the delta of one or both of them. Blocks past those that P pairs in L · E
+/// segments can fill are left out.
 #[derive(Clone, Copy, Debug)]
 pub struct SortedTensors<'a, S: Space> {
     /// Sizes of the arrays.
@@ -133,13 +135,13 @@ impl<S: Space> SortedTensors<'_, S> {
 
 /// Sorts pairs into blocks, as vLLM 0.33.0's `moe_lora_align_block_size` does.
 ///
-/// The rows of the slots that are listed in `lora_ids`, below L and on in `adapter_enabled` are written whole;
-/// all other rows keep what they hold. A pair is in the row of its token's slot when its local expert is below
-/// E. Ids are untrusted, and one out of range leaves its pair out.
+/// The rows of the slots that are listed in `lora_ids`, below L and on in `adapter_enabled` are written
+/// whole; all other rows keep what they hold. A pair is in the row of its token's slot when its local expert
+/// is below E. Ids are untrusted, and one out of range leaves its pair out.
 ///
-/// vLLM's kernel reads past its arrays for a `topk_ids` below 0 and, for fewer than 1,024 pairs and at most 64
-/// experts, for one of E or more; for more pairs or experts it leaves out ids of E or more *before* it looks
-/// them up in `expert_map`. Here an id is looked up when the map has it.
+/// vLLM's kernel reads past its arrays for a `topk_ids` below 0 and, for fewer than 1,024 pairs and at most
+/// 64 experts, for one of E or more; for more pairs or experts it leaves out ids of E or more *before* it
+/// looks them up in `expert_map`. Here an id is looked up when the map has it.
 #[derive(Debug)]
 pub struct Align<'a, S: Space> {
     /// T; 0 is legal, and leaves rows without a pair.

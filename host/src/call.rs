@@ -18,8 +18,8 @@ use bytemuck::Pod;
 pub enum Routing<'a, S: Space> {
     /// Found by this call.
     Tokens(RoutingTensors<'a, S>),
-    /// Found elsewhere, in the form of vLLM's `moe_lora_align_block_size`. Pairs that it does not name are no part
-    /// of the call: their rows stay as they are.
+    /// Found elsewhere, in the form of vLLM's `moe_lora_align_block_size`. Pairs that it does not name are no
+    /// part of the call: their rows stay as they are.
     Sorted(SortedTensors<'a, S>),
     /// Found by an earlier call on this workspace, or by [`Backend::route`](crate::Backend::route).
     On(Route),
@@ -62,7 +62,8 @@ pub struct Forward<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Routing::Sorted`]).
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see
+    /// [`Routing::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -98,7 +99,8 @@ pub struct Expand<'a, S: Space, T> {
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
-    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see [`Routing::Sorted`]).
+    /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see
+    /// [`Routing::Sorted`]).
     pub accumulate: bool,
 }
 
@@ -115,8 +117,8 @@ pub struct Layout {
     pub offset: usize,
     /// True when every 16-bit tensor starts on a 16-byte boundary.
     pub aligned: bool,
-    /// True when the call's own routing names ranks of the slots' own, which may be smaller than the rank that
-    /// weights are allocated for.
+    /// True when the call's own routing names ranks of the slots' own, which may be smaller than the rank
+    /// that weights are allocated for.
     pub ranked: bool,
 }
 

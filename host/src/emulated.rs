@@ -57,9 +57,9 @@ const LIMITS: DeviceLimits =
     DeviceLimits { multiprocessors: 8, decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
 
 impl Emulated {
-    /// A device with the limits of an H100, but few multiprocessors, and few clusters at a time: so each takes many units of `decode`, and
-    /// there are not more threads than a test has time for. `seed` decides the order of threads and blocks; each launch has
-    /// another.
+    /// A device with the limits of an H100, but few multiprocessors, and few clusters at a time: so each
+    /// takes many units of `decode`, and there are not more threads than a test has time for. `seed` decides
+    /// the order of threads and blocks; each launch has another.
     pub fn new(options: Options, seed: u64) -> Self {
         Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: RefCell::default() }
     }
@@ -119,8 +119,8 @@ impl Emulated {
         launched.queue(&workspace.place(), |launches| self.launch_all(launches, tensors, listed))
     }
 
-    /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the workspace
-    /// has room for a list of `listed` pairs.
+    /// Runs a call's launches. They may read `tensors`, and `expand` may write the last of them; the
+    /// workspace has room for a list of `listed` pairs.
     fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer], listed: usize) -> Result<()> {
         launches.iter().flatten().try_for_each(|(launch, parameters)| match parameters {
             Parameters::Route(p) => {

@@ -191,8 +191,8 @@ pub enum Error {
         /// Name of this device.
         device: String,
     },
-    /// An emulated kernel did what no kernel may. It is found while the call runs: what it had written by then
-    /// stays.
+    /// An emulated kernel did what no kernel may. It is found while the call runs: what it had written by
+    /// then stays.
     #[cfg(feature = "emulate")]
     #[error("fault of a kernel: {report}")]
     KernelFault {

@@ -1,5 +1,5 @@
-//! What does not compile: each example would use memory that is gone, that another call writes, or of the wrong
-//! place. They are compiled by the tests of documentation, and must fail with the error that they name.
+//! What does not compile: each example would use memory that is gone, that another call writes, or of the
+//! wrong place. They are compiled by the tests of documentation, and must fail with the error that they name.
 //!
 //! A view does not outlive its buffer:
 //! ```compile_fail,E0505

@@ -1,5 +1,5 @@
-//! The operator as an engine holds it: the sizes of a projection, where its calls run, and the scratch memory that
-//! they share.
+//! The operator as an engine holds it: the sizes of a projection, where its calls run, and the scratch memory
+//! that they share.
 
 use crate::backend::{Backend, Buffer};
 use crate::call::{Enabled, Forward, Routing, RoutingTensors};
@@ -13,23 +13,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The fused MoE-LoRA operator of one projection, on one back end: the CPU or a stream of a GPU.
 ///
-/// Operators that are built together share scratch memory and route: make them for all projections of a layer, and
-/// use them for all layers of the same sizes. It owns all that it needs.
+/// Operators that are built together share scratch memory and route: make them for all projections of a
+/// layer, and use them for all layers of the same sizes. It owns all that it needs.
 ///
 /// ```
 /// use half::bf16;
 /// use moe_lora::{Operator, ProjectionSizes, cpu::Cpu};
 ///
-/// // Gate and up of 8 experts, two for each token, with 2 adapters of rank 4: what one call adds for 3 tokens.
-/// let sizes = ProjectionSizes { experts: 8, top_k: 2, slots: 2, max_rank: 4, ..ProjectionSizes::gate_up(16, 32) };
+/// // Gate and up of 8 experts, two for each token, with 2 adapters of rank 4: what a call adds for 3 tokens.
+/// let layer = ProjectionSizes::gate_up(16, 32);
+/// let sizes = ProjectionSizes { experts: 8, top_k: 2, slots: 2, max_rank: 4, ..layer };
 /// let [w13] = Operator::builder(&Cpu).max_tokens(3).build([sizes])?;
 /// let x = vec![bf16::ONE; 3 * 16];
 /// let a = [vec![bf16::ONE; 2 * 8 * 4 * 16], vec![bf16::ONE; 2 * 8 * 4 * 16]];
 /// let b = [vec![bf16::ONE; 2 * 8 * 32 * 4], vec![bf16::ONE; 2 * 8 * 32 * 4]];
 /// let (topk_ids, token_lora) = ([0, 1, 5, 2, 7, 7], [0, 1, -1]); // the last token has no adapter
 /// let mut out = vec![bf16::ZERO; 3 * 2 * 64];
-/// w13.call(&x[..], a.iter().map(|a| &a[..]), b.iter().map(|b| &b[..]), (&topk_ids[..], &token_lora[..]), &mut out[..])
-///     .run()?;
+/// let (a, b) = (a.iter().map(|a| &a[..]), b.iter().map(|b| &b[..]));
+/// w13.call(&x[..], a, b, (&topk_ids[..], &token_lora[..]), &mut out[..]).run()?;
 /// assert_eq!([out[0], out[4 * 64]], [bf16::from_f32(64.0), bf16::ZERO]);
 /// # Ok::<(), moe_lora::Error>(())
 /// ```
@@ -111,8 +112,8 @@ impl<B: Backend> Operator<B> {
     ///
     /// - `x`: `[T, K]` or `[P, K]`.
     /// - `a`, `b`: S tensors each, `[L, E or 1, R, K]` and `[L, E or 1, N, R]`.
-    /// - `routing`: `(topk_ids, token_lora)`, `[T, k]` and `[T]`, or the [`Route`] that another call of the layer has
-    ///   found, or [`Routing`] in any other form.
+    /// - `routing`: `(topk_ids, token_lora)`, `[T, k]` and `[T]`, or the [`Route`] that another call of the
+    ///   layer has found, or [`Routing`] in any other form.
     /// - `out`: `[T, k, S·N]`.
     pub fn call<'c, T: Element, A, C>(
         &'c self,
@@ -160,7 +161,8 @@ pub struct Call<'c, B: Backend, T> {
 }
 
 impl<'c, B: Backend, T: Element> Call<'c, B, T> {
-    /// T. Otherwise as many as `token_lora` has elements, or as the route was found for, or as `x` has rows for.
+    /// T. Otherwise as many as `token_lora` has elements, or as the route was found for, or as `x` has rows
+    /// for.
     pub fn tokens(self, tokens: usize) -> Self {
         Call { tokens: Some(tokens), ..self }
     }
@@ -185,7 +187,8 @@ impl<'c, B: Backend, T: Element> Call<'c, B, T> {
         self
     }
 
-    /// `[global experts]`: the local id of each expert, −1 where another device holds it. Otherwise ids are local.
+    /// `[global experts]`: the local id of each expert, −1 where another device holds it. Otherwise ids are
+    /// local.
     pub fn expert_map(mut self, map: impl Into<View<'c, B::Space, i32>>) -> Self {
         match &mut self.routing {
             Routing::Tokens(tensors) => tensors.expert_map = Some(map.into()),
@@ -224,7 +227,8 @@ impl<'c, B: Backend, T: Element> Call<'c, B, T> {
     /// Checks the call and queues it. Returns its route, for other calls of the layer.
     ///
     /// # Errors
-    /// As for [`Backend::forward`]; [`Error::PartOfRoute`] for what a call on a [`Route`] says of its routing.
+    /// As for [`Backend::forward`]; [`Error::PartOfRoute`] for what a call on a [`Route`] says of its
+    /// routing.
     pub fn run(self) -> Result<Route> {
         let Call { operator, routing, x, a, b, topk_weights, out, offset, accumulate, .. } = self;
         if let Some(what) = self.unused {
@@ -257,7 +261,8 @@ impl<'a, T: Pod, B: Buffer<T>> From<&'a mut B> for ViewMut<'a, B::Space, T> {
 }
 
 impl<'a, S: Space> RoutingTensors<'a, S> {
-    /// Of `topk_ids` and `token_lora`: all slots are on and of the largest rank, and ids of experts are local.
+    /// Of `topk_ids` and `token_lora`: all slots are on and of the largest rank, and ids of experts are
+    /// local.
     pub fn new(topk_ids: View<'a, S, i32>, token_lora: View<'a, S, i32>) -> Self {
         RoutingTensors { topk_ids, token_lora, adapter_enabled: Enabled::All, ranks: None, expert_map: None }
     }

@@ -54,8 +54,8 @@ pub struct ProjectionSizes {
 }
 
 impl ProjectionSizes {
-    /// Gate and up (w13) of experts of width `intermediate` on tokens of width `hidden`: two slices, a row of `x` a
-    /// token. Of all else there is one, in bf16, for ranks up to 64: say what differs by
+    /// Gate and up (w13) of experts of width `intermediate` on tokens of width `hidden`: two slices, a row of
+    /// `x` a token. Of all else there is one, in bf16, for ranks up to 64: say what differs by
     /// `ProjectionSizes { experts: 128, top_k: 8, ..ProjectionSizes::gate_up(2048, 768) }`.
     pub fn gate_up(hidden: usize, intermediate: usize) -> Self {
         ProjectionSizes {
@@ -73,7 +73,8 @@ impl ProjectionSizes {
         }
     }
 
-    /// Down (w2) of the same experts: one slice, a row of `x` a pair. All else as for [`ProjectionSizes::gate_up`].
+    /// Down (w2) of the same experts: one slice, a row of `x` a pair. All else as for
+    /// [`ProjectionSizes::gate_up`].
     pub fn down(hidden: usize, intermediate: usize) -> Self {
         ProjectionSizes {
             slices: 1,

@@ -179,7 +179,8 @@ pub fn expand<T: Element>(projection: &Projection, call: &Expand<'_, Host, T>) -
     Ok(Expected { targets, values })
 }
 
-/// `delta[p, s·N + n]` = weight\[p\] · Σ_q h\[q\] · b\[s\]\[l, e, n, q\], with h as `hidden(s, p, …)` gives it.
+/// `delta[p, s·N + n]` = weight\[p\] · Σ_q h\[q\] · b\[s\]\[l, e, n, q\], with h as `hidden(s, p, …)` gives
+/// it.
 fn delta<T: Element>(
     projection: &Projection,
     targets: &[Option<Target>],

@@ -1,5 +1,5 @@
-//! The route of a call: which pairs belong to which segment. It lies in a workspace; [`Route`] is the proof that it
-//! is there.
+//! The route of a call: which pairs belong to which segment. It lies in a workspace; [`Route`] is the proof
+//! that it is there.
 
 use crate::error::{Error, Result};
 use crate::projection::{Projection, ProjectionSizes};
@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A route that a call has found, for later calls on the same workspace: all projections of a layer have one.
 ///
-/// It is valid until the workspace's next call that finds a route, whether that succeeds or not. One that was found
-/// while a CUDA graph was recorded is valid within that recording alone, and every replay of a graph that finds
-/// routes ends those that were found outside it. A call on a route that is no longer valid is refused with
-/// [`Error::StaleRoute`].
+/// It is valid until the workspace's next call that finds a route, whether that succeeds or not. One that was
+/// found while a CUDA graph was recorded is valid within that recording alone, and every replay of a graph
+/// that finds routes ends those that were found outside it. A call on a route that is no longer valid is
+/// refused with [`Error::StaleRoute`].
 ///
-/// Of a graph that another library records and replays on a stream of its own, nothing is known here: there, a route
-/// that was found while it was recorded may be used while it is recorded, and nowhere else.
+/// Of a graph that another library records and replays on a stream of its own, nothing is known here: there,
+/// a route that was found while it was recorded may be used while it is recorded, and nowhere else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     sizes: RouteSizes,

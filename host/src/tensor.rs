@@ -88,10 +88,10 @@ impl<'a, S: Space, T: Pod> View<'a, S, T> {
     /// Views raw memory.
     ///
     /// # Safety
-    /// `address` must be valid in space `S` for reads of `len` elements of `T` for all of `'a`. For device memory
-    /// that includes all work queued with this view, every replay of a graph that records it among them, and other
-    /// streams may not write it meanwhile. A null or unaligned address is allowed here and refused, with an error,
-    /// by the call that is given the view.
+    /// `address` must be valid in space `S` for reads of `len` elements of `T` for all of `'a`. For device
+    /// memory that includes all work queued with this view, every replay of a graph that records it among
+    /// them, and other streams may not write it meanwhile. A null or unaligned address is allowed here and
+    /// refused, with an error, by the call that is given the view.
     pub unsafe fn from_raw(address: u64, len: usize) -> Self {
         View { address, len, memory: None, owner: PhantomData }
     }
@@ -99,7 +99,8 @@ impl<'a, S: Space, T: Pod> View<'a, S, T> {
     /// All of an allocation.
     ///
     /// # Safety
-    /// As for [`View::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in order.
+    /// As for [`View::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in
+    /// order.
     #[cfg(feature = "cuda")]
     pub(crate) unsafe fn of(address: u64, len: usize, memory: &'a Arc<S::Memory>) -> Self {
         View { address, len, memory: Some(memory), owner: PhantomData }
@@ -158,7 +159,8 @@ impl<'a, S: Space, T: Pod> ViewMut<'a, S, T> {
     /// All of an allocation, to be written.
     ///
     /// # Safety
-    /// As for [`ViewMut::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in order.
+    /// As for [`ViewMut::from_raw`]; a back end that is given the view keeps `memory` alive and its uses in
+    /// order.
     #[cfg(feature = "cuda")]
     pub(crate) unsafe fn of(address: u64, len: usize, memory: &'a Arc<S::Memory>) -> Self {
         ViewMut { address, len, memory: Some(memory), owner: PhantomData }

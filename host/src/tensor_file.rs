@@ -45,7 +45,9 @@ pub enum FileError {
     },
     /// The header places a tensor where the file has no room for it, or gives it a place that is not
     /// the size of its shape.
-    #[error("{}: {tensor} lies at {start}..{end} of {available} bytes, expected {expected} bytes", path.display())]
+    #[error(
+        "{}: {tensor} lies at {start}..{end} of {available} bytes, expected {expected} bytes", path.display()
+    )]
     Extent {
         /// The file.
         path: PathBuf,

@@ -1,5 +1,6 @@
-//! The host's own code on calls so small that Miri can watch it: checks, plans, and every call of the CPU back end held
-//! against the reference. `cargo xtask miri` runs this where a nightly toolchain with Miri is to be had.
+//! The host's own code on calls so small that Miri can watch it: checks, plans, and every call of the CPU
+//! back end held against the reference. `cargo xtask miri` runs this where a nightly toolchain with Miri is
+//! to be had.
 
 use half::bf16;
 use moe_lora::cpu::Cpu;

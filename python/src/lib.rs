@@ -1,11 +1,12 @@
 //! `moe_lora._native`: the operator on Python's tensors.
 //!
-//! Data walks in one direction: Python's objects become [`tensor::Tensor`]s, which know their names; [`read`] and
-//! [`routing`] check each, [`call`] checks them against one another and makes the library's call of them; [`place`]
-//! finds the device, the stream and the workspace that it runs on. `moe_lora/_native.pyi` documents every function for its users.
+//! Data walks in one direction: Python's objects become [`tensor::Tensor`]s, which know their names; [`read`]
+//! and [`routing`] check each, [`call`] checks them against one another and makes the library's call of them;
+//! [`place`] finds the device, the stream and the workspace that it runs on. `moe_lora/_native.pyi` documents
+//! every function for its users.
 //!
-//! The GIL is kept throughout: a call takes microseconds, most of them in the driver, and giving the GIL up and
-//! taking it back costs as much as it would lend to another thread.
+//! The GIL is kept throughout: a call takes microseconds, most of them in the driver, and giving the GIL up
+//! and taking it back costs as much as it would lend to another thread.
 
 mod call;
 mod fault;
@@ -120,8 +121,9 @@ mod _native {
     /// The second half of `forward`: out (+)= weight * b @ h.
     #[pyfunction]
     #[pyo3(signature = (
-        h, b, topk_ids, token_lora, out, *, topk_weights=None, adapter_enabled=None, ranks=None, expert_map=None,
-        mul_routed_weight=false, accumulate=true, offset=0, experts=None, workspace=None, stream=None, blocks=None,
+        h, b, topk_ids, token_lora, out, *, topk_weights=None, adapter_enabled=None, ranks=None,
+        expert_map=None, mul_routed_weight=false, accumulate=true, offset=0, experts=None, workspace=None,
+        stream=None, blocks=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn expand<'py>(
@@ -152,8 +154,8 @@ mod _native {
     /// Sorts pairs into blocks, as vLLM's `moe_lora_align_block_size` does.
     #[pyfunction]
     #[pyo3(signature = (
-        topk_ids, token_lora_mapping, num_experts, block_size, max_loras, max_num_tokens_padded, max_num_m_blocks,
-        sorted_token_ids, expert_ids, num_tokens_post_pad, adapter_enabled, lora_ids, expert_map=None, *,
+        topk_ids, token_lora_mapping, num_experts, block_size, max_loras, max_num_tokens_padded,
+        max_num_m_blocks, sorted_token_ids, expert_ids, num_tokens_post_pad, adapter_enabled, lora_ids, expert_map=None, *,
         stream=None,
     ))]
     #[allow(clippy::too_many_arguments)]

@@ -19,8 +19,8 @@ type Address = usize;
 /// `CU_STREAM_PER_THREAD`: one address for the default streams of all threads.
 const PER_THREAD: Address = 2;
 
-/// The slices that the workspaces kept here have room for: w13 has two, and w2, whose one slice comes first in
-/// some layers, shall not leave a workspace that w13 outgrows.
+/// The slices that the workspaces kept here have room for: w13 has two, and w2, whose one slice comes first
+/// in some layers, shall not leave a workspace that w13 outgrows.
 const SLICES: usize = 2;
 
 /// Nothing that a panic could leave half done is kept behind these locks.
@@ -28,8 +28,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The device, with the kernels loaded, at its first use. It stays for the rest of the process, as there is no
-/// moment at which the driver still answers and nobody calls any more.
+/// The device, with the kernels loaded, at its first use. It stays for the rest of the process, as there is
+/// no moment at which the driver still answers and nobody calls any more.
 fn device(ordinal: u32) -> Outcome<Device> {
     static DEVICES: Mutex<BTreeMap<u32, Device>> = Mutex::new(BTreeMap::new());
     let mut devices = lock(&DEVICES);
@@ -43,8 +43,8 @@ fn device(ordinal: u32) -> Outcome<Device> {
 
 /// The stream at an address.
 fn stream_at(device: &Device, address: Address) -> cuda::Stream {
-    // SAFETY: the stream is the one that the caller named, or its library's current one: it is live, and its library
-    // keeps it.
+    // SAFETY: the stream is the one that the caller named, or its library's current one: it is live, and its
+    // library keeps it.
     unsafe { device.foreign_stream(address as *mut c_void) }
 }
 
@@ -101,7 +101,8 @@ pub struct Place<'a, 'py> {
     pub workspace: Option<&'a Bound<'py, Workspace>>,
 }
 
-/// What a call is given of its place, besides the workspace: the stream, and the route of the workspace's call before.
+/// What a call is given of its place, besides the workspace: the stream, and the route of the workspace's
+/// call before.
 pub type On<'a> = (&'a cuda::Stream, Option<Route>);
 
 impl Place<'_, '_> {
@@ -163,9 +164,9 @@ impl Place<'_, '_> {
     }
 }
 
-/// What calls on a stream use that name no workspace. The last workspace is the largest. A captured graph names the
-/// memory of the workspace that it was captured with, so none is ever freed; as their tokens double, those that were
-/// outgrown by larger batches take no more than the last.
+/// What calls on a stream use that name no workspace. The last workspace is the largest. A captured graph
+/// names the memory of the workspace that it was captured with, so none is ever freed; as their tokens
+/// double, those that were outgrown by larger batches take no more than the last.
 struct Own {
     stream: cuda::Stream,
     workspaces: Vec<cuda::Workspace>,

@@ -60,7 +60,8 @@ impl<'py> Reader<'py> {
         Ok(tensor)
     }
 
-    /// The weights of all slices, which have one shape of four dimensions: a tensor, or a list or tuple of them.
+    /// The weights of all slices, which have one shape of four dimensions: a tensor, or a list or tuple of
+    /// them.
     pub fn slices(
         &self,
         name: &'static str,

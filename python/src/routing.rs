@@ -1,4 +1,5 @@
-//! Who goes where: the ids of each token, or blocks of pairs in vLLM's form, or the route that a workspace keeps.
+//! Who goes where: the ids of each token, or blocks of pairs in vLLM's form, or the route that a workspace
+//! keeps.
 
 use crate::fault::{Fault, Outcome};
 use crate::read::{Optional, Reader};
@@ -191,7 +192,8 @@ impl Source {
         match tokens.given() {
             None => Ok(Source::Kept),
             Some(name) => Err(Fault::Argument(format!(
-                "{name}: expected with topk_ids and token_lora, or without both for the route that the workspace keeps"
+                "{name}: expected with topk_ids and token_lora, or without both for the route that the \
+                 workspace keeps"
             ))),
         }
     }

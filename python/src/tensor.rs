@@ -1,7 +1,7 @@
 //! Tensors of whatever library, read without a copy: where they are, their type, shape and strides.
 //!
-//! Three ways, the quickest first: DLPack's C exchange functions (PyTorch from 2.10 on: tens of nanoseconds), its
-//! Python protocol, and the CUDA array interface.
+//! Three ways, the quickest first: DLPack's C exchange functions (PyTorch from 2.10 on: tens of nanoseconds),
+//! its Python protocol, and the CUDA array interface.
 
 use crate::fault::{Fault, Outcome};
 use bytemuck::Pod;
@@ -135,7 +135,8 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Reads the argument `name`. `exchange` is of the call's first tensor, and so most often of this one's type.
+    /// Reads the argument `name`. `exchange` is of the call's first tensor, and so most often of this one's
+    /// type.
     pub fn read(name: Name, object: &Bound<'_, PyAny>, exchange: &Exchange<'_>) -> Outcome<Self> {
         if let Some(api) = exchange.of(object)?
             && let Some(read) = api.dltensor_from_py_object_no_sync
@@ -204,7 +205,8 @@ impl Tensor {
         Self::from_dlpack(name, unsafe { &managed.as_ref().dl_tensor })
     }
 
-    /// The CUDA array interface, versions 2 and 3. Its `stream` is not waited for: the caller sees to the order.
+    /// The CUDA array interface, versions 2 and 3. Its `stream` is not waited for: the caller sees to the
+    /// order.
     fn from_array_interface(name: Name, interface: &Bound<'_, PyAny>) -> Outcome<Self> {
         let interface = interface.cast::<PyDict>().map_err(PyErr::from)?;
         let py = interface.py();
@@ -223,8 +225,8 @@ impl Tensor {
             "|b1" => Type::BOOL,
             _ => {
                 return Err(Fault::Argument(format!(
-                    "{name}: expected float16, float32, int32, uint8 or bool through __cuda_array_interface__ \
-                     (it has no bfloat16), got {typestr}"
+                    "{name}: expected float16, float32, int32, uint8 or bool through \
+                     __cuda_array_interface__ (it has no bfloat16), got {typestr}"
                 )));
             }
         };

@@ -16,8 +16,8 @@ use crate::shell::{
 };
 use crate::{bench, ptx, python};
 
-/// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm it
-/// is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
+/// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm
+/// it is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
 /// programs; by nvvm the kernels are about a quarter larger.
 const LARGEST: u64 = 140_000_000;
 
@@ -27,9 +27,9 @@ const BENCH: &str = include_str!("bundle/bench.sh");
 
 /// Gather all that a GPU machine without Rust needs in one folder.
 ///
-/// The folder holds the program moe-lora, the examples, every test of moe-lora-tests with its
-/// fixtures, libmoe_lora.so with its header and its tests, the Python package with its tests, and the PTX. Copy it to a Linux machine with an NVIDIA driver and the same processor
-/// architecture, and run ./run-tests.sh there.
+/// The folder holds the program moe-lora, the examples, every test of moe-lora-tests with its fixtures,
+/// libmoe_lora.so with its header and its tests, the Python package with its tests, and the PTX. Copy it to a
+/// Linux machine with an NVIDIA driver and the same processor architecture, and run ./run-tests.sh there.
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder to write to, emptied first [default: target/bundle]

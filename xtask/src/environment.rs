@@ -13,7 +13,8 @@ const PYTHON_VAR: &str = "MOE_LORA_PYTHON";
 /// The oldest Python that the package is for: minor version of 3.
 const OLDEST: u32 = 10;
 
-/// What the Python code is built, checked and tested with, and the benchmark's chart drawn, the same everywhere.
+/// What the Python code is built, checked and tested with, and the benchmark's chart drawn, the same
+/// everywhere.
 const TOOLS: [&str; 5] =
     ["auditwheel==6.8.2", "maturin==1.16.0", "matplotlib==3.10.8", "mypy==2.4.1", "pytest==9.2.0"];
 

@@ -95,8 +95,8 @@ impl Glibc {
         Ok(Glibc::Stubs(dir))
     }
 
-    /// Arguments for rustc, when it makes a program or a shared library. They go behind `cargo rustc … --`, to
-    /// its last crate alone: in `RUSTFLAGS` they would have all others compiled again, too.
+    /// Arguments for rustc, when it makes a program or a shared library. They go behind `cargo rustc … --`,
+    /// to its last crate alone: in `RUSTFLAGS` they would have all others compiled again, too.
     pub fn rustc_args(&self) -> Vec<String> {
         match self {
             Glibc::Native => Vec::new(),

@@ -77,7 +77,8 @@ pub enum AdapterError {
         tensor: String,
         /// The expert in its name.
         expert: usize,
-        /// Experts of the layer; [`Stack::MAX_EXPERTS`](super::Stack::MAX_EXPERTS) when the caller did not say.
+        /// Experts of the layer; [`Stack::MAX_EXPERTS`](super::Stack::MAX_EXPERTS) when the caller did not
+        /// say.
         experts: usize,
     },
     /// A weight is infinite or not a number, or becomes so in the type asked for.

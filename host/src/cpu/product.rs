@@ -1,4 +1,5 @@
-//! The arithmetic of a tile: inputs widened to f32, products with a segment's weights, and what becomes of them.
+//! The arithmetic of a tile: inputs widened to f32, products with a segment's weights, and what becomes of
+//! them.
 
 use super::segments::Tile;
 use crate::dtype::Element;

@@ -153,8 +153,9 @@ impl Segments {
         Segments { pairs: active.into_iter().map(|(_, pair)| pair).collect(), tiles, only_active: false }
     }
 
-    /// Runs `work` on every tile, with the rows of `matrix` that belong to the tile's pairs, in
-    /// parallel; each thread has an `S` of its own. Returns the rows of the inactive pairs, as far as they are part of the call.
+    /// Runs `work` on every tile, with the rows of `matrix` that belong to the tile's pairs, in parallel;
+    /// each thread has an `S` of its own. Returns the rows of the inactive pairs, as far as they are part of
+    /// the call.
     pub fn for_each_tile<'m, T: Send, S: Default>(
         &self,
         matrix: &'m mut [T],

@@ -10,8 +10,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// Memory on a device, freed when dropped: after all work that uses it, whichever streams that is queued on. (For
-/// streams of the caller's see [`Device::foreign_stream`].)
+/// Memory on a device, freed when dropped: after all work that uses it, whichever streams that is queued on.
+/// (For streams of the caller's see [`Device::foreign_stream`].)
 pub struct Buffer<T> {
     memory: Arc<Memory>,
     len: usize,
@@ -48,7 +48,8 @@ impl<T: Pod> Buffer<T> {
         self.memory.device()
     }
 
-    /// Address of the first element, on the device. Whoever reads or writes there sees to the order of work itself.
+    /// Address of the first element, on the device. Whoever reads or writes there sees to the order of work
+    /// itself.
     pub fn address(&self) -> u64 {
         self.memory.address()
     }
@@ -68,7 +69,8 @@ impl<T: Pod> backend::Buffer<T> for Buffer<T> {
     type Space = Cuda;
 
     fn view(&self) -> View<'_, Cuda, T> {
-        // SAFETY: the memory is this buffer's for as long as it is borrowed, and a call keeps it and its uses in order.
+        // SAFETY: the memory is this buffer's for as long as it is borrowed, and a call keeps it and its uses
+        // in order.
         unsafe { View::of(self.address(), self.len, &self.memory) }
     }
 

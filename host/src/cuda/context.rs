@@ -37,8 +37,8 @@ impl Drop for Bound {
     }
 }
 
-/// A stretch in which this thread may allocate, free and load modules, whatever is being captured meanwhile, by this
-/// library or another. What is done so is no part of a graph.
+/// A stretch in which this thread may allocate, free and load modules, whatever is being captured meanwhile,
+/// by this library or another. What is done so is no part of a graph.
 pub(super) struct Relaxed<'a>(&'a Api, u32);
 
 impl<'a> Relaxed<'a> {

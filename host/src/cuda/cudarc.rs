@@ -11,7 +11,8 @@
 //! let [w2] = Operator::builder(stream.stream()).max_tokens(64).build([sizes])?;
 //!
 //! let (x, a) = (cudarc.alloc_zeros::<bf16>(64 * 768)?, cudarc.alloc_zeros::<bf16>(2 * 8 * 16 * 768)?);
-//! let (b, mut out) = (cudarc.alloc_zeros::<bf16>(2 * 8 * 2048 * 16)?, cudarc.alloc_zeros::<bf16>(64 * 2048)?);
+//! let b = cudarc.alloc_zeros::<bf16>(2 * 8 * 2048 * 16)?;
+//! let mut out = cudarc.alloc_zeros::<bf16>(64 * 2048)?;
 //! let (topk_ids, token_lora) = (cudarc.alloc_zeros::<i32>(64)?, cudarc.alloc_zeros::<i32>(64)?);
 //! // Borrowed until the call is queued: cudarc keeps what other streams do with them in order.
 //! let (x, a, b) = (stream.read(x.as_view())?, stream.read(a.as_view())?, stream.read(b.as_view())?);
@@ -43,8 +44,8 @@ pub struct CudarcStream {
     cudarc: Arc<CudaStream>,
 }
 
-/// A slice of `cudarc`'s that a call on one stream reads. When it is dropped, `cudarc` notes that what was queued
-/// there until then may read it.
+/// A slice of `cudarc`'s that a call on one stream reads. When it is dropped, `cudarc` notes that what was
+/// queued there until then may read it.
 #[must_use]
 pub struct CudarcRead<'a, T> {
     // Dropped after the call that it is lent to has been queued.
@@ -52,8 +53,8 @@ pub struct CudarcRead<'a, T> {
     lent: Lent<T>,
 }
 
-/// A slice of `cudarc`'s that a call on one stream writes. When it is dropped, `cudarc` notes that what was queued
-/// there until then may write it.
+/// A slice of `cudarc`'s that a call on one stream writes. When it is dropped, `cudarc` notes that what was
+/// queued there until then may write it.
 #[must_use]
 pub struct CudarcWrite<'a, T> {
     _guard: SyncOnDrop<'a>,
@@ -85,7 +86,8 @@ impl CudarcStream {
         &self.stream
     }
 
-    /// Lends a slice to a call on this stream, which reads it: after what other streams have queued that writes it.
+    /// Lends a slice to a call on this stream, which reads it: after what other streams have queued that
+    /// writes it.
     ///
     /// # Errors
     /// [`Error::OtherDevice`] when it is of another device.
@@ -96,7 +98,8 @@ impl CudarcStream {
         Ok(CudarcRead { _guard: guard, lent: self.lent(address, len) })
     }
 
-    /// Lends a slice to a call on this stream, which writes it: after what other streams have queued that uses it.
+    /// Lends a slice to a call on this stream, which writes it: after what other streams have queued that
+    /// uses it.
     ///
     /// # Errors
     /// [`Error::OtherDevice`] when it is of another device.
@@ -127,7 +130,8 @@ fn check_context(what: &'static str, device: &Device, context: &CudaContext) -> 
 impl<T: Pod> CudarcRead<'_, T> {
     /// All elements, for a call.
     pub fn view(&self) -> View<'_, Cuda, T> {
-        // SAFETY: the slice is borrowed, and the memory is used on one stream alone, which has waited for others.
+        // SAFETY: the slice is borrowed, and the memory is used on one stream alone, which has waited for
+        // others.
         unsafe { View::of(self.lent.memory.address(), self.lent.len, &self.lent.memory) }
     }
 }

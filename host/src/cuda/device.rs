@@ -29,9 +29,9 @@ pub enum LoadedFrom {
 /// A device with the kernels loaded, in the device's primary context: the one that CUDA's runtime, and so
 /// most other libraries in the process, use.
 ///
-/// A handle: clones are the same device, whose kernels stay loaded until the last of them, and the last of its
-/// streams, buffers, workspaces and graphs, is gone. No function of these needs a current context, or leaves another
-/// current than it found.
+/// A handle: clones are the same device, whose kernels stay loaded until the last of them, and the last of
+/// its streams, buffers, workspaces and graphs, is gone. No function of these needs a current context, or
+/// leaves another current than it found.
 #[derive(Clone)]
 pub struct Device {
     core: Arc<Core>,
@@ -48,9 +48,9 @@ struct Core {
     loaded_from: LoadedFrom,
     info: DeviceInfo,
     decode_clusters: [u32; 4],
-    /// Held for reading while a call is checked and queued, and for writing while a graph is queued or a recording
-    /// begins or ends: a graph uses memory that others may hold views of, and what a call finds to be in order must
-    /// stay so until it is queued.
+    /// Held for reading while a call is checked and queued, and for writing while a graph is queued or a
+    /// recording begins or ends: a graph uses memory that others may hold views of, and what a call finds to
+    /// be in order must stay so until it is queued.
     queueing: RwLock<()>,
 }
 
@@ -60,8 +60,8 @@ struct Module {
     context: PrimaryContext,
 }
 
-// SAFETY: contexts, modules and functions may be used from any thread on which the context is current; `bind` sees
-// to that.
+// SAFETY: contexts, modules and functions may be used from any thread on which the context is current; `bind`
+// sees to that.
 unsafe impl Send for Core {}
 // SAFETY: as above; nothing here changes after `open`.
 unsafe impl Sync for Core {}
@@ -92,13 +92,13 @@ impl PartialEq for Device {
 impl Eq for Device {}
 
 impl Device {
-    /// Opens device `ordinal` and loads the newest kernels that it can run, and the tuning that the environment
-    /// names ([`TUNING_VAR`]), if it names one.
+    /// Opens device `ordinal` and loads the newest kernels that it can run, and the tuning that the
+    /// environment names ([`TUNING_VAR`]), if it names one.
     ///
     /// # Errors
-    /// [`Error::NoDevice`] without a driver or device, [`Error::DriverTooOld`], [`Error::UnsupportedDevice`] when no
-    /// embedded module fits, [`Error::Driver`] when the driver refuses something; for the tuning [`Error::Tuning`],
-    /// or as for [`Device::tuned`].
+    /// [`Error::NoDevice`] without a driver or device, [`Error::DriverTooOld`], [`Error::UnsupportedDevice`]
+    /// when no embedded module fits, [`Error::Driver`] when the driver refuses something; for the tuning
+    /// [`Error::Tuning`], or as for [`Device::tuned`].
     pub fn new(ordinal: u32) -> Result<Self> {
         let device = Self::untuned(ordinal)?;
         match env::var_os(TUNING_VAR).filter(|path| !path.is_empty()) {
@@ -116,8 +116,8 @@ impl Device {
         unsafe { Self::with_kernels(ordinal, KERNELS) }
     }
 
-    /// Opens device `ordinal` with the kernels of a generation, of compute capability `sm` / 10, to run an older
-    /// generation's kernels on a newer device.
+    /// Opens device `ordinal` with the kernels of a generation, of compute capability `sm` / 10, to run an
+    /// older generation's kernels on a newer device.
     ///
     /// # Errors
     /// As for [`Device::new`]; [`Error::UnsupportedDevice`] where there are none of that generation.
@@ -128,7 +128,8 @@ impl Device {
         unsafe { Self::with_kernels(ordinal, kernels) }
     }
 
-    /// This device, whose streams plan calls as they were measured to be fastest, where nothing is forced on them.
+    /// This device, whose streams plan calls as they were measured to be fastest, where nothing is forced on
+    /// them.
     ///
     /// # Errors
     /// [`Error::TunedElsewhere`] when that was on a device of another name; [`Error::Tuning`] when it was with other
@@ -145,8 +146,8 @@ impl Device {
     /// Opens device `ordinal` and loads the newest of `kernels` that it can run.
     ///
     /// # Safety
-    /// Every module must be what its row says, made from this version's kernels: its entry points are launched with
-    /// parameters and shared memory that only they understand.
+    /// Every module must be what its row says, made from this version's kernels: its entry points are
+    /// launched with parameters and shared memory that only they understand.
     ///
     /// # Errors
     /// As for [`Device::new`].
@@ -248,12 +249,14 @@ impl Device {
         self.core.kernels.sm >= 90
     }
 
-    /// Held while a call is checked and queued: no graph is queued meanwhile, and no recording begins or ends.
+    /// Held while a call is checked and queued: no graph is queued meanwhile, and no recording begins or
+    /// ends.
     pub(super) fn queueing(&self) -> RwLockReadGuard<'_, ()> {
         self.core.queueing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Held while a graph is queued, and while a recording begins or ends: no call is checked or queued meanwhile.
+    /// Held while a graph is queued, and while a recording begins or ends: no call is checked or queued
+    /// meanwhile.
     pub(super) fn queueing_alone(&self) -> RwLockWriteGuard<'_, ()> {
         self.core.queueing.write().unwrap_or_else(PoisonError::into_inner)
     }

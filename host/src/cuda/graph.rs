@@ -14,8 +14,8 @@ use std::{fmt, ptr};
 
 /// A recording of queued work, replayed on the stream that it was recorded on.
 ///
-/// It keeps the buffers and workspaces that its calls name alive, and each replay waits for what other streams do
-/// with them. What the buffers hold may change between replays.
+/// It keeps the buffers and workspaces that its calls name alive, and each replay waits for what other
+/// streams do with them. What the buffers hold may change between replays.
 pub struct Graph {
     /// A driver's graph may be launched by one thread at a time.
     executable: Mutex<Executable>,
@@ -83,13 +83,13 @@ impl Drop for Capture<'_> {
 }
 
 impl Stream {
-    /// Records what `work` queues on this stream, without running it. Routes that are found in it are valid in it
-    /// alone.
+    /// Records what `work` queues on this stream, without running it. Routes that are found in it are valid
+    /// in it alone.
     ///
     /// # Errors
-    /// `work`'s own, or [`Error::Driver`] when it did something that cannot be recorded. Nothing was run either
-    /// way.
-    /// [`Error::NotRecordable`] for `CU_STREAM_PER_THREAD` of another thread than the handle was made on.
+    /// `work`'s own, or [`Error::Driver`] when it did something that cannot be recorded. Nothing was run
+    /// either way. [`Error::NotRecordable`] for `CU_STREAM_PER_THREAD` of another thread than the handle was
+    /// made on.
     pub fn capture(&self, work: impl FnOnce(&Self) -> Result<()>) -> Result<Graph> {
         if self.is_elsewhere() {
             // Calls would not find the recording.
@@ -140,7 +140,8 @@ impl Graph {
         &self.stream
     }
 
-    /// Queues everything that was recorded. Routes that were found on its workspaces before are no longer valid.
+    /// Queues everything that was recorded. Routes that were found on its workspaces before are no longer
+    /// valid.
     ///
     /// # Errors
     /// [`Error::Driver`] when the driver refuses.

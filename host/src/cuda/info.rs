@@ -73,8 +73,8 @@ fn no_device(ordinal: u32, error: Error) -> Error {
     }
 }
 
-/// Bytes a microsecond of a memory with this clock, in kHz, and so many bits, which come twice a cycle. Where the
-/// driver keeps either to itself, as it may in a virtual machine, an H100's.
+/// Bytes a microsecond of a memory with this clock, in kHz, and so many bits, which come twice a cycle. Where
+/// the driver keeps either to itself, as it may in a virtual machine, an H100's.
 fn memory_rate(clock: u32, bits: u32) -> u32 {
     let rate = u64::from(clock) * u64::from(bits) / 8 * 2 / 1000;
     u32::try_from(rate).ok().filter(|rate| *rate > 0).unwrap_or(DeviceLimits::H100.memory_rate)

@@ -16,8 +16,8 @@ pub(super) enum Access {
 
 /// An allocation of a device, which it keeps alive, and the streams that use it.
 ///
-/// Work on one stream runs in order. Where memory is used on a second one, that stream first waits for what the first
-/// has queued; only reads may go on side by side.
+/// Work on one stream runs in order. Where memory is used on a second one, that stream first waits for what
+/// the first has queued; only reads may go on side by side.
 pub struct Memory {
     owner: Owner,
     device: Device,
@@ -95,7 +95,8 @@ impl Memory {
         Err(Error::OtherDevice { what, expected: device.name(), got: self.device.name() })
     }
 
-    /// What `stream` queues next may use the memory so: it waits for the other streams' uses that come before.
+    /// What `stream` queues next may use the memory so: it waits for the other streams' uses that come
+    /// before.
     pub(super) fn order(&self, stream: &Arc<RawStream>, access: Access) -> Result<()> {
         let uses = match &self.owner {
             Owner::This(_, uses) => &mut *lock(uses),
@@ -138,8 +139,8 @@ impl Drop for Memory {
         let (Ok(api), Ok(_bound)) = (api(), self.device.bind()) else { return };
         let _relaxed = Relaxed::begin(api);
         let Uses { writer, readers } = std::mem::take(&mut *lock(uses));
-        // The driver may, but need not, wait before it frees. A stream of the caller's may be gone by now, and so is its
-        // work then, as was promised. A failure has nobody to go to.
+        // The driver may, but need not, wait before it frees. A stream of the caller's may be gone by now,
+        // and so is its work then, as was promised. A failure has nobody to go to.
         for stream in writer.iter().chain(&readers).filter(|stream| stream.is_kept()) {
             let _ = stream.wait_unless_captured(api);
         }

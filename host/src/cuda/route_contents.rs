@@ -33,12 +33,12 @@ pub struct RouteTile {
 }
 
 impl Stream {
-    /// Copies out the route of `pairs` pairs that a workspace holds, for tests and measurements: waits for queued
-    /// work.
+    /// Copies out the route of `pairs` pairs that a workspace holds, for tests and measurements: waits for
+    /// queued work.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] for more pairs than it has room for, [`Error::Driver`] when the driver refuses,
-    /// or queued work failed.
+    /// [`Error::WorkspaceTooSmall`] for more pairs than it has room for, [`Error::Driver`] when the driver
+    /// refuses, or queued work failed.
     pub fn download_route(&self, workspace: &mut Workspace, pairs: usize) -> Result<RouteContents> {
         workspace.check_pairs(pairs)?;
         let parts = workspace.parts();

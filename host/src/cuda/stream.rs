@@ -27,8 +27,8 @@ use std::sync::Arc;
 
 /// A stream of a [`Device`] that calls run on, one after another: a [`Backend`].
 ///
-/// A handle: clones are the same stream. It may be used by several threads; their calls run in the order in which
-/// they are made.
+/// A handle: clones are the same stream. It may be used by several threads; their calls run in the order in
+/// which they are made.
 #[derive(Clone)]
 pub struct Stream {
     raw: Arc<RawStream>,
@@ -57,11 +57,11 @@ impl Device {
     ///
     /// # Safety
     /// - `stream` is a `CUstream` of this device's primary context, or null, its default stream.
-    /// - It lives as long as this handle and its clones; and where a buffer, workspace or graph that was used on it is
-    ///   then used on another stream, until that.
+    /// - It lives as long as this handle and its clones; and where a buffer, workspace or graph that was used
+    ///   on it is then used on another stream, until that.
     /// - The work that is queued on it has ended when such a buffer, workspace or graph is dropped.
-    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread, and lives as long as that. What was used
-    ///   on one waits for the device before it is used on another.
+    /// - `CU_STREAM_PER_THREAD` (2) is another stream on each thread, and lives as long as that. What was
+    ///   used on one waits for the device before it is used on another.
     pub unsafe fn foreign_stream(&self, stream: *mut c_void) -> Stream {
         Stream::foreign(self, stream, Owner::Caller)
     }
@@ -117,8 +117,8 @@ impl Stream {
         &self.recording
     }
 
-    /// What is queued next uses `memory`: after the uses of other streams or, in a recording, whenever that is
-    /// replayed.
+    /// What is queued next uses `memory`: after the uses of other streams or, in a recording, whenever that
+    /// is replayed.
     pub(super) fn use_memory(&self, memory: &Arc<Memory>, access: Access) -> Result<()> {
         match self.recording() {
             None => memory.order(&self.raw(), access),
@@ -126,11 +126,12 @@ impl Stream {
         }
     }
 
-    /// Copies `elements` into a buffer from element `start` on, after the work queued before, and waits for that.
+    /// Copies `elements` into a buffer from element `start` on, after the work queued before, and waits for
+    /// that.
     ///
     /// # Errors
-    /// [`Error::TooShort`] when they do not fit, [`Error::NotRecordable`] in a recording, [`Error::Driver`] when the
-    /// driver refuses or queued work failed.
+    /// [`Error::TooShort`] when they do not fit, [`Error::NotRecordable`] in a recording, [`Error::Driver`]
+    /// when the driver refuses or queued work failed.
     pub fn write<T: Pod>(&self, buffer: &mut Buffer<T>, start: usize, elements: &[T]) -> Result<()> {
         let end = start.saturating_add(elements.len());
         if end > buffer.len() {
@@ -208,8 +209,8 @@ impl Stream {
         let bytes = size_of_val(elements.as_slice());
         debug_assert!(address + bytes as u64 <= memory.address() + memory.bytes() as u64);
         self.copy("a copy to the host", memory, Access::Read, |api| {
-            // SAFETY: the callers name addresses in the memory; `elements` holds `bytes`, and is not read before the
-            // copy has ended.
+            // SAFETY: the callers name addresses in the memory; `elements` holds `bytes`, and is not read
+            // before the copy has ended.
             unsafe {
                 api.cuMemcpyDtoHAsync_v2(elements.as_mut_ptr().cast(), address, bytes, self.raw.handle())
             }

@@ -13,8 +13,8 @@ use crate::route::HeldRoute;
 use std::fmt;
 use std::sync::Arc;
 
-/// Scratch memory on a device. One call at a time may use it. A call on another stream than the last one's waits for
-/// that one.
+/// Scratch memory on a device. One call at a time may use it. A call on another stream than the last one's
+/// waits for that one.
 pub struct Workspace {
     memory: Arc<Memory>,
     scratch: Scratch,
@@ -39,16 +39,16 @@ impl Workspace {
             // On a stream of its own: that of the first call may be captured.
             let stream = RawStream::create(device)?;
             let _relaxed = Relaxed::begin(api)?;
-            // SAFETY: the memory is long enough, and nobody else uses it yet. Every other part is written by the
-            // kernel that comes before its reader.
+            // SAFETY: the memory is long enough, and nobody else uses it yet. Every other part is written by
+            // the kernel that comes before its reader.
             unsafe { api.cuMemsetD8Async(memory.address(), 0, scratch.zero_bytes(), stream.handle())? };
             stream.synchronize(api)?;
         }
         Ok(Workspace { memory: Arc::new(memory), scratch, held: Arc::default() })
     }
 
-    /// Another workspace on the same device, with room for whatever this one has room for and for calls of up to
-    /// `max_tokens` tokens on `projection`. It holds no route.
+    /// Another workspace on the same device, with room for whatever this one has room for and for calls of up
+    /// to `max_tokens` tokens on `projection`. It holds no route.
     ///
     /// # Errors
     /// As for [`Backend::workspace`](crate::Backend::workspace).
@@ -59,7 +59,8 @@ impl Workspace {
     /// Checks that a call of `tokens` tokens on `projection` fits.
     ///
     /// # Errors
-    /// [`crate::Error::WorkspaceTooSmall`] when it does not, [`crate::Error::SizeTooLarge`] when it fits none.
+    /// [`crate::Error::WorkspaceTooSmall`] when it does not, [`crate::Error::SizeTooLarge`] when it fits
+    /// none.
     pub fn check_room(&self, projection: &Projection, tokens: usize) -> Result<()> {
         self.scratch.check_room(projection, tokens)
     }

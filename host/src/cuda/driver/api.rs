@@ -90,8 +90,8 @@ macro_rules! functions {
         /// The functions. One that the driver lacks fails with `CUDA_ERROR_NOT_FOUND` when it is called.
         ///
         /// # Safety
-        /// Of each: as the driver's documentation asks. Handles are live, and pointers valid for what is read and
-        /// written there.
+        /// Of each: as the driver's documentation asks. Handles are live, and pointers valid for what is read
+        /// and written there.
         #[allow(non_snake_case)]
         pub struct Api {
             $($name: Option<unsafe extern "C" fn($($type),*) -> Status>,)*

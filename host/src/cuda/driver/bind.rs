@@ -1,9 +1,9 @@
 //! Binds the driver to `cust` at run time.
 //!
-//! `cust` calls driver functions by name and expects the linker to find them in libcuda, which only
-//! machines with a GPU have. So each function is defined here, as one jump through a slot. The slots are filled when
-//! the driver is first wanted; until then, and where there is no driver, a slot leads to a function that returns
-//! `CUDA_ERROR_STUB_LIBRARY`.
+//! `cust` calls driver functions by name and expects the linker to find them in libcuda, which only machines
+//! with a GPU have. So each function is defined here, as one jump through a slot. The slots are filled when
+//! the driver is first wanted; until then, and where there is no driver, a slot leads to a function that
+//! returns `CUDA_ERROR_STUB_LIBRARY`.
 
 use cust::sys::CUresult;
 use libloading::Library;
@@ -20,7 +20,9 @@ macro_rules! jump {
         #[cfg(target_arch = "x86_64")]
         core::arch::naked_asm!("jmp qword ptr [rip + {slot}]", slot = sym $slot);
         #[cfg(target_arch = "aarch64")]
-        core::arch::naked_asm!("adrp x16, {slot}", "ldr x16, [x16, :lo12:{slot}]", "br x16", slot = sym $slot);
+        core::arch::naked_asm!(
+            "adrp x16, {slot}", "ldr x16, [x16, :lo12:{slot}]", "br x16", slot = sym $slot
+        );
     }};
 }
 
@@ -30,7 +32,8 @@ macro_rules! driver_functions {
         #[allow(non_upper_case_globals)]
         mod slots {
             use super::*;
-            $(pub static $name: AtomicPtr<c_void> = AtomicPtr::new(no_driver as extern "C" fn() -> CUresult as *mut c_void);)*
+            $(pub static $name: AtomicPtr<c_void> =
+                AtomicPtr::new(no_driver as extern "C" fn() -> CUresult as *mut c_void);)*
         }
 
         $(
@@ -43,7 +46,8 @@ macro_rules! driver_functions {
             }
         )*
 
-        const SLOTS: &[(&str, &AtomicPtr<c_void>)] = &[$((concat!(stringify!($name), "\0"), &slots::$name),)*];
+        const SLOTS: &[(&str, &AtomicPtr<c_void>)] =
+            &[$((concat!(stringify!($name), "\0"), &slots::$name),)*];
     };
 }
 

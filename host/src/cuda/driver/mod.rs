@@ -1,9 +1,10 @@
 //! The CUDA driver, as the back end needs it.
 //!
-//! Functions that work on handles of anybody's are called through one table, found in the driver's library when the
-//! first of them is wanted ([`api`]): the same for both drivers, with the driver's own status codes. What this crate
-//! owns, a device's primary context and memory, is held by types of the crate that the features choose: `cust`, or
-//! `cudarc` without it. Both offer [`PrimaryContext`] and [`Allocation`], and nothing else here differs.
+//! Functions that work on handles of anybody's are called through one table, found in the driver's library
+//! when the first of them is wanted ([`api`]): the same for both drivers, with the driver's own status codes.
+//! What this crate owns, a device's primary context and memory, is held by types of the crate that the
+//! features choose: `cust`, or `cudarc` without it. Both offer [`PrimaryContext`] and [`Allocation`], and
+//! nothing else here differs.
 
 mod api;
 #[cfg(feature = "cust")]
