@@ -17,7 +17,7 @@ pub fn wait() {
         asm!("griddepcontrol.wait;", options(nostack))
     }
     #[cfg(feature = "emulate")]
-    emulate::wait_for_previous();
+    emulate::wait_for_launch();
 }
 
 /// `griddepcontrol.launch_dependents`: lets the next launch start as soon as every block of this one has said so, or
@@ -30,5 +30,5 @@ pub fn launch_dependents() {
         asm!("griddepcontrol.launch_dependents;", options(nostack))
     }
     #[cfg(feature = "emulate")]
-    emulate::let_next_start();
+    emulate::launch_dependents();
 }

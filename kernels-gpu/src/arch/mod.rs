@@ -3,7 +3,8 @@
 //! | module | unit | PTX | since |
 //! |---|---|---|---|
 //! | [`thread`] | who am I | `%tid`, `%ctaid`, `trap` | – |
-//! | [`global`] | device memory | `ld.global`, `st.global`, `ld.relaxed`, `st.relaxed` | – |
+//! | [`global`] | device memory | `ld.global`, `st.global`, `prefetch` | – |
+//! | [`relaxed`] | words between running blocks | `ld.relaxed`, `st.relaxed`, `atom.relaxed` | – |
 //! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
 //! | `bulk` | global → shared by the copy engine | `cp.async.bulk` | sm_90 |
@@ -31,6 +32,7 @@ pub mod grid;
 #[cfg(any(feature = "sm_90", feature = "emulate"))]
 pub mod mbarrier;
 pub mod mma;
+pub mod relaxed;
 pub mod shared;
 pub mod thread;
 pub mod warp;

@@ -1,18 +1,23 @@
 //! One block of the cluster that runs: its shared memory, its threads, and where they are.
 
-use super::instruction::Operation;
 use super::mbarrier::Mbarrier;
 use super::named::Named;
 use super::order::{Knowledge, Place};
 use super::shadow::{Now, Shadow, Touch};
-use super::warp::LANES;
+use super::thread::{Rendezvous, State, Thread};
+use super::warp::{LANES, Operation};
 use super::warpgroup::{self, Warpgroup};
 use std::collections::{BTreeMap, VecDeque};
-use std::panic::Location;
 use std::rc::Rc;
 
 /// Shared memory is read and written in whole words.
 pub(super) const WORD: usize = 4;
+
+/// The first `N` words of `bytes`.
+pub(super) fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
+    let (words, _) = bytes.as_chunks::<WORD>();
+    std::array::from_fn(|i| u32::from_le_bytes(words[i]))
+}
 
 /// A block.
 pub(super) struct Block {
@@ -37,49 +42,7 @@ pub(super) struct Block {
     /// Barriers of some threads at which somebody waits, by their numbers.
     pub named: BTreeMap<u32, Named>,
     /// Whether all threads that let the next launch start had waited for the one before; `None`: nobody did.
-    pub let_next_start: Option<bool>,
-}
-
-/// What the machine keeps of a thread.
-pub(super) struct Thread {
-    pub state: State,
-    /// Cluster barriers that it has arrived at, and that it has waited for.
-    pub arrived: u16,
-    pub waited: u16,
-    /// Cluster barriers that it, or somebody before a barrier of its block, has waited for.
-    pub passed: u16,
-    /// Whether the launch before this one was waited for, by it or by somebody before a barrier.
-    pub has_waited: bool,
-    pub place: Place,
-    /// Whether its registers were shown to `wgmma` since the last products were waited for.
-    pub may_multiply: bool,
-    /// Copies that were started and belong to no group yet.
-    pub open: Vec<Copy>,
-    /// Groups of copies under way, the oldest first.
-    pub groups: VecDeque<Vec<Copy>>,
-    /// What the last warp-wide operation gave this thread.
-    pub result: [u32; 4],
-}
-
-/// Why a thread does not run.
-#[derive(Clone, Copy)]
-pub(super) enum State {
-    Ready,
-    Waits(&'static str, &'static Location<'static>),
-    Ended,
-}
-
-/// Sixteen bytes on their way to shared memory.
-pub(super) struct Copy {
-    pub target: u32,
-    pub source: u64,
-    pub bytes: u32,
-}
-
-/// The lanes of a warp that have come to a warp-wide operation.
-pub(super) struct Rendezvous {
-    pub operations: [Operation; LANES],
-    pub came: usize,
+    pub launch_dependents: Option<bool>,
 }
 
 impl Block {
@@ -116,7 +79,7 @@ impl Block {
             visitors: BTreeMap::new(),
             mbarriers: BTreeMap::new(),
             named: BTreeMap::new(),
-            let_next_start: None,
+            launch_dependents: None,
         }
     }
 

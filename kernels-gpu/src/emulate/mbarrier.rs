@@ -4,11 +4,12 @@
 //! the manual allows. Until then its target is under way.
 
 use super::SHARED_BASE;
-use super::block::{self, State};
-use super::machine::{Id, Machine, execute, running, shared_place, suspend, with};
+use super::access::shared_place;
+use super::machine::{Id, Machine, execute, running, suspend, with};
 use super::order::{Actor, Gathering, Knowledge};
 use super::report::Fault;
 use super::shadow::{Kind, Touch};
+use super::thread::{self, State};
 use std::ops::Range;
 use std::panic::Location;
 use std::rc::Rc;
@@ -280,7 +281,7 @@ impl Machine {
         let started = std::mem::take(&mut thread.groups).into_iter().flatten();
         let started: Vec<_> = started.chain(std::mem::take(&mut thread.open)).collect();
         let Mbarrier { actor, phase, .. } = *self.found(place);
-        for block::Copy { target, source, bytes } in started {
+        for thread::Copy { target, source, bytes } in started {
             let mut reads = self.now(id, Kind::Fetch, at);
             (reads.touch.actor, reads.touch.stamp) = (actor, phase);
             let part = match bytes {

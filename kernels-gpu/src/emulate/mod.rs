@@ -26,24 +26,28 @@
 //! here), timing, and the proxies of device memory (a bulk copy reads what a thread of the same launch has stored
 //! there without asking for a fence). Launches follow one another; that they may overlap shows in what is reported.
 
+mod access;
+mod accesses;
 mod block;
 mod instruction;
 mod machine;
 mod mbarrier;
+mod meeting;
 mod memory;
 mod named;
 mod order;
 mod overlap;
 mod report;
 mod shadow;
+mod thread;
 mod warp;
+mod warp_wide;
 mod warpgroup;
 
 pub(crate) use instruction::{
-    arrive_cluster, ask_for_bytes, ballot, block, cluster_blocks, cluster_rank, commit_copies, fence_copies,
-    let_next_start, load_global, load_matrices, load_relaxed, load_shared, map_shared, match_any, mma,
-    overflow, shuffle, shuffle_up, start_copy, store_global, store_relaxed, store_shared, sync_block,
-    sync_warp, thread, trap, update_global, update_shared, wait_cluster, wait_for_copies, wait_for_previous,
+    ask_for_bytes, block, cluster_blocks, cluster_rank, commit_copies, fence_copies, launch_dependents,
+    load_global, load_relaxed, load_shared, map_shared, overflow, start_copy, store_global, store_relaxed,
+    store_shared, sync_block, thread, trap, update_global, update_shared, wait_for_copies, wait_for_launch,
 };
 pub(crate) use mbarrier::{
     arrive_after_copies, arrive_mbarrier, init_mbarrier, publish_mbarriers, start_bulk_copy, start_store,
@@ -52,6 +56,9 @@ pub(crate) use mbarrier::{
 pub use memory::{Buffer, Memory};
 pub(crate) use named::sync_some;
 pub use report::{Fault, Report};
+pub(crate) use warp_wide::{
+    arrive_cluster, ballot, load_matrices, match_any, mma, shuffle, shuffle_up, sync_warp, wait_cluster,
+};
 pub(crate) use warpgroup::{
     Rows, commit_products, fence_warpgroup, multiply_warpgroup, set_registers, wait_for_products,
 };

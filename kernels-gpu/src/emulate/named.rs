@@ -1,8 +1,8 @@
 //! Barriers of some of a block's threads (`bar.sync` with a number and a count, PTX ISA 9.7.12.1).
 
-use super::block::State;
 use super::machine::{Id, Machine, execute, suspend};
 use super::report::Fault;
+use super::thread::State;
 use super::warp::LANES;
 use std::panic::Location;
 

@@ -37,11 +37,11 @@ impl Overlap {
         self.running[usize::from(has_waited)].contains(&other)
     }
 
-    /// A block has ended. `has_waited`: one of its threads had waited; `let_next_start`: whether all that let the
+    /// A block has ended. `has_waited`: one of its threads had waited; `launch_dependents`: whether all that let the
     /// next launch start had waited before, `None` when nobody did.
-    pub fn end_block(&mut self, has_waited: bool, let_next_start: Option<bool>) {
+    pub fn end_block(&mut self, has_waited: bool, launch_dependents: Option<bool>) {
         self.waited |= has_waited;
-        self.waited_first |= let_next_start.unwrap_or(has_waited);
+        self.waited_first |= launch_dependents.unwrap_or(has_waited);
     }
 }
 
@@ -50,11 +50,11 @@ mod tests {
     use super::*;
 
     /// Launches 1 to 3, of which the second waits or not, and lets the third start before or after.
-    fn third(second_has_waited: bool, let_next_start: Option<bool>) -> Overlap {
+    fn third(second_has_waited: bool, launch_dependents: Option<bool>) -> Overlap {
         let mut first = Overlap::after(None, 1, true);
         first.end_block(true, Some(true));
         let mut second = Overlap::after(Some(&first), 2, true);
-        second.end_block(second_has_waited, let_next_start);
+        second.end_block(second_has_waited, launch_dependents);
         Overlap::after(Some(&second), 3, true)
     }
 
@@ -73,8 +73,8 @@ mod tests {
 
     #[test]
     fn who_never_waits_says_nothing_of_the_launch_before() {
-        for let_next_start in [None, Some(false)] {
-            let third = third(false, let_next_start);
+        for launch_dependents in [None, Some(false)] {
+            let third = third(false, launch_dependents);
             assert!(third.may_run(1, false) && third.may_run(1, true));
         }
     }

@@ -9,7 +9,8 @@
 //! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as one,
 //! by all who might have been last ([`By`], and exactly who of a cluster: [`Accesses`]).
 
-use super::order::{Accesses, Actor, Before, Histories, Knowledge};
+use super::accesses::{Accesses, Before, Histories};
+use super::order::{Actor, Knowledge};
 use std::fmt;
 use std::ops::Range;
 use std::panic::Location;

@@ -1,4 +1,4 @@
-//! What the warp-wide operations compute, on the operands of all 32 lanes.
+//! The warp-wide operations, and what they compute on the operands of all 32 lanes.
 
 use crate::ElementType;
 use half::{bf16, f16};
@@ -75,4 +75,38 @@ pub(super) fn mma(element: ElementType, fragments: &[Fragments; LANES]) -> [[f32
         let (group, place) = (lane / 4, lane % 4);
         std::array::from_fn(|i| d[group + i / 2 * 8][2 * place + i % 2])
     })
+}
+
+/// Where a thread waits for its warp, before the warp waits for its cluster.
+const CLUSTER_WAIT_WARP: &str = "barrier.cluster.wait, as a warp";
+
+/// A warp-wide operation, as one lane asks for it.
+#[derive(Clone, Copy)]
+pub(super) enum Operation {
+    None,
+    ShuffleUp(u32, u32),
+    Shuffle(u32, u32),
+    Sync,
+    Ballot(bool),
+    MatchAny(u32),
+    LoadMatrices(u32),
+    Mma(ElementType, Fragments),
+    ArriveCluster,
+    WaitCluster,
+}
+
+impl Operation {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Operation::None => "nothing",
+            Operation::ShuffleUp(..) | Operation::Shuffle(..) => "shfl.sync",
+            Operation::Sync => "bar.warp.sync",
+            Operation::Ballot(_) => "vote.sync",
+            Operation::MatchAny(_) => "match.any.sync",
+            Operation::LoadMatrices(_) => "ldmatrix",
+            Operation::Mma(..) => "mma.sync",
+            Operation::ArriveCluster => "barrier.cluster.arrive",
+            Operation::WaitCluster => CLUSTER_WAIT_WARP,
+        }
+    }
 }

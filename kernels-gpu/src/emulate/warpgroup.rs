@@ -4,10 +4,10 @@
 //! that the manual allows, with shared memory as it is then. Until then each thread's sums hold
 //! [`UNDER_WAY`], a NaN that says which accumulator they are.
 
-use super::block::State;
 use super::machine::{Id, Machine, execute, running, suspend, with};
 use super::report::Fault;
 use super::shadow::{Kind, Now};
+use super::thread::State;
 use super::warp::LANES;
 use crate::ElementType;
 use half::{bf16, f16};
