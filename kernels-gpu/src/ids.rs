@@ -1,6 +1,7 @@
 //! The ids of pairs, which nobody has checked, and the buckets that pairs are sorted by.
 //!
-//! Everything here is predicated instructions and selections, without a branch: a load behind one would wait for the load before it.
+//! Everything here is predicated instructions and selections, without a branch: a load behind one would wait
+//! for the load before it.
 
 use crate::memory::Global;
 use crate::params::RouteParams;
@@ -32,8 +33,8 @@ impl Ids {
     }
 }
 
-/// The local expert of a global one, a number that does not exist if it has none. One unsigned comparison catches −1 and
-/// everything else that is out of range.
+/// The local expert of a global one, a number that does not exist if it has none. One unsigned comparison
+/// catches −1 and everything else that is out of range.
 ///
 /// # Safety
 /// The tensors of `p` must be as their fields say.

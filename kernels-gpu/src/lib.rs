@@ -1,5 +1,6 @@
-//! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`], all three at once for few
-//! pairs [`decode`], the last two for many [`prefill`], and for routes in vLLM's form [`align`] and [`adopt`].
+//! The GPU kernels of the fused MoE-LoRA operator: [`route`], [`shrink`], [`expand`], all three at once for
+//! few pairs [`decode`], the last two for many [`prefill`], and for routes in vLLM's form [`align`] and
+//! [`adopt`].
 //!
 //! The crate is compiled twice. For `nvptx64-nvidia-cuda` it is the kernels, and its product is PTX;
 //! for the host it is what both sides must agree on: parameter blocks ([`params`]), tile shapes

@@ -18,8 +18,8 @@ pub fn inclusive(value: u32) -> u32 {
     sum
 }
 
-/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS` threads
-/// must come here; `scratch` has `N` words a warp, which may be used again after the next barrier.
+/// Sums over the threads before this one, and over all, of `N` numbers at once. The whole block of `THREADS`
+/// threads must come here; `scratch` has `N` words a warp, which may be used again after the next barrier.
 #[inline(always)]
 pub fn scan<const THREADS: u32, const N: usize>(scratch: Shared, values: [u32; N]) -> ([u32; N], [u32; N]) {
     const { assert!(THREADS / 32 <= 32) };

@@ -1,9 +1,9 @@
 //! Copies from global to shared memory that pass no register (PTX ISA 9.7.9.24, `cp.async`).
 //!
-//! A thread starts copies, closes them into groups with [`commit`], and waits until all but the newest
-//! few groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block. Or the thread's
-//! arrival at an mbarrier waits for them ([`super::mbarrier::Mbarrier::arrive_after_copies`]), and whoever waits for that
-//! phase sees them.
+//! A thread starts copies, closes them into groups with [`commit`], and waits until all but the newest few
+//! groups have landed. Only the thread that waited sees its bytes; a barrier shows them to the block. Or the
+//! thread's arrival at an mbarrier waits for them ([`super::mbarrier::Mbarrier::arrive_after_copies`]), and
+//! whoever waits for that phase sees them.
 
 use super::shared::Shared;
 #[cfg(feature = "emulate")]
@@ -19,8 +19,8 @@ pub const AROUND: u32 = 128;
 /// No more than it must: of a row only this much is wanted.
 pub const ALONE: u32 = 0;
 
-/// The instruction of a copy of 16 bytes that lets L2 fetch `$fetch`; of a runtime number of bytes, where that is given, or of none
-/// unless the source `is_there`.
+/// The instruction of a copy of 16 bytes that lets L2 fetch `$fetch`; of a runtime number of bytes, where
+/// that is given, or of none unless the source `is_there`.
 ///
 /// An eviction policy (`.L2::cache_hint`) would say more, but with it ptxas 13.0 assembles the
 /// zero-filling form for sm_90a into an instruction that the device calls illegal.
@@ -36,10 +36,12 @@ macro_rules! start {
     ($prefetch:literal, $target:ident, $source:ident, ignored = $is_there:ident) => {
         asm!(concat!("{{ .reg .pred ignored; setp.eq.u32 ignored, {}, 0; ",
                 "cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16, ignored; }}"),
-            in(reg32) $is_there as u32, in(reg32) $target.address(), in(reg64) $source.address(), options(nostack))
+            in(reg32) $is_there as u32, in(reg32) $target.address(), in(reg64) $source.address(),
+            options(nostack))
     };
     ($prefetch:literal, $target:ident, $source:ident $(, $bytes:ident)?) => {
-        asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16" $(, start!(@size $bytes))?, ";"),
+        asm!(concat!("cp.async.cg.shared.global", $prefetch, " [{}], [{}], 16" $(, start!(@size $bytes))?,
+                ";"),
             in(reg32) $target.address(), in(reg64) $source.address() $(, in(reg32) $bytes)?, options(nostack))
     };
     (@size $bytes:ident) => { ", {}" };
@@ -81,8 +83,8 @@ pub unsafe fn copy16_whole<T, const FETCH: u32>(target: Shared, source: Global<T
     emulate::start_copy(target.address(), source.address(), 16);
 }
 
-/// As [`copy16_whole`], or 16 zeros where `is_there` is false. This is the instruction alone, where [`copy16`] with a runtime
-/// number of bytes is five or six.
+/// As [`copy16_whole`], or 16 zeros where `is_there` is false. This is the instruction alone, where
+/// [`copy16`] with a runtime number of bytes is five or six.
 ///
 /// # Safety
 /// As for [`copy16`]; `source` is read only where `is_there`.

@@ -19,8 +19,8 @@ pub fn sync() {
     emulate::sync_block();
 }
 
-/// `bar.sync` with a number and a count: as [`sync`], for some of the block's threads, `THREADS` of them, whole warps.
-/// `NUMBER` (1 ..= 15) is the barrier; [`sync`] is number 0.
+/// `bar.sync` with a number and a count: as [`sync`], for some of the block's threads, `THREADS` of them,
+/// whole warps. `NUMBER` (1 ..= 15) is the barrier; [`sync`] is number 0.
 #[inline(always)]
 #[track_caller]
 pub fn sync_some<const NUMBER: u32, const THREADS: u32>() {

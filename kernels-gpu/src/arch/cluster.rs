@@ -2,7 +2,6 @@
 //! other's shared memory (PTX ISA 5.1.7.1 and 9.7.12.4, `.shared::cluster`, `barrier.cluster`, `mapa`). The
 //! launch says how many blocks it has. Below sm_90 there are no clusters: no entry point there uses one.
 
-use super::mbarrier::RemoteMbarrier;
 use super::shared::Shared;
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -56,9 +55,10 @@ pub fn arrive() {
     emulate::arrive_cluster();
 }
 
-/// As [`arrive`], but shows nobody what this thread has done before: for barriers that only say where threads are,
-/// and for [`super::mbarrier::publish`], which is a release of its own. A release waits until all accesses before it
-/// are visible to the whole device (`MEMBAR.ALL.GPU`), about a microsecond after stores to device memory.
+/// As [`arrive`], but shows nobody what this thread has done before: for barriers that only say where threads
+/// are, and for [`super::mbarrier::publish`], which is a release of its own. A release waits until all
+/// accesses before it are visible to the whole device (`MEMBAR.ALL.GPU`), long after stores to
+/// device memory.
 #[inline(always)]
 #[track_caller]
 pub fn arrive_relaxed() {
@@ -110,7 +110,8 @@ impl Shared {
             // SAFETY: computes an address.
             unsafe {
                 asm!("mapa.shared::cluster.u32 {}, {}, {};",
-                    out(reg32) address, in(reg32) self.address(), in(reg32) block, options(pure, nomem, nostack));
+                    out(reg32) address, in(reg32) self.address(), in(reg32) block, options(pure, nomem,
+                    nostack));
             }
             Remote(address)
         }
@@ -134,7 +135,8 @@ impl Remote {
             let value: u32;
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("ld.shared::cluster.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly));
+                asm!("ld.shared::cluster.u32 {}, [{}];",
+                    out(reg32) value, in(reg32) self.0, options(nostack, readonly));
             }
             value
         }
@@ -182,27 +184,6 @@ impl Remote {
         };
         #[cfg(feature = "emulate")]
         emulate::store_shared(self.0, [value]);
-    }
-
-    /// `st.async.shared::cluster` of 16 bytes: starts the store, of which `barrier`, of the same block, counts the
-    /// bytes in its current phase (PTX ISA 9.7.9.12). Whoever waits for the phase sees them.
-    ///
-    /// # Safety
-    /// Sixteen bytes here must be inside that block's allocation, aligned, and used by nobody before the phase has
-    /// ended.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn store4_async(self, values: [f32; 4], barrier: RemoteMbarrier) {
-        #[cfg(target_arch = "nvptx64")]
-        // SAFETY: as the caller promises.
-        unsafe {
-            let [a, b, c, d] = values;
-            asm!("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [{}], {{{}, {}, {}, {}}}, [{}];",
-                in(reg32) self.0, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg32) barrier.address(),
-                options(nostack));
-        }
-        #[cfg(feature = "emulate")]
-        emulate::start_store(self.0, values.map(f32::to_bits), barrier.address());
     }
 
     /// The address as the instructions take it.

@@ -59,8 +59,10 @@ macro_rules! scalar {
                     let mut value = other as $via;
                     // SAFETY: as the caller promises.
                     unsafe {
-                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ", $load, " }}"),
-                            in(reg32) wanted as u32, inout($class) value, in(reg64) address, options(nostack, readonly));
+                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ", $load,
+                                " }}"),
+                            in(reg32) wanted as u32, inout($class) value, in(reg64) address,
+                            options(nostack, readonly));
                     }
                     value as $type
                 }
@@ -86,7 +88,8 @@ macro_rules! scalar {
                 // SAFETY: as the caller promises.
                 unsafe {
                     asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ", $store, " }}"),
-                        in(reg32) wanted as u32, in(reg64) address, in($class) value as $via, options(nostack))
+                        in(reg32) wanted as u32, in(reg64) address, in($class) value as $via,
+                        options(nostack))
                 };
                 #[cfg(feature = "emulate")]
                 if wanted {
@@ -103,8 +106,9 @@ scalar!(u32, reg32, u32, "ld.global.u32 {}, [{}];", "st.global.u32 [{}], {};");
 scalar!(f32, reg32, f32, "ld.global.f32 {}, [{}];", "st.global.f32 [{}], {};");
 
 impl<T> Global<T> {
-    /// `prefetch.global.L2` (PTX ISA 9.7.9.15): asks for the line here to be in L2, and for the page's address.
-    /// Nothing is read, so it may also be asked for what another launch still writes. The address may be any.
+    /// `prefetch.global.L2` (PTX ISA 9.7.9.15): asks for the line here to be in L2, and for the page's
+    /// address. Nothing is read, so it may also be asked for what another launch still writes. The address
+    /// may be any.
     #[inline(always)]
     pub fn ask_for(self) {
         #[cfg(target_arch = "nvptx64")]
@@ -114,9 +118,9 @@ impl<T> Global<T> {
         }
     }
 
-    /// `cp.async.bulk.prefetch.L2` (PTX ISA 9.7.9.25.4; since sm_90): asks for `bytes` bytes from here on to be in
-    /// L2. Both the address and `bytes` are multiples of 16. As for [`Global::ask_for`], nothing is read; but there
-    /// must be so many bytes.
+    /// `cp.async.bulk.prefetch.L2` (PTX ISA 9.7.9.25.4; since sm_90): asks for `bytes` bytes from here on to
+    /// be in L2. Both the address and `bytes` are multiples of 16. As for [`Global::ask_for`], nothing is
+    /// read; but there must be so many bytes.
     #[inline(always)]
     #[track_caller]
     #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
@@ -146,8 +150,8 @@ impl<T: Scalar> Global<T> {
         unsafe { T::load(self.address()) }
     }
 
-    /// Loads the element here if it is `wanted`, otherwise gives `other`. A predicated instruction, not a branch:
-    /// many such loads are under way at a time.
+    /// Loads the element here if it is `wanted`, otherwise gives `other`. A predicated instruction, not a
+    /// branch: many such loads are under way at a time.
     ///
     /// # Safety
     /// If wanted, as for [`Global::load`].
@@ -206,8 +210,8 @@ impl<T> Global<T> {
         }
     }
 
-    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, not a branch. `ONCE`: nobody
-    /// on this multiprocessor wants the line again, so it passes L1 by.
+    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, not a branch. `ONCE`:
+    /// nobody on this multiprocessor wants the line again, so it passes L1 by.
     ///
     /// # Safety
     /// If wanted, the address must be valid for a read of 16 bytes, and 16-byte aligned.
@@ -221,9 +225,10 @@ impl<T> Global<T> {
                 ($modifier:literal) => {
                     // SAFETY: as the caller promises.
                     unsafe {
-                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.global", $modifier,
-                                ".v4.u32 {{{}, {}, {}, {}}}, [{}]; }}"),
-                            in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
+                        asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                                "@wanted ld.global", $modifier, ".v4.u32 {{{}, {}, {}, {}}}, [{}]; }}"),
+                            in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c,
+                            inout(reg32) d,
                             in(reg64) self.address(), options(nostack, readonly));
                     }
                 };
@@ -269,8 +274,10 @@ impl<T> Global<T> {
         // SAFETY: as the caller promises.
         unsafe {
             let [a, b, c, d] = values;
-            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}",
-                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                    "@wanted st.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}"),
+                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c,
+                in(reg32) d,
                 options(nostack));
         }
         #[cfg(feature = "emulate")]

@@ -7,8 +7,8 @@ use crate::emulate;
 #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
 use core::arch::asm;
 
-/// `griddepcontrol.wait`: waits until the launch before this one has ended and its writes are visible. Nothing that
-/// an earlier launch writes may be read, and nothing that it reads may be written, before this.
+/// `griddepcontrol.wait`: waits until the launch before this one has ended and its writes are visible.
+/// Nothing that an earlier launch writes may be read, and nothing that it reads may be written, before this.
 #[inline(always)]
 pub fn wait() {
     #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]
@@ -20,8 +20,8 @@ pub fn wait() {
     emulate::wait_for_launch();
 }
 
-/// `griddepcontrol.launch_dependents`: lets the next launch start as soon as every block of this one has said so, or
-/// has ended.
+/// `griddepcontrol.launch_dependents`: lets the next launch start as soon as every block of this one has said
+/// so, or has ended.
 #[inline(always)]
 pub fn launch_dependents() {
     #[cfg(all(target_arch = "nvptx64", feature = "sm_90"))]

@@ -12,8 +12,8 @@
 //! copy(stage, source, bytes, full)          warp::sync(); one lane: arrive(empty)
 //! ```
 //!
-//! A wait for the parity of the phase *before* the first returns at once: that is how a producer finds a ring of
-//! empty stages.
+//! A wait for the parity of the phase *before* the first returns at once: that is how a producer finds a ring
+//! of empty stages.
 
 use super::cluster::Remote;
 use super::shared::Shared;
@@ -42,8 +42,8 @@ impl Mbarrier {
         self.0.address()
     }
 
-    /// `mbarrier.init`: the barrier is in its first phase, and each phase takes `arrivals` arrivals. Others may use
-    /// it once they have met the thread that did this, after [`publish`].
+    /// `mbarrier.init`: the barrier is in its first phase, and each phase takes `arrivals` arrivals. Others
+    /// may use it once they have met the thread that did this, after [`publish`].
     ///
     /// # Safety
     /// The place must be 8 aligned bytes of the block's allocation that serve for nothing else.
@@ -53,7 +53,8 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) self.address(), in(reg32) arrivals, options(nostack));
+            asm!("mbarrier.init.shared::cta.b64 [{}], {};",
+                in(reg32) self.address(), in(reg32) arrivals, options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::init_mbarrier(self.address(), arrivals);
@@ -86,13 +87,15 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("mbarrier.arrive.shared::cta.b64 _, [{}], {};", in(reg32) self.address(), in(reg32) count, options(nostack));
+            asm!("mbarrier.arrive.shared::cta.b64 _, [{}], {};",
+                in(reg32) self.address(), in(reg32) count, options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::arrive_mbarrier(self.address(), count, 0);
     }
 
-    /// `mbarrier.arrive.expect_tx`: announces that `bytes` bytes will be copied in during this phase, and arrives.
+    /// `mbarrier.arrive.expect_tx`: announces that `bytes` bytes will be copied in during this phase, and
+    /// arrives.
     ///
     /// # Safety
     /// As for [`Mbarrier::arrive`].
@@ -102,14 +105,15 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};", in(reg32) self.address(), in(reg32) bytes, options(nostack));
+            asm!("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};",
+                in(reg32) self.address(), in(reg32) bytes, options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::arrive_mbarrier(self.address(), 1, bytes);
     }
 
-    /// `cp.async.mbarrier.arrive.noinc`: arrives once the copies that this thread has started ([`super::async_copy`]) have
-    /// landed.
+    /// `cp.async.mbarrier.arrive.noinc`: arrives once the copies that this thread has started
+    /// ([`super::async_copy`]) have landed.
     ///
     /// # Safety
     /// As for [`Mbarrier::arrive`].
@@ -119,14 +123,15 @@ impl Mbarrier {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{}];", in(reg32) self.address(), options(nostack));
+            asm!("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{}];",
+                in(reg32) self.address(), options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::arrive_after_copies(self.address());
     }
 
-    /// `mbarrier.try_wait.parity`, until it succeeds: waits for the end of the phase of this parity (0 or 1), with
-    /// acquire. The barrier must be in that phase or the one after it.
+    /// `mbarrier.try_wait.parity`, until it succeeds: waits for the end of the phase of this parity (0 or 1),
+    /// with acquire. The barrier must be in that phase or the one after it.
     ///
     /// # Safety
     /// As for [`Mbarrier::arrive`].
@@ -138,7 +143,9 @@ impl Mbarrier {
             let done: u32;
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("{{ .reg .pred done; mbarrier.try_wait.parity.shared::cta.b64 done, [{}], {}; selp.u32 {}, 1, 0, done; }}",
+                asm!(concat!("{{ .reg .pred done; ",
+                        "mbarrier.try_wait.parity.shared::cta.b64 done, [{}], {}; ",
+                        "selp.u32 {}, 1, 0, done; }}"),
                     in(reg32) self.address(), in(reg32) parity, out(reg32) done, options(nostack));
             }
             if done != 0 {
@@ -168,10 +175,10 @@ impl RemoteMbarrier {
         self.0.address()
     }
 
-    /// `mbarrier.arrive.shared::cluster`: says that this thread, and what [met](super::barrier) before it, has read what
-    /// it had to read, so that whoever waits may have it overwritten. It shows nobody any *writes*: its release is for this block
-    /// alone, since for a cluster ptxas makes it wait until all accesses are visible to the whole device
-    /// (`MEMBAR.ALL.GPU`), a microsecond.
+    /// `mbarrier.arrive.shared::cluster`: says that this thread, and what [met](super::barrier) before it,
+    /// has read what it had to read, so that whoever waits may have it overwritten. It shows nobody any
+    /// *writes*: its release is for this block alone, since for a cluster ptxas makes it wait until all
+    /// accesses are visible to the whole device (`MEMBAR.ALL.GPU`).
     ///
     /// # Safety
     /// The barrier must be initialised, and its block must not have ended.
@@ -188,8 +195,8 @@ impl RemoteMbarrier {
     }
 }
 
-/// `fence.mbarrier_init.release.cluster`: shows this thread's [`Mbarrier::init`]s to the cluster, whose threads must
-/// then meet (PTX ISA 9.7.12.4, `fence`).
+/// `fence.mbarrier_init.release.cluster`: shows this thread's [`Mbarrier::init`]s to the cluster, whose
+/// threads must then meet (PTX ISA 9.7.12.4, `fence`).
 #[inline(always)]
 #[track_caller]
 pub fn publish() {

@@ -118,8 +118,10 @@ impl Element for F16 {
             let (first, second): (f32, f32);
             // SAFETY: registers in, registers out.
             unsafe {
-                asm!("cvt.f32.f16 {}, {};", out(reg32) first, in(reg16) pair as u16, options(pure, nomem, nostack));
-                asm!("cvt.f32.f16 {}, {};", out(reg32) second, in(reg16) (pair >> 16) as u16, options(pure, nomem, nostack));
+                asm!("cvt.f32.f16 {}, {};",
+                    out(reg32) first, in(reg16) pair as u16, options(pure, nomem, nostack));
+                asm!("cvt.f32.f16 {}, {};",
+                    out(reg32) second, in(reg16) (pair >> 16) as u16, options(pure, nomem, nostack));
             }
             [first, second]
         }

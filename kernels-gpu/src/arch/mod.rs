@@ -7,11 +7,11 @@
 //! | [`relaxed`] | words between running blocks | `ld.relaxed`, `st.relaxed`, `atom.relaxed` | – |
 //! | [`shared`] | a block's memory | `ld.shared`, `st.shared`, `atom.shared`, `ldmatrix` | sm_75 |
 //! | [`async_copy`] | global → shared without registers | `cp.async` | sm_80 |
-//! | `bulk` | global → shared by the copy engine | `cp.async.bulk` | sm_90 |
+//! | `bulk` | copies whose bytes are counted | `cp.async.bulk`, `st.async` | sm_90 |
 //! | [`barrier`] | a block's threads meet | `bar.sync` | – |
 //! | `mbarrier` | arrivals and bytes are counted | `mbarrier` | sm_90 |
 //! | [`warp`] | a warp's threads meet and exchange | `shfl.sync`, `vote.sync`, `bar.warp.sync` | – |
-//! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster`, `st.async` | sm_90 |
+//! | `cluster` | blocks that share their memories | `mapa`, `barrier.cluster` | sm_90 |
 //! | [`mma`] | tensor cores, 16-bit floats | `mma.sync.m16n8k16`, `cvt` | sm_80 |
 //! | `wgmma` | tensor cores of a warpgroup | `wgmma.mma_async` | sm_90a alone |
 //! | [`grid`] | overlap of dependent launches | `griddepcontrol` | sm_90 |

@@ -1,7 +1,8 @@
-//! Words of device memory that blocks of one running grid tell one another (PTX ISA 8.7.1, `.relaxed` at `.gpu`).
+//! Words of device memory that blocks of one running grid tell one another (PTX ISA 8.7.1, `.relaxed` at
+//! `.gpu`).
 //!
-//! A relaxed access is never torn and is seen in time, but says nothing about other words: each word that is looked
-//! for must be its own ready flag.
+//! A relaxed access is never torn and is seen in time, but says nothing about other words: each word that is
+//! looked for must be its own ready flag.
 
 #[cfg(feature = "emulate")]
 use crate::emulate;
@@ -11,8 +12,9 @@ use core::arch::asm;
 
 impl Global<u32> {
     /// `ld.relaxed.gpu` (PTX ISA 9.7.9.8): what some block of the grid stored here with
-    /// [`store_relaxed`](Self::store_relaxed), perhaps the newest. It says nothing about other words. A thread may
-    /// come here again and again until a word has come, if the block that stores it runs at the same time.
+    /// [`store_relaxed`](Self::store_relaxed), perhaps the newest. It says nothing about other words. A
+    /// thread may come here again and again until a word has come, if the block that stores it runs at the
+    /// same time.
     ///
     /// # Safety
     /// As for [`Global::load`].
@@ -60,8 +62,8 @@ impl Global<u32> {
         }
     }
 
-    /// `atom.relaxed.gpu.inc` (PTX ISA 9.7.13.5): counts from 0 to `last` and then from 0 again, and returns the
-    /// number before. It says nothing about other words.
+    /// `atom.relaxed.gpu.inc` (PTX ISA 9.7.13.5): counts from 0 to `last` and then from 0 again, and returns
+    /// the number before. It says nothing about other words.
     ///
     /// # Safety
     /// As for [`Global::store`].
@@ -94,8 +96,10 @@ impl Global<u32> {
             let mut before = u32::MAX;
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted atom.relaxed.gpu.global.inc.u32 {}, [{}], {}; }}",
-                    in(reg32) wanted as u32, inout(reg32) before, in(reg64) self.address(), in(reg32) last, options(nostack));
+                asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                        "@wanted atom.relaxed.gpu.global.inc.u32 {}, [{}], {}; }}"),
+                    in(reg32) wanted as u32, inout(reg32) before, in(reg64) self.address(), in(reg32) last,
+                    options(nostack));
             }
             before
         }
@@ -114,7 +118,8 @@ impl Global<u32> {
         #[cfg(target_arch = "nvptx64")]
         // SAFETY: as the caller promises.
         unsafe {
-            asm!("st.relaxed.gpu.global.u32 [{}], {};", in(reg64) self.address(), in(reg32) value, options(nostack));
+            asm!("st.relaxed.gpu.global.u32 [{}], {};",
+                in(reg64) self.address(), in(reg32) value, options(nostack));
         }
         #[cfg(feature = "emulate")]
         emulate::store_relaxed(self.address(), [value]);
@@ -133,7 +138,8 @@ impl Global<u32> {
             let [mut a, mut b, mut c, mut d] = [0u32; 4];
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}",
+                asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                        "@wanted ld.relaxed.gpu.global.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}"),
                     in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
                     in(reg64) self.address(), options(nostack));
             }
@@ -154,8 +160,10 @@ impl Global<u32> {
         // SAFETY: as the caller promises.
         unsafe {
             let [a, b, c, d] = values;
-            asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted st.relaxed.gpu.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}",
-                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+            asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                    "@wanted st.relaxed.gpu.global.v4.u32 [{}], {{{}, {}, {}, {}}}; }}"),
+                in(reg32) wanted as u32, in(reg64) self.address(), in(reg32) a, in(reg32) b, in(reg32) c,
+                in(reg32) d,
                 options(nostack));
         }
         #[cfg(feature = "emulate")]

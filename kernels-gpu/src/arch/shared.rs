@@ -54,7 +54,8 @@ impl Shared {
             let value: u32;
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("ld.shared.u32 {}, [{}];", out(reg32) value, in(reg32) self.0, options(nostack, readonly))
+                asm!("ld.shared.u32 {}, [{}];",
+                    out(reg32) value, in(reg32) self.0, options(nostack, readonly))
             };
             value
         }
@@ -65,7 +66,8 @@ impl Shared {
         }
     }
 
-    /// Loads four bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
+    /// Loads four bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand
+    /// in a row.
     ///
     /// # Safety
     /// If wanted, as for [`Shared::load`].
@@ -78,7 +80,8 @@ impl Shared {
             // SAFETY: as the caller promises.
             unsafe {
                 asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.shared.u32 {}, [{}]; }}",
-                    in(reg32) wanted as u32, inout(reg32) value, in(reg32) self.0, options(nostack, readonly));
+                    in(reg32) wanted as u32, inout(reg32) value, in(reg32) self.0, options(nostack,
+                    readonly));
             }
             value
         }
@@ -145,7 +148,8 @@ impl Shared {
         }
     }
 
-    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in a row.
+    /// Loads 16 bytes if they are `wanted`, zeros otherwise: a predicated instruction, so that many stand in
+    /// a row.
     ///
     /// # Safety
     /// If wanted, as for [`Shared::load16`].
@@ -157,7 +161,8 @@ impl Shared {
             let [mut a, mut b, mut c, mut d] = [0u32; 4];
             // SAFETY: as the caller promises.
             unsafe {
-                asm!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; @wanted ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}",
+                asm!(concat!("{{ .reg .pred wanted; setp.ne.u32 wanted, {}, 0; ",
+                        "@wanted ld.shared.v4.u32 {{{}, {}, {}, {}}}, [{}]; }}"),
                     in(reg32) wanted as u32, inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
                     in(reg32) self.0, options(nostack, readonly));
             }
@@ -167,7 +172,8 @@ impl Shared {
         if wanted { emulate::load_shared(self.0) } else { [0; 4] }
     }
 
-    /// `atom.shared.min.u32`: stores the smaller of both numbers, and returns what was there (PTX ISA 9.7.12.4).
+    /// `atom.shared.min.u32`: stores the smaller of both numbers, and returns what was there (PTX ISA
+    /// 9.7.12.4).
     ///
     /// # Safety
     /// As for [`Shared::load`].

@@ -14,7 +14,10 @@ macro_rules! special {
             {
                 let value: u32;
                 // SAFETY: reads a register that does not change while the thread lives.
-                unsafe { asm!(concat!("mov.u32 {}, %", $register, ";"), out(reg32) value, options(pure, nomem, nostack)) };
+                unsafe {
+                    asm!(concat!("mov.u32 {}, %", $register, ";"),
+                        out(reg32) value, options(pure, nomem, nostack));
+                };
                 value
             }
             #[cfg(feature = "emulate")]
@@ -32,8 +35,8 @@ special!(
     /// Number of this block in the grid.
     block, "ctaid.x", block);
 
-/// As [`index`], but read anew: what follows from it is not known before, so that loops do not keep addresses in
-/// registers that are sooner made again.
+/// As [`index`], but read anew: what follows from it is not known before, so that loops do not keep addresses
+/// in registers that are sooner made again.
 #[inline(always)]
 pub fn index_anew() -> u32 {
     #[cfg(target_arch = "nvptx64")]

@@ -70,10 +70,11 @@ pub fn ballot(vote: bool) -> u32 {
     }
 }
 
-/// `elect.sync` (PTX ISA 9.7.12.14): true in one thread of the warp, which may be any. The whole warp must come here.
+/// `elect.sync` (PTX ISA 9.7.12.14): true in one thread of the warp, which may be any. The whole warp must
+/// come here.
 ///
-/// What only this thread does is known to be one thread's: an instruction whose operands are uniform registers is not repeated
-/// until all threads have been served.
+/// What only this thread does is known to be one thread's: an instruction whose operands are uniform
+/// registers is not repeated until all threads have been served.
 #[cfg(any(feature = "sm_90", feature = "emulate"))]
 #[inline(always)]
 #[track_caller]
@@ -94,7 +95,8 @@ pub fn elect() -> bool {
     }
 }
 
-/// `match.any.sync`: bit i is set where thread i of the warp has this thread's value. The whole warp must come here.
+/// `match.any.sync`: bit i is set where thread i of the warp has this thread's value. The whole warp must
+/// come here.
 #[inline(always)]
 #[track_caller]
 pub fn match_any(value: u32) -> u32 {
@@ -114,8 +116,8 @@ pub fn match_any(value: u32) -> u32 {
     }
 }
 
-/// `bar.warp.sync`: the threads of a warp meet; their accesses to memory before it are visible to all of them after
-/// it (PTX ISA 9.7.12.2). The whole warp must come here.
+/// `bar.warp.sync`: the threads of a warp meet; their accesses to memory before it are visible to all of them
+/// after it (PTX ISA 9.7.12.2). The whole warp must come here.
 #[inline(always)]
 #[track_caller]
 pub fn sync() {

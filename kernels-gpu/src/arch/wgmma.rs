@@ -1,8 +1,8 @@
 //! Tensor cores of a warpgroup, on 16-bit floats (PTX ISA 9.7.14, `wgmma`).
 //!
 //! Four warps in succession, the first a multiple of four, together compute D = A·B + D with A 64×16, B 16×N
-//! and D 64×N in f32. B lies in shared memory, A there or in registers; both are named by a [`Matrix`]. Warp w
-//! of the four has rows 16w .. 16w + 16. With g = lane / 4 and c = lane % 4, a thread holds
+//! and D 64×N in f32. B lies in shared memory, A there or in registers; both are named by a [`Matrix`]. Warp
+//! w of the four has rows 16w .. 16w + 16. With g = lane / 4 and c = lane % 4, a thread holds
 //!
 //! | | in succession |
 //! |---|---|
@@ -33,8 +33,8 @@ const SWIZZLE_128: u64 = 1 << 62;
 /// The step along k is fixed where rows are swizzled: the manual asks for 1.
 const LEADING: u64 = 1 << 16;
 
-/// A matrix in shared memory: rows of 64 elements (128 bytes), 16 of which one product takes. Chunk c of row r
-/// lies at place c ^ (r % 8) of its row (PTX ISA 9.7.14.5.1, "128-byte swizzle").
+/// A matrix in shared memory: rows of 64 elements (128 bytes), 16 of which one product takes. Chunk c of row
+/// r lies at place c ^ (r % 8) of its row (PTX ISA 9.7.14.5.1, "128-byte swizzle").
 #[derive(Clone, Copy)]
 pub struct Matrix(u64);
 
@@ -79,8 +79,8 @@ pub fn commit() {
     emulate::commit_products();
 }
 
-/// `setmaxnreg.dec`: this warpgroup's threads go on with `COUNT` registers, a multiple of eight, and leave the block the
-/// rest of what they were launched with (PTX ISA 9.7.17.5). The whole warpgroup must come here.
+/// `setmaxnreg.dec`: this warpgroup's threads go on with `COUNT` registers, a multiple of eight, and leave
+/// the block the rest of what they were launched with (PTX ISA 9.7.17.5). The whole warpgroup must come here.
 #[inline(always)]
 #[track_caller]
 pub fn give_registers<const COUNT: u32>() {
@@ -93,8 +93,8 @@ pub fn give_registers<const COUNT: u32>() {
     emulate::set_registers();
 }
 
-/// `setmaxnreg.inc`: waits for what others of the block [give](give_registers), and goes on with `COUNT` registers a thread.
-/// The whole warpgroup must come here.
+/// `setmaxnreg.inc`: waits for what others of the block [give](give_registers), and goes on with `COUNT`
+/// registers a thread. The whole warpgroup must come here.
 #[inline(always)]
 #[track_caller]
 pub fn take_registers<const COUNT: u32>() {
@@ -112,8 +112,8 @@ pub trait Sums {
     /// N.
     const COLUMNS: u32;
 
-    /// All zeros, written here: the compiler would write what it knows to be zero where it is first added to, after
-    /// [`fence`].
+    /// All zeros, written here: the compiler would write what it knows to be zero where it is first added to,
+    /// after [`fence`].
     fn zero() -> Self;
 
     /// Adds A·B. The whole warpgroup must come here.
@@ -123,7 +123,8 @@ pub trait Sums {
     /// stay as they are until the product was waited for.
     unsafe fn multiply<E: Element>(&mut self, a: Matrix, b: Matrix);
 
-    /// Adds A·B, where A is this thread's registers, which must stay as they are until the product was waited for.
+    /// Adds A·B, where A is this thread's registers, which must stay as they are until the product was waited
+    /// for.
     ///
     /// # Safety
     /// As for [`Sums::multiply`].
@@ -161,8 +162,10 @@ macro_rules! sums {
                         // SAFETY: as the caller promises.
                         unsafe {
                             asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; ",
-                                    "wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $type, ".", $type,
-                                    " {{{", $first, "}" $(, ", {", $rest, "}")*, "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
+                                    "wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.",
+                                    $type, ".", $type,
+                                    " {{{", $first, "}" $(, ", {", $rest, "}")*,
+                                    "}}, {a}, {b}, add, 1, 1, 0, 0; }}"),
                                 inout(reg32) self[$first], $(inout(reg32) self[$rest],)*
                                 a = in(reg64) a.0, b = in(reg64) b.0, options(nostack));
                         }
@@ -186,11 +189,13 @@ macro_rules! sums {
                         // SAFETY: as the caller promises.
                         unsafe {
                             asm!(concat!("{{ .reg .pred add; setp.eq.u32 add, 0, 0; ",
-                                    "wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.", $type, ".", $type,
+                                    "wgmma.mma_async.sync.aligned.m64n", $columns, "k16.f32.",
+                                    $type, ".", $type,
                                     " {{{", $first, "}" $(, ", {", $rest, "}")*,
                                     "}}, {{{a0}, {a1}, {a2}, {a3}}}, {b}, add, 1, 1, 0; }}"),
                                 inout(reg32) self[$first], $(inout(reg32) self[$rest],)*
-                                a0 = in(reg32) a[0], a1 = in(reg32) a[1], a2 = in(reg32) a[2], a3 = in(reg32) a[3],
+                                a0 = in(reg32) a[0], a1 = in(reg32) a[1],
+                                a2 = in(reg32) a[2], a3 = in(reg32) a[3],
                                 b = in(reg64) b.0, options(nostack));
                         }
                     };
@@ -211,7 +216,8 @@ macro_rules! sums {
                 #[cfg(target_arch = "nvptx64")]
                 // SAFETY: ordering only.
                 unsafe {
-                    asm!(concat!("wgmma.wait_group.sync.aligned {newest}; // {", $first, "}" $(, " {", $rest, "}")*),
+                    asm!(concat!("wgmma.wait_group.sync.aligned {newest}; // {", $first, "}"
+                            $(, " {", $rest, "}")*),
                         inout(reg32) self[$first], $(inout(reg32) self[$rest],)* newest = const NEWEST,
                         options(nostack))
                 }

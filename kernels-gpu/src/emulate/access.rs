@@ -1,10 +1,10 @@
 //! What each access is checked for.
 
-use super::SHARED_BASE;
 use super::machine::{Id, Machine, Region};
 use super::memory::{Buffer, Clash};
 use super::report::Fault;
 use super::shadow::{By, Conflict, Kind, Now, Touch};
+use super::shared::SHARED_BASE;
 use std::ops::Range;
 use std::panic::Location;
 

@@ -10,15 +10,6 @@ use super::warpgroup::{self, Warpgroup};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-/// Shared memory is read and written in whole words.
-pub(super) const WORD: usize = 4;
-
-/// The first `N` words of `bytes`.
-pub(super) fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
-    let (words, _) = bytes.as_chunks::<WORD>();
-    std::array::from_fn(|i| u32::from_le_bytes(words[i]))
-}
-
 /// A block.
 pub(super) struct Block {
     /// Number of the block in the grid.

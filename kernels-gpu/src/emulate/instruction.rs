@@ -1,16 +1,12 @@
 //! What each instruction of one thread does: the functions that `arch` calls.
 
-use super::block::{WORD, words};
 use super::machine::{Id, Machine, execute, running, stop, suspend, with};
 use super::report::Fault;
 use super::shadow::{Kind, Now};
+use super::shared::{WINDOW, WORD, words};
 use super::thread::{Copy, State};
 use std::ops::Range;
 use std::panic::Location;
-
-/// Where the shared memory of the first block of a cluster begins in the addresses that [`map_shared`] makes, and
-/// how far on that of the next is. An address below is the block's own.
-const WINDOW: u32 = 1 << 24;
 
 impl Machine {
     /// Lands a copy: its bytes are now the thread's that started it.

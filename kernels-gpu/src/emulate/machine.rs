@@ -3,12 +3,12 @@
 //! The machine is a thread-local of the host thread that runs the launch, so that `arch` finds it with
 //! no argument. Each instruction borrows it and lets go before a coroutine is left.
 
-use super::Launch;
-use super::block::{Block, WORD};
+use super::block::Block;
 use super::memory::{Buffer, Memory};
 use super::order::{Gathering, Knowledge, Order};
 use super::report::{Fault, Report};
 use super::shadow::{By, Shadow, Touch};
+use super::shared::WORD;
 use super::thread::State;
 use super::warp::LANES;
 use corosensei::stack::DefaultStack;
@@ -55,6 +55,27 @@ thread_local! {
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
+/// A grid of blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// Name of the kernel, for reports.
+    pub kernel: &'a str,
+    /// Blocks: whole clusters.
+    pub blocks: u32,
+    /// Blocks of a cluster, at most 8; 1: no clusters.
+    pub cluster: u32,
+    /// Whether all blocks run at once (a cooperative launch). It has no clusters.
+    pub cooperative: bool,
+    /// Threads a block: whole warps, at most 1024.
+    pub threads: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+    /// Whether the launch may start before the one before it has ended (programmatic dependent launch).
+    pub overlaps: bool,
+    /// Decides the order of blocks and of threads.
+    pub seed: u64,
+}
+
 /// A buffer of the launch.
 pub(super) struct Region {
     pub buffer: Buffer,
@@ -78,8 +99,8 @@ pub(super) struct Machine {
     pub at_cluster_barrier: usize,
     /// Cluster barriers that the cluster has passed.
     pub cluster_barriers: u16,
-    /// What the threads let each other know that arrive at cluster barriers, and what they had at the last that the
-    /// cluster has passed.
+    /// What the threads let each other know that arrive at cluster barriers, and what they had at the last
+    /// that the cluster has passed.
     pub cluster_gathering: Gathering,
     pub cluster_knowledge: Rc<Knowledge>,
     pub order: Order,
@@ -299,9 +320,9 @@ impl Machine {
         }
     }
 
-    /// The last thread of a block has ended: nobody may use its shared memory from here on, and whoever has used
-    /// it must have arrived, since, at a cluster barrier that the block has waited for, or have let one of its
-    /// threads know in another way.
+    /// The last thread of a block has ended: nobody may use its shared memory from here on, and whoever has
+    /// used it must have arrived, since, at a cluster barrier that the block has waited for, or have let one
+    /// of its threads know in another way.
     fn end_block(&mut self, id: Id) {
         let known = self.block_knowledge(id.rank);
         if let Some((place, by)) = self.unfinished_copy(id, &known) {
@@ -382,7 +403,8 @@ impl Machine {
         self.ready.extend(threads.into_iter().map(|thread| Id { rank, thread }));
     }
 
-    /// Lets the cluster pass its barrier once all threads that have not ended have arrived (PTX ISA 9.7.12.3).
+    /// Lets the cluster pass its barrier once all threads that have not ended have arrived (PTX ISA
+    /// 9.7.12.3).
     pub(super) fn release_cluster(&mut self) {
         let running = self.blocks.iter().map(|block| block.threads.len() - block.ended).sum();
         if self.at_cluster_barrier == 0 || self.at_cluster_barrier < running {

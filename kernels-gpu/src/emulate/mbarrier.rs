@@ -1,14 +1,14 @@
 //! Barriers that count arrivals and bytes (PTX ISA 9.7.12.15), and the copies whose bytes they count.
 //!
-//! A copy lands when the phase that counts it completes, with what its source holds then: the latest moment that
-//! the manual allows. Until then its target is under way.
+//! A copy lands when the phase that counts it completes, with what its source holds then: the latest moment
+//! that the manual allows. Until then its target is under way.
 
-use super::SHARED_BASE;
 use super::access::shared_place;
 use super::machine::{Id, Machine, execute, running, suspend, with};
 use super::order::{Actor, Gathering, Knowledge};
 use super::report::Fault;
 use super::shadow::{Kind, Touch};
+use super::shared::SHARED_BASE;
 use super::thread::{self, State};
 use std::ops::Range;
 use std::panic::Location;
@@ -49,9 +49,9 @@ pub(super) struct Mbarrier {
     copies: Vec<Copy>,
     /// The last phase that copies landed with, and one of them.
     landed: Option<(u32, usize, Touch)>,
-    /// What whoever has arrived lets others know, and what they had at the end of the last phase. Never forgotten:
-    /// arrivals read and write the barrier one after another, so a later phase's wait is in order with all
-    /// (PTX ISA 8.9.2, observation order).
+    /// What whoever has arrived lets others know, and what they had at the end of the last phase. Never
+    /// forgotten: arrivals read and write the barrier one after another, so a later phase's wait is in order
+    /// with all (PTX ISA 8.9.2, observation order).
     gathering: Gathering,
     completed: Rc<Knowledge>,
     waiting: Vec<Id>,
@@ -89,7 +89,8 @@ impl Mbarrier {
 }
 
 impl Machine {
-    /// Checks that an address is that of a barrier which the thread may use: the block it is in, and its first byte.
+    /// Checks that an address is that of a barrier which the thread may use: the block it is in, and its
+    /// first byte.
     fn mbarrier(&mut self, id: Id, address: u32, at: &'static Location<'static>) -> Result<Home, Fault> {
         let now = self.now(id, Kind::Use, at);
         let (owner, address) = self.owner(id, address);
@@ -266,7 +267,8 @@ impl Machine {
         Err(self.misused(id, place, why))
     }
 
-    /// Gives the copies that a thread has started to the current phase, and arrives: they land when it completes.
+    /// Gives the copies that a thread has started to the current phase, and arrives: they land when it
+    /// completes.
     fn arrive_after_copies(
         &mut self,
         id: Id,
@@ -347,7 +349,8 @@ impl Machine {
         self.complete(id, place)
     }
 
-    /// A copy to the memory of a block whose threads have ended, and knew `known`, that need not have landed by then.
+    /// A copy to the memory of a block whose threads have ended, and knew `known`, that need not have landed
+    /// by then.
     pub(super) fn unfinished_copy(&self, id: Id, known: &Knowledge) -> Option<(String, Touch)> {
         let block = &self.blocks[id.rank as usize];
         let (byte, by) = block.mbarriers.values().find_map(|barrier| {
@@ -366,8 +369,8 @@ impl Machine {
             block.mbarriers.iter().filter(|(_, barrier)| !barrier.waiting.is_empty()).map(
                 move |(byte, Mbarrier { phase, arrivals, pending, announced, started, .. })| {
                     format!(
-                        "  the mbarrier at byte {byte}{of} in phase {phase} has {} of {arrivals} arrivals and \
-                         {started} of {announced} bytes",
+                        "  the mbarrier at byte {byte}{of} in phase {phase} has {} of {arrivals} arrivals \
+                         and {started} of {announced} bytes",
                         arrivals - pending
                     )
                 },

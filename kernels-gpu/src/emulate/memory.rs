@@ -144,7 +144,8 @@ impl Memory {
         address
     }
 
-    /// Fills the `len` bytes from `address` on with `poison`. Until a launch writes them, reading them is a fault.
+    /// Fills the `len` bytes from `address` on with `poison`. Until a launch writes them, reading them is a
+    /// fault.
     ///
     /// # Panics
     /// When they are not inside one allocation.

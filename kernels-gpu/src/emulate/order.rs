@@ -1,13 +1,14 @@
-//! What comes before what, in a cluster: vector clocks (as FastTrack has them: Flanagan and Freund, PLDI 2009).
+//! What comes before what, in a cluster: vector clocks (as FastTrack has them: Flanagan and Freund, PLDI
+//! 2009).
 //!
-//! Whatever accesses memory is an [`Actor`]: a thread, or the copies that one mbarrier counts. An access carries its
-//! actor's stamp. A thread that lets others know what it has done (by an arrival, or by meeting them) goes on under
-//! a new stamp, so what it knows of another is one number: all accesses with a stamp below have happened
-//! before. The copies' stamp is the phase that counts them, so only who has waited for the phase, or heard from
-//! somebody who has, knows them done.
+//! Whatever accesses memory is an [`Actor`]: a thread, or the copies that one mbarrier counts. An access
+//! carries its actor's stamp. A thread that lets others know what it has done (by an arrival, or by meeting
+//! them) goes on under a new stamp, so what it knows of another is one number: all accesses with a stamp
+//! below have happened before. The copies' stamp is the phase that counts them, so only who has waited for
+//! the phase, or heard from somebody who has, knows them done.
 //!
-//! [`Knowledge`] is shared: the threads of a warp know the same, mostly, and a new fact changes the numbers of one
-//! block. What a thread knows of itself is not in it, so that threads can share it.
+//! [`Knowledge`] is shared: the threads of a warp know the same, mostly, and a new fact changes the numbers
+//! of one block. What a thread knows of itself is not in it, so that threads can share it.
 
 use super::warp::LANES;
 use std::rc::Rc;
@@ -21,8 +22,8 @@ pub(super) struct Actor {
     pub number: u16,
 }
 
-/// For each actor, the stamp below which its accesses are meant. By blocks, whose numbers are shared until they
-/// change.
+/// For each actor, the stamp below which its accesses are meant. By blocks, whose numbers are shared until
+/// they change.
 #[derive(Clone, Debug, Default)]
 struct Clock(Vec<Option<Rc<Vec<u32>>>>);
 
@@ -180,8 +181,8 @@ pub(super) fn slot<const N: usize>(parts: [usize; N], slots: usize) -> usize {
 
 /// The order of a launch.
 pub(super) struct Order {
-    /// The last stamp. Never the same again during the launch, since what is remembered of device memory outlives a
-    /// cluster.
+    /// The last stamp. Never the same again during the launch, since what is remembered of device memory
+    /// outlives a cluster.
     last: u32,
     joins: Vec<Option<Join>>,
 }

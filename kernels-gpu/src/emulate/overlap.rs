@@ -9,7 +9,8 @@
 pub(super) struct Overlap {
     /// Number of the launch, counted from 1.
     pub number: u32,
-    /// Launches that may still run while this one does: for a thread that has not waited, and for one that has.
+    /// Launches that may still run while this one does: for a thread that has not waited, and for one that
+    /// has.
     running: [Vec<u32>; 2],
     /// A thread has waited, so when this launch has ended, so has what it waited for.
     waited: bool,
@@ -37,8 +38,8 @@ impl Overlap {
         self.running[usize::from(has_waited)].contains(&other)
     }
 
-    /// A block has ended. `has_waited`: one of its threads had waited; `launch_dependents`: whether all that let the
-    /// next launch start had waited before, `None` when nobody did.
+    /// A block has ended. `has_waited`: one of its threads had waited; `launch_dependents`: whether all that
+    /// let the next launch start had waited before, `None` when nobody did.
     pub fn end_block(&mut self, has_waited: bool, launch_dependents: Option<bool>) {
         self.waited |= has_waited;
         self.waited_first |= launch_dependents.unwrap_or(has_waited);

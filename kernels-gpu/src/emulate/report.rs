@@ -66,8 +66,8 @@ pub enum Fault {
         /// Who started the copy.
         by: Touch,
     },
-    /// A copy by the copy engine to where a thread has stored, or a `wgmma` of it, and nobody has shown that to the
-    /// async proxy.
+    /// A copy by the copy engine to where a thread has stored, or a `wgmma` of it, and nobody has shown that
+    /// to the async proxy.
     Unfenced {
         /// `bulk copy to` or `wgmma of`.
         what: &'static str,

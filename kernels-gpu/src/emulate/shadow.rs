@@ -2,12 +2,12 @@
 //!
 //! Three things put accesses in order. A block's barrier puts all that its threads did before it before all
 //! that they do after it; time in a block is the number of barriers passed. A cluster's barrier puts what a
-//! thread did before it *arrived* before what any thread of the cluster does once it has *waited*. And whatever else
-//! threads of a cluster meet at or wait for: see [`super::order`]. Two blocks of no common cluster are never in
-//! order.
+//! thread did before it *arrived* before what any thread of the cluster does once it has *waited*. And
+//! whatever else threads of a cluster meet at or wait for: see [`super::order`]. Two blocks of no common
+//! cluster are never in order.
 //!
-//! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as one,
-//! by all who might have been last ([`By`], and exactly who of a cluster: [`Accesses`]).
+//! For each granule the last write and the last read are kept. Reads that nothing puts in order are kept as
+//! one, by all who might have been last ([`By`], and exactly who of a cluster: [`Accesses`]).
 
 use super::accesses::{Accesses, Before, Histories};
 use super::order::{Actor, Knowledge};
@@ -88,8 +88,8 @@ pub(super) enum Kind {
     BulkStart,
     /// An asynchronous copy has landed, for the thread that started it.
     CopyEnd,
-    /// An asynchronous copy has landed, for who has waited for the phase that counts it; and one not by the copy engine,
-    /// which need not see it.
+    /// An asynchronous copy has landed, for who has waited for the phase that counts it; and one not by the
+    /// copy engine, which need not see it.
     Landed,
     LandedStore,
     /// A copy that an mbarrier counts reads its source.
@@ -367,7 +367,8 @@ impl Shadow {
         }
     }
 
-    /// The copies that were started to `bytes` have landed as `kind`, for who has waited for the phase that counts them.
+    /// The copies that were started to `bytes` have landed as `kind`, for who has waited for the phase that
+    /// counts them.
     pub fn land(&mut self, bytes: &Range<usize>, kind: Kind) {
         let numbers = self.numbers(bytes);
         for cell in &mut self.cells[numbers] {

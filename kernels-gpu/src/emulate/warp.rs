@@ -15,8 +15,8 @@ pub(super) fn shuffle_up(operands: [(u32, u32); LANES]) -> [u32; LANES] {
     })
 }
 
-/// `shfl.sync.idx` with a clamp of 31 (PTX ISA 9.7.8.6): lane i receives from the lane that it names. Only the low
-/// five bits of that count.
+/// `shfl.sync.idx` with a clamp of 31 (PTX ISA 9.7.8.6): lane i receives from the lane that it names. Only
+/// the low five bits of that count.
 pub(super) fn shuffle(operands: [(u32, u32); LANES]) -> [u32; LANES] {
     operands.map(|(_, lane)| operands[(lane & 31) as usize].0)
 }

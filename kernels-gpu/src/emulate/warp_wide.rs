@@ -1,9 +1,10 @@
-//! A warp's lanes meet at an operation: the functions that `arch` calls, and what happens once the last lane is there.
+//! A warp's lanes meet at an operation: the functions that `arch` calls, and what happens once the last lane
+//! is there.
 
-use super::block::words;
 use super::machine::{CLUSTER_WAIT, Id, Machine, execute, running, suspend, with};
 use super::report::Fault;
 use super::shadow::Kind;
+use super::shared::words;
 use super::thread::{Rendezvous, State};
 use super::warp::{self, LANES, Operation};
 use crate::ElementType;

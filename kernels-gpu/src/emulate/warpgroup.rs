@@ -101,8 +101,8 @@ impl Machine {
         &mut self.block(id).warpgroups[id.thread as usize / THREADS]
     }
 
-    /// Notes that a thread has come to an instruction of its warpgroup. Once the last one is there, carries it out
-    /// and wakes the others; until then the thread must wait.
+    /// Notes that a thread has come to an instruction of its warpgroup. Once the last one is there, carries
+    /// it out and wakes the others; until then the thread must wait.
     fn meet_warpgroup(
         &mut self,
         id: Id,
@@ -210,8 +210,8 @@ impl Machine {
         Ok(())
     }
 
-    /// A and B of a product, one row of k a row of A or column of B. `begins`: they must have been shown to the
-    /// async proxy.
+    /// A and B of a product, one row of k a row of A or column of B. `begins`: they must have been shown to
+    /// the async proxy.
     #[expect(clippy::type_complexity)]
     fn operands(
         &mut self,
@@ -221,7 +221,8 @@ impl Machine {
         begins: bool,
     ) -> Result<(Vec<[f32; K]>, Vec<[f32; K]>), Fault> {
         let element = product.element;
-        // Each warp reads all, since none may use what another has written, or let it be overwritten, before they have met.
+        // Each warp reads all, since none may use what another has written, or let it be overwritten, before
+        // they have met.
         let first = id.thread / THREADS as u32 * THREADS as u32;
         let readers = [0, 1, 2, 3]
             .map(|warp| self.now(Id { thread: first + LANES as u32 * warp, ..id }, Kind::Read, at));
@@ -251,9 +252,9 @@ impl Machine {
         Ok((a, b))
     }
 
-    /// Sixteen elements of a row of a matrix in shared memory (PTX ISA 9.7.14.5.1): groups of eight rows lie a
-    /// stride apart, rows in a group one after another, and with the 128-byte swizzle bits 4 to 6 of an address
-    /// are those of the element's place, exclusive or bits 7 to 9.
+    /// Sixteen elements of a row of a matrix in shared memory (PTX ISA 9.7.14.5.1): groups of eight rows lie
+    /// a stride apart, rows in a group one after another, and with the 128-byte swizzle bits 4 to 6 of an
+    /// address are those of the element's place, exclusive or bits 7 to 9.
     fn matrix_row(
         &mut self,
         block: u32,
@@ -353,8 +354,8 @@ pub(crate) fn commit_products() {
     meet(Asked::Commit);
 }
 
-/// `wgmma.wait_group`: carries out all groups but the `newest` newest, and gives back the sums that nothing is
-/// added to any more.
+/// `wgmma.wait_group`: carries out all groups but the `newest` newest, and gives back the sums that nothing
+/// is added to any more.
 #[track_caller]
 pub(crate) fn wait_for_products(newest: u32, sums: &mut [f32]) {
     meet(Asked::Wait(newest));
