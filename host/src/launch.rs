@@ -150,7 +150,8 @@ impl Planner<'_> {
         tensors: RoutingTensors<'_, S>,
     ) -> Result<Launched> {
         tensors.check(projection, tokens)?;
-        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked: false };
+        let ranked = tensors.ranks.is_some();
+        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked };
         let routing = Routing::Tokens(tensors);
         self.prepare(place, projection, &layout, Stage::Route, &routing, &Operands::NONE)
     }

@@ -4,16 +4,30 @@ use crate::dtype::DType;
 use crate::error::Result;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use crate::plan::arguments::Arguments;
-use crate::plan::launch::{Launch, entry};
+use crate::plan::costs::{COPIED, Costs, DecodeCosts};
+use crate::plan::launch::Launch;
+use crate::plan::likely::Likely;
 use crate::plan::{DeviceLimits, Problem, RouteSource, RouteTiles, Stage};
 use moe_lora_kernels::decode::segments::{self, Room};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::params::{DecodeParams, Divider, RouteParams};
-use moe_lora_kernels::{DecodeRows, ElementType, IndexWidth, Kernel, decode as kernel};
+use moe_lora_kernels::{DecodeRows, ENTRIES, ElementType, IndexWidth, Kernel, decode as kernel};
 use std::fmt;
 
 /// Blocks of a cluster that a plan may choose.
 pub(crate) const CLUSTERS: [u32; 4] = [1, 2, 4, 8];
+
+/// Ranks of a group, which a warp multiplies at a time.
+const GROUP: f64 = 16.0;
+
+/// Elements of K of a stage.
+const STAGE_K: f64 = kernel::A_STAGE as f64 / 2.0 / GROUP;
+
+/// Largest rank whose costs are known.
+const MOST_KNOWN_RANK: usize = 128;
+
+/// Microseconds in which a cluster sees that a part of a given route's tile has no pairs: it costs a load.
+const EMPTY_PART: f64 = 1.3;
 
 /// A way to run a call as `decode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,14 +68,25 @@ pub(crate) struct DecodePlan {
 }
 
 /// Whether `decode` can run a call at all, whatever the tile and the cluster.
-pub(crate) fn is_legal(problem: &Problem<'_>) -> bool {
+fn is_legal(problem: &Problem<'_>) -> bool {
     let sizes = problem.sizes();
-    problem.stage == Stage::Forward
+    matches!(problem.stage, Stage::Route | Stage::Forward)
         && problem.vectors
+        && problem.has_vector_sizes()
         && problem.limits.has_clusters()
         && sizes.max_rank <= kernel::MAX_RANK as usize
         // Elements of one matrix of b are counted in 32 bits, whatever the index width.
         && sizes.out_dim.saturating_mul(sizes.max_rank) <= i32::MAX as usize
+}
+
+/// Whether it may be chosen where it is not forced: the costs of larger ranks were not measured.
+pub(crate) fn is_known(problem: &Problem<'_>) -> bool {
+    problem.sizes().max_rank <= MOST_KNOWN_RANK
+}
+
+/// The cluster of [`CLUSTERS`] that a number of blocks stands for: the largest up to it.
+pub(crate) fn nearest_cluster(blocks: u32) -> u32 {
+    1 << blocks.clamp(1, kernel::MAX_CLUSTER).ilog2()
 }
 
 impl Candidate {
@@ -76,6 +101,64 @@ impl Candidate {
         let fit =
             (1..=most_blocks(rows)).rev().find_map(|blocks| Fit::new(problem, rows, cluster, blocks))?;
         Some(Candidate { rows, cluster, fit })
+    }
+
+    /// Microseconds that the call is likely to take so, with its routing.
+    pub fn cost(&self, problem: &Problem<'_>, likely: &Likely, costs: &Costs) -> f64 {
+        let &Candidate { rows, cluster, fit } = self;
+        let (slices, limits) = (problem.sizes().slices as f64, problem.limits);
+        let multiprocessors = f64::from(limits.multiprocessors);
+        let costs = match rows {
+            DecodeRows::M8 => &costs.decode_m8,
+            DecodeRows::M16 => &costs.decode_m16,
+        };
+        let tiles = likely.tiles(problem, rows.count()).max(likely.segments);
+        let items = (tiles * slices).ceil().max(1.0);
+        let clusters = clusters(items as u64, cluster, fit.blocks, limits) as f64;
+        let blocks = clusters * f64::from(cluster);
+        let found = match problem.route {
+            RouteSource::Made if !fit.finds => costs.route,
+            RouteSource::Made if problem.pairs > segments::FEW as usize => costs.find,
+            _ => 0.0,
+        };
+        let when = |is_so: bool, time: f64| if is_so { time } else { 0.0 };
+        let start = costs.start
+            + found
+            + when(cluster > 1, costs.cluster)
+            + when(blocks > multiprocessors / 2.0, costs.half_full)
+            + when(blocks > multiprocessors, costs.full);
+        let others = (blocks / multiprocessors).max(1.0) - 1.0;
+        let [a, b] = self.item_times(problem, likely, costs);
+        let full = (items / clusters).ceil();
+        let even = (items / clusters).max(1.0);
+        let waves = even + costs.partial_wave * (full - even);
+        // Shrink of an item goes side by side with expand of the one before it.
+        let item = (a.powi(4) + b.powi(4) + costs.item.powi(4)).sqrt().sqrt();
+        let later = (waves - 1.0) * item * (1.0 + costs.second_block_waves * others);
+        let empty = problem.route.tile_rows().map_or(0.0, |given| {
+            let parts = f64::from(given.div_ceil(rows.count()));
+            EMPTY_PART * (parts * likely.tiles(problem, given) * slices - items).max(0.0) / clusters
+        });
+        start + (a + b) * (1.0 + costs.second_block * others) + likely.memory(&costs.memory) + later + empty
+    }
+
+    /// Microseconds of a work item's shrink, and of its expand.
+    fn item_times(&self, problem: &Problem<'_>, likely: &Likely, costs: &DecodeCosts) -> [f64; 2] {
+        let (sizes, rank) = (problem.sizes(), likely.rank);
+        let (in_dim, out_dim, cluster) = (sizes.in_dim as f64, sizes.out_dim as f64, f64::from(self.cluster));
+        // Blocks of a cluster share groups of ranks, and where there are more blocks K as well.
+        let groups = (rank / GROUP).ceil();
+        let group_blocks = (groups as u32).next_power_of_two().min(self.cluster);
+        let k_parts = f64::from(self.cluster / group_blocks);
+        let groups_of_block = (groups / f64::from(group_blocks)).ceil();
+        let a_stages = groups_of_block * (in_dim / k_parts / STAGE_K).ceil();
+        let columns = (out_dim / cluster / 16.0).ceil() * 16.0;
+        let stage_columns = (f64::from(kernel::B_STAGE) / 2.0 / rank / 16.0).floor() * 16.0;
+        let b_stages = (columns / stage_columns.clamp(16.0, 256.0)).ceil();
+        let copies = |dim: f64| rank * dim * DType::SIZE as f64 / cluster / COPIED;
+        let a = costs.a_stage * a_stages + costs.a_bytes * copies(in_dim) + costs.k_share * k_parts;
+        let b = costs.b_stage * b_stages + costs.b_bytes * copies(out_dim);
+        [a, b]
     }
 
     /// How the call is run so, on this route.
@@ -127,21 +210,31 @@ impl Fit {
 }
 
 /// Blocks with tiles of so many pairs for which a multiprocessor has registers.
-pub(crate) fn most_blocks(rows: DecodeRows) -> u32 {
-    entry(Kernel::Decode { element: ElementType::Bf16, index: IndexWidth::I32, rows }).min_blocks
+fn most_blocks(rows: DecodeRows) -> u32 {
+    const M8: u32 = min_blocks(DecodeRows::M8);
+    const M16: u32 = min_blocks(DecodeRows::M16);
+    match rows {
+        DecodeRows::M8 => M8,
+        DecodeRows::M16 => M16,
+    }
+}
+
+/// What the table of kernels says of it, looked up once.
+const fn min_blocks(of: DecodeRows) -> u32 {
+    let mut place = 0;
+    loop {
+        match ENTRIES[place].kernel {
+            Kernel::Decode { rows, .. } if rows.count() == of.count() => return ENTRIES[place].min_blocks,
+            _ => place += 1,
+        }
+    }
 }
 
 /// Clusters of a launch: as many as the device runs at a time with `blocks` blocks a multiprocessor, each of
 /// which takes one work item after another. With one more, its items would come last of all.
-pub(crate) fn clusters(items: u64, cluster: u32, blocks: u32, limits: &DeviceLimits) -> u64 {
+fn clusters(items: u64, cluster: u32, blocks: u32, limits: &DeviceLimits) -> u64 {
     let most = limits.decode_clusters[cluster.ilog2() as usize] * blocks / kernel::BLOCKS;
     items.min(u64::from(most)).max(1)
-}
-
-/// Bytes of a work item's weights, the (tile, slice) that one cluster takes: of `a`, and of `b`.
-pub(crate) fn item_bytes(problem: &Problem<'_>) -> [f64; 2] {
-    let sizes = problem.sizes();
-    [sizes.in_dim, sizes.out_dim].map(|dim| (sizes.max_rank * dim * DType::SIZE) as f64)
 }
 
 /// Bytes of all stages.

@@ -1,9 +1,12 @@
 //! The generic form: `shrink`, then `expand`, for every call and every device.
 
+use crate::dtype::DType;
 use crate::error::Result;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use crate::plan::arguments::Arguments;
+use crate::plan::costs::{COPIED, Costs};
 use crate::plan::launch::Launch;
+use crate::plan::likely::{Likely, side_by_side};
 use crate::plan::{DeviceLimits, Problem, RouteTiles, Stage};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::memory::Global;
@@ -90,6 +93,34 @@ impl Candidate {
         };
         let is_legal = if problem.vectors { is_smallest || fits() } else { tile == TileKind::Any };
         is_legal.then_some(Candidate { tile })
+    }
+
+    /// Microseconds that the call, or its half, is likely to take so, with its routing.
+    pub fn cost(&self, problem: &Problem<'_>, likely: &Likely, costs: &Costs) -> f64 {
+        let sizes = problem.sizes();
+        let costs = match self.tile {
+            TileKind::M16 | TileKind::Any => &costs.generic_m16,
+            TileKind::M32 => &costs.generic_m32,
+            TileKind::M64 => &costs.generic_m64,
+        };
+        let tiles = likely.tiles(problem, self.tile.shape().rows());
+        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dim as f64);
+        let columns = sizes.slices as f64 * likely.rank;
+        let copies = |elements: f64| elements * DType::SIZE as f64 / COPIED;
+        let mut item = 0.0;
+        if problem.shrinks() {
+            let column_blocks = (columns / 128.0).ceil();
+            item += costs.a_bytes * copies(columns * in_dim)
+                + costs.x_bytes * copies(problem.pairs as f64 / tiles * in_dim) * column_blocks
+                + costs.k_step * in_dim / 512.0;
+        }
+        if problem.expands() {
+            item += costs.b_bytes * copies(columns * out_dim)
+                + costs.n_step * sizes.slices as f64 * out_dim / 512.0;
+        }
+        let items = tiles.max(1.0) / f64::from(problem.limits.multiprocessors);
+        let routed = costs.thousand_pairs * problem.pairs as f64 / 1e3;
+        costs.start + routed + side_by_side(likely.memory(&costs.memory), items * item)
     }
 
     /// Split-K: how many blocks share K, and the steps that each takes.

@@ -11,16 +11,19 @@
 //! | `route` | what makes the route, before any of these |
 //!
 //! Each has a `Candidate`, which exists for problems that it is legal for, a plan, which says how the
-//! launches divide the work, and the parameter blocks of the launches. `choose` takes one of the candidates.
+//! launches divide the work, and the parameter blocks of the launches. `choose` takes the candidate that
+//! costs least, by the table of the device (`costs`) and what is likely of the call (`likely`).
 
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 mod arguments;
 #[cfg(test)]
 mod blackwell;
 mod choose;
+pub mod costs;
 mod decode;
 mod generic;
 mod launch;
+mod likely;
 mod limits;
 mod options;
 mod prefill;
@@ -28,11 +31,11 @@ mod problem;
 #[doc(hidden)]
 pub mod promises;
 mod route;
-mod rules;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 mod scratch;
 
-pub use choose::candidates;
+pub use choose::{candidates, predict};
+pub use costs::Costs;
 pub use launch::PlannedLaunch;
 pub use limits::DeviceLimits;
 pub use options::{DecodeRows, Form, IndexWidth, Options, PrefillTile, TileKind};

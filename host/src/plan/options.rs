@@ -103,6 +103,22 @@ pub enum Form {
     Generic,
 }
 
+impl Form {
+    /// `prefill`, in whole passes or in shared ones.
+    pub(crate) const fn prefill(shared: bool, tile: PrefillTile) -> Self {
+        if shared { Form::SharedPrefill(tile) } else { Form::Prefill(tile) }
+    }
+
+    /// Whether blocks share passes; `None` where it is not `prefill`.
+    pub(crate) const fn is_shared(self) -> Option<bool> {
+        match self {
+            Form::Prefill(_) => Some(false),
+            Form::SharedPrefill(_) => Some(true),
+            Form::Decode | Form::Generic => None,
+        }
+    }
+}
+
 /// The tiles of `prefill`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PrefillTile {

@@ -1,12 +1,15 @@
 //! `prefill`: one launch of warpgroups that shrink and expand, for many pairs a segment, on sm_90a.
 
-pub(super) mod division;
+mod division;
 
+use crate::dtype::DType;
 use crate::error::Result;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use crate::plan::arguments::Arguments;
+use crate::plan::costs::{COPIED, Costs};
 use crate::plan::generic::MAX_PARTIAL;
 use crate::plan::launch::Launch;
+use crate::plan::likely::{Likely, side_by_side};
 use crate::plan::{Form, PrefillTile, Problem, RouteTiles, Stage};
 use crate::projection::Projection;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
@@ -66,7 +69,7 @@ pub(crate) struct Splits {
 }
 
 /// Whether `prefill` can run a call at all, whatever the tile.
-pub(crate) fn is_legal(problem: &Problem<'_>) -> bool {
+fn is_legal(problem: &Problem<'_>) -> bool {
     let sizes = problem.sizes();
     // Elements of one matrix are counted in 32 bits, whatever the index width.
     let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
@@ -92,7 +95,10 @@ fn shape(projection: &Projection, tile: PrefillTile) -> Option<kernel::Shape> {
 impl Candidate {
     /// A way to run the call with this tile, in whole or in shared passes; `None` where it cannot be run so.
     pub fn legal(problem: &Problem<'_>, tile: PrefillTile, shared: bool) -> Option<Self> {
-        let whole = Self::whole(problem.projection, tile).filter(|_| is_legal(problem))?;
+        let (sizes, shape) =
+            (problem.sizes(), shape(problem.projection, tile).filter(|_| is_legal(problem))?);
+        let passes = shape.passes(sizes.slices as u32, sizes.max_rank as u32);
+        let whole = Candidate { tile, shared: false, shape, passes, most_split_k: 0 };
         // Tiles of a route may have been made somewhat smaller than the larger tile.
         let is_in_route = |rows| tile.rows() < rows + PrefillTile::M64.rows();
         let shared_bytes = whole.shape.shared_bytes(whole.shape.max_stages());
@@ -106,17 +112,9 @@ impl Candidate {
         (most_split_k > 0).then_some(Candidate { shared, most_split_k, ..whole })
     }
 
-    /// Whole passes over this tile, whatever the call; `None` where no kernel has room for the ranks of a
-    /// slice.
-    pub fn whole(projection: &Projection, tile: PrefillTile) -> Option<Self> {
-        let (sizes, shape) = (projection.sizes(), shape(projection, tile)?);
-        let passes = shape.passes(sizes.slices as u32, sizes.max_rank as u32);
-        Some(Candidate { tile, shared: false, shape, passes, most_split_k: 0 })
-    }
-
     /// Most parts of K that blocks may take of a pass, for what they leave one another to have room; 0 where
     /// they cannot share.
-    pub fn most_split_k(&self, problem: &Problem<'_>) -> u32 {
+    fn most_split_k(&self, problem: &Problem<'_>) -> u32 {
         let &Candidate { shape, passes, .. } = self;
         // The halves of the split form have a launch each.
         let is_whole = matches!(problem.stage, Stage::Route | Stage::Forward);
@@ -131,6 +129,49 @@ impl Candidate {
         let room = shared_pass_room(problem.projection, problem.pairs);
         let fits = |split_k: &u32| passes * kernel::workspace_bytes(shape, *split_k) <= room;
         (1..=Split::MAX).rev().find(fits).unwrap_or(0)
+    }
+
+    /// The form.
+    pub fn form(&self) -> Form {
+        Form::prefill(self.shared, self.tile)
+    }
+
+    /// Microseconds that the call, or its half, is likely to take so, with its routing.
+    pub fn cost(&self, problem: &Problem<'_>, likely: &Likely, costs: &Costs) -> f64 {
+        let &Candidate { tile, shared, shape, .. } = self;
+        let sizes = problem.sizes();
+        let costs = match (shared, tile) {
+            (false, PrefillTile::M64) => &costs.prefill_m64,
+            (false, PrefillTile::M128) => &costs.prefill_m128,
+            (true, PrefillTile::M64) => &costs.shared_prefill_m64,
+            (true, PrefillTile::M128) => &costs.shared_prefill_m128,
+        };
+        let tiles = likely.tiles(problem, tile.rows());
+        // The ranks in use decide what a pass costs, and not those that weights are allocated for.
+        let rank_room = kernel::rank_room(likely.rank.round() as u32);
+        let slices = (shape.width / rank_room).max(1).min(sizes.slices as u32);
+        let work_tiles = tiles * f64::from((sizes.slices as u32).div_ceil(slices));
+        let blocks = f64::from(problem.limits.multiprocessors * shape.blocks_per_sm());
+        let columns = (slices * rank_room).next_power_of_two().max(32).min(shape.width);
+        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dim as f64);
+        let millions = |columns: u32, length: f64| f64::from(tile.rows() * columns) * length / 1e6;
+        let x_bytes = problem.pairs as f64 / tiles * in_dim * DType::SIZE as f64;
+        let mut work_tile = costs.tile;
+        if problem.shrinks() {
+            work_tile += costs.k_step * (in_dim / 128.0).ceil()
+                + costs.x_bytes * x_bytes / COPIED
+                + costs.shrink_products * millions(columns, in_dim);
+        }
+        if problem.expands() {
+            work_tile += costs.n_step * f64::from(slices) * (out_dim / 128.0).ceil()
+                + costs.expand_products * millions(slices * rank_room, out_dim);
+        }
+        let waves = work_tiles / blocks;
+        // Blocks that share passes have as much to do each, to the last.
+        let waves = if shared { waves } else { waves.ceil() + costs.load * waves.min(1.0) };
+        let memory = likely.memory(&costs.memory);
+        let routed = costs.thousand_pairs * problem.pairs as f64 / 1e3;
+        costs.start + routed + side_by_side(memory, waves * work_tile)
     }
 
     /// Pairs of the tiles of a route that is made for it: as many as its own, or fewer.
@@ -212,7 +253,7 @@ pub(crate) fn shared_pass_room(projection: &Projection, pairs: usize) -> u64 {
 impl PrefillPlan {
     /// The form.
     pub fn form(&self) -> Form {
-        if self.splits.is_some() { Form::SharedPrefill(self.tile) } else { Form::Prefill(self.tile) }
+        Form::prefill(self.splits.is_some(), self.tile)
     }
 }
 

@@ -168,10 +168,26 @@ impl<'c> Problem<'c> {
         RouteTiles { rows, most: self.most_tiles(rows) }
     }
 
-    /// Segments with a pair or more, where the pairs are routed evenly at random.
+    /// Whether it has a first half: h = a x.
+    pub fn shrinks(&self) -> bool {
+        self.stage != Stage::Expand
+    }
+
+    /// Whether it has a second half: out = b h.
+    pub fn expands(&self) -> bool {
+        self.stage != Stage::Shrink
+    }
+
+    /// Segments with a pair or more, where tokens choose slots and different experts evenly at random.
     pub fn likely_segments(&self) -> f64 {
-        let segments = self.segments as f64;
-        segments * (1.0 - (-(self.pairs as f64) / segments).exp())
+        let sizes = self.sizes();
+        let [k, experts, slots] = [sizes.top_k, sizes.experts, sizes.slots].map(|size| size as f64);
+        let tokens = self.layout.tokens as f64;
+        if k >= experts {
+            return experts * tokens.min(slots);
+        }
+        let segments = self.segments as f64 * (1.0 - (1.0 - k / experts).powf(tokens / slots));
+        segments.min(self.pairs as f64)
     }
 
     /// Tiles of `rows` pairs, where the pairs are routed evenly at random: the mean, over all segments, of a

@@ -24,13 +24,13 @@ pub(super) fn columns(tile: PrefillTile, sizes: &ProjectionSizes) -> u32 {
 
 /// Blocks that the device runs at a time, of passes over tiles of `rows` pairs that blocks can share, as most
 /// others.
-pub(in crate::plan) fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
+fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
     let shape = Shape { rows, width: kernel::MAX_SHARED_WIDTH };
     f64::from(limits.multiprocessors * shape.blocks_per_sm())
 }
 
 /// Elements that a pass of so many slices moves for a pair: x, and old and new values of `out`.
-pub(in crate::plan) fn pair_elements(sizes: &ProjectionSizes, slices: f64) -> f64 {
+fn pair_elements(sizes: &ProjectionSizes, slices: f64) -> f64 {
     sizes.in_dim as f64 + 2.0 * slices * sizes.out_dim as f64
 }
 
@@ -48,7 +48,7 @@ const WEIGHTS_FROM_L2: f64 = 0.4;
 ///
 /// Where a segment's pairs are just more than full tiles hold, another tile has few of them; and where full
 /// tiles have just begun a round of passes, most blocks are idle in it. Tiles of like sizes avoid both.
-pub(in crate::plan) fn route_rows(problem: &Problem<'_>, candidate: &Candidate) -> u32 {
+pub(super) fn route_rows(problem: &Problem<'_>, candidate: &Candidate) -> u32 {
     let &Candidate { tile, passes, .. } = candidate;
     let (sizes, segments, pairs) = (problem.sizes(), problem.segments, problem.pairs as f64);
     let mean = pairs / segments as f64;
