@@ -79,29 +79,35 @@ pub fn commit() {
     emulate::commit_products();
 }
 
-/// `setmaxnreg.dec`: this warpgroup's threads go on with `COUNT` registers, a multiple of eight, and leave
-/// the block the rest of what they were launched with (PTX ISA 9.7.17.5). The whole warpgroup must come here.
+/// How many registers a thread of a role has.
+pub trait Registers {
+    /// A multiple of eight, 24 ..= 256.
+    const COUNT: u32;
+}
+
+/// `setmaxnreg.dec`: this warpgroup's threads go on with `R::COUNT` registers, and leave the block the rest
+/// of what they were launched with (PTX ISA 9.7.17.5). The whole warpgroup must come here.
 #[inline(always)]
 #[track_caller]
-pub fn give_registers<const COUNT: u32>() {
+pub fn decrease_registers<R: Registers>() {
     #[cfg(target_arch = "nvptx64")]
     // SAFETY: the compiler sees to it that what is left is enough.
     unsafe {
-        asm!("setmaxnreg.dec.sync.aligned.u32 {};", const COUNT, options(nostack))
+        asm!("setmaxnreg.dec.sync.aligned.u32 {};", const R::COUNT, options(nostack))
     }
     #[cfg(feature = "emulate")]
     emulate::set_registers();
 }
 
-/// `setmaxnreg.inc`: waits for what others of the block [give](give_registers), and goes on with `COUNT`
-/// registers a thread. The whole warpgroup must come here.
+/// `setmaxnreg.inc`: waits for registers that others of the block [leave](decrease_registers), and goes on
+/// with `R::COUNT` a thread. The whole warpgroup must come here.
 #[inline(always)]
 #[track_caller]
-pub fn take_registers<const COUNT: u32>() {
+pub fn increase_registers<R: Registers>() {
     #[cfg(target_arch = "nvptx64")]
-    // SAFETY: registers that were given away.
+    // SAFETY: registers that were left.
     unsafe {
-        asm!("setmaxnreg.inc.sync.aligned.u32 {};", const COUNT, options(nostack))
+        asm!("setmaxnreg.inc.sync.aligned.u32 {};", const R::COUNT, options(nostack))
     }
     #[cfg(feature = "emulate")]
     emulate::set_registers();

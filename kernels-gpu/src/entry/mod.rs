@@ -1,11 +1,12 @@
 //! The entry points: what each computes, how it is launched, and the table of all of them.
 //!
-//! `table.rs` has one row a kernel and tile. `stamp.rs` makes three things of each row: the [`Entry`] that the build
-//! and the host read, the function in the device's module, and the same function for the emulated machine.
+//! `table.rs` has one row a kernel and tile. `stamp.rs` makes three things of each row: the [`Entry`] that
+//! the build and the host read, the function in the device's module, and the same function for the emulated
+//! machine.
 //!
 //! Names are `kernel_dtype_index_tile`, for example `shrink_bf16_i32_m16`. The tile `any` takes shapes and
-//! addresses that are not multiples of 8 elements. The tile of `prefill` also says how many columns of h it takes:
-//! `prefill_bf16_i32_m64_w128`.
+//! addresses that are not multiples of 8 elements. The tile of `prefill` also says how many columns of h it
+//! takes: `prefill_bf16_i32_m64_w128`.
 
 #[macro_use]
 mod stamp;
@@ -68,8 +69,8 @@ impl TileKind {
         !matches!(self, TileKind::Any)
     }
 
-    /// Blocks of `shrink` or `expand` that must fit on one multiprocessor: as many as the tile's shared memory
-    /// allows at R = 64, so that registers do not limit the loads in flight.
+    /// Blocks of `shrink` or `expand` that must fit on one multiprocessor: as many as the tile's shared
+    /// memory allows at R = 64, so that registers do not limit the loads in flight.
     const fn min_blocks(self) -> u32 {
         match self {
             TileKind::M16 | TileKind::M32 => 4,
@@ -100,8 +101,8 @@ impl DecodeRows {
         }
     }
 
-    /// Blocks that must fit on one multiprocessor. A tile of 16 pairs has twice the sums of one of 8, and a second
-    /// block's registers have no room for them.
+    /// Blocks that must fit on one multiprocessor. A tile of 16 pairs has twice the sums of one of 8, and a
+    /// second block's registers have no room for them.
     const fn min_blocks(self) -> u32 {
         match self {
             DecodeRows::M8 => 2,
@@ -221,8 +222,8 @@ pub const CLUSTERS_SINCE: u32 = 90;
 /// The compute capability, times ten, whose module (for `sm_90a`) has wgmma: no other has.
 pub const WGMMA_ON: u32 = 90;
 
-/// The compute capability, times ten, from which on a multiprocessor has 100 KiB of shared memory in place of 228:
-/// enough for one block of `decode`.
+/// The compute capability, times ten, from which on a multiprocessor has 100 KiB of shared memory in place of
+/// 228: enough for one block of `decode`.
 const LESS_SHARED_SINCE: u32 = 120;
 
 impl Entry {

@@ -15,12 +15,12 @@ macro_rules! entry_point {
     };
 }
 
-/// Stamps the rows of the table: those of kernels of one form as they are, those of kernels with tiles for each
-/// element type and width of offsets.
+/// Stamps the rows of the table: those of kernels of one form as they are, those of kernels with tiles for
+/// each element type and width of offsets.
 ///
-/// A row reads `name cfg modules: kernel => code, parameter block`, where the `cfg` says which of the device's modules
-/// have it. With tiles, its kernel may name the constants `ELEMENT`, `INDEX` and `TILE`, its code the types `E` of
-/// elements and `I` of offsets, and `TILE`.
+/// A row reads `name cfg modules: kernel => code, parameter block`, where the `cfg` says which of the
+/// device's modules have it. With tiles, its kernel may name the constants `ELEMENT`, `INDEX` and `TILE`, its
+/// code the types `E` of elements and `I` of offsets, and `TILE`.
 macro_rules! entries {
     (
         single {$(
@@ -57,7 +57,8 @@ macro_rules! entries {
     };
 }
 
-/// Makes of each row its [`Entry`](super::Entry), the function that the emulated machine calls, and the entry point.
+/// Makes of each row its [`Entry`](super::Entry), the function that the emulated machine calls, and the entry
+/// point.
 macro_rules! stamp {
     ($({
         ($($name:literal)*) [$($E:ident $I:ident $Index:ident $Tile:ty, $tile:expr)?]
@@ -94,8 +95,8 @@ macro_rules! stamp {
 
         $(
             /// # Safety
-            /// Every tensor of the parameter block must be as its field says, and the launch as the host plans it; ids
-            /// within the tensors may be anything.
+            /// Every tensor of the parameter block must be as its field says, and the launch as the host
+            /// plans it; ids within the tensors may be anything.
             #[cfg(target_arch = "nvptx64")]
             #[cfg $on]
             const _: () = {

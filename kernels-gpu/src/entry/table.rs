@@ -64,16 +64,7 @@ entries! {
 
     "prefill" cfg(feature = "sm_90a"):
         Kernel::Prefill(PrefillVariant { element: ELEMENT, index: INDEX, shape: TILE }) =>
-        prefill::prefill::<
-            E,
-            I,
-            { if TILE.width < 128 { TILE.width as usize / 2 } else { 64 } },
-            { if TILE.width < 128 { 0 } else { (TILE.width as usize - 128) / 2 } },
-            { TILE.width as usize / 16 },
-            { TILE.rows as usize / 16 },
-            { TILE.producer_registers() },
-            { TILE.consumer_registers() },
-        >, PrefillParams, Shape [
+        prefill::prefill::<prefill::Shaped<E, I, { TILE.rows }, { TILE.width }>>, PrefillParams, Shape [
             "m64_w32": Shape { rows: 64, width: 32 };
             "m64_w64": Shape { rows: 64, width: 64 };
             "m64_w128": Shape { rows: 64, width: 128 };

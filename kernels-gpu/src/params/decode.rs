@@ -11,7 +11,8 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct DecodeParams {
-    /// The routing: what to find segments from, whose results are then left for later calls, or where they are.
+    /// The routing: what to find segments from, whose results are then left for later calls, or where they
+    /// are.
     pub route: RouteParams,
     /// `[T or P, K]`.
     pub x: Global<u16>,
@@ -57,8 +58,8 @@ pub struct DecodeParams {
     pub expand_stages: u32,
     /// Clusters of the launch.
     pub clusters: u32,
-    /// The number of a unit over these gives its tile's place in the list of those that were found: over the slices
-    /// where all tiles are listed, over the clusters where a cluster lists those of its units.
+    /// The number of a unit over these gives its tile's place in the list of those that were found: over the
+    /// slices where all tiles are listed, over the clusters where a cluster lists those of its units.
     pub over_listed: Divider,
 }
 

@@ -75,7 +75,8 @@ impl Split {
     pub const NONE: Self = Split { count: 0, each: 0 };
 }
 
-/// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the others.
+/// One tile of work: up to `tile_rows` pairs of one segment. Written by `route` or `adopt`, read by the
+/// others.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]

@@ -26,11 +26,11 @@ pub struct PrefillParams {
     pub a: [Global<u16>; MAX_SLICES],
     /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
     pub h: Global<u16>,
-    /// Split-K workspace, `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks share, as
-    /// fragments of mma. Like all of the workspace it is 0 before and after the launch.
+    /// Split-K workspace, `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks
+    /// share, as fragments of mma. Like all of the workspace it is 0 before and after the launch.
     pub fragments: Global<u32>,
-    /// Split-K workspace, `[passes, warps of a tile, splits of K, columns of h / 8, 32, 4]` of f32: partial sums of h,
-    /// where K is split.
+    /// Split-K workspace, `[passes, warps of a tile, splits of K, columns of h / 8, 32, 4]` of f32: partial
+    /// sums of h, where K is split.
     pub sums: Global<u32>,
     /// Split-K workspace, `[passes, warps of a tile, 2]`: how far the warps that share a pass have come.
     pub counters: Global<u32>,
@@ -78,8 +78,8 @@ pub struct PrefillParams {
     pub passes: u32,
     /// The number of a pass over these gives its part's.
     pub over_passes: Divider,
-    /// Splits of K of a pass, each a work tile, at most: where all passes' were more than the blocks of the launch,
-    /// neighbours are taken as one. [`Split::NONE`] where blocks do not share passes.
+    /// Splits of K of a pass, each a work tile, at most: where all passes' were more than the blocks of the
+    /// launch, neighbours are taken as one. [`Split::NONE`] where blocks do not share passes.
     pub split_k: Split,
     /// Splits of a slice's columns, each a work tile; one where blocks do not share passes.
     pub split_n: Split,
@@ -91,7 +91,8 @@ pub struct PrefillParams {
     pub under_way: u32,
     /// One of [`products`].
     pub products: u32,
-    /// Bytes of each row of `x` that are prefetched to L2 before the launch waits for the route: a multiple of 16.
+    /// Bytes of each row of `x` that are prefetched to L2 before the launch waits for the route: a multiple
+    /// of 16.
     pub ahead: u32,
     /// Keeps the block a multiple of 8 bytes.
     pub reserved: u32,

@@ -28,8 +28,8 @@ pub struct RouteParams {
     pub counts: Global<u32>,
     /// `[P]` scratch: the bucket of each pair.
     pub buckets: Global<u32>,
-    /// Where blocks tell one another their counts: [`crate::route::EXCHANGE_HEAD`] words and two tables, all zero
-    /// before the first launch.
+    /// Where blocks tell one another their counts: [`crate::route::EXCHANGE_HEAD`] words and two tables, all
+    /// zero before the first launch.
     pub exchange: Global<u32>,
     /// P.
     pub pair_count: u32,
@@ -55,7 +55,8 @@ pub struct RouteParams {
     pub blocks: u32,
     /// Pairs that each warp sorts, a multiple of 32.
     pub run: u32,
-    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of 4.
+    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of
+    /// 4.
     pub window: u32,
     /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
     pub exchange_room: u32,

@@ -2,39 +2,58 @@
 //! `h[s, p, q] = Σ_c x[row(p), c] · a[s][l, e, q, c]`, then
 //! `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`.
 //!
-//! A tile of the route, of up to 64 or 128 pairs, is taken in *passes*, each of as many slices as the kernel has columns of h for, and the rank that
-//! weights are allocated for asks for: a pass reads x, and keeps its h until its slices are written. The tile's own rank decides what it
-//! costs, not the allocation's. A column of h is a (slice, rank): a slice has a power of two of them, so that 16 of a slice's
-//! ranks are one fragment.
+//! # The work
 //!
-//! As many blocks as the device runs at a time take one pass after another, their *turns* (`turns`), in the order of the route's list, so that tiles
-//! of one segment run side by side and share its weights in L2: each block the next one when it has room for it. One of its
-//! warpgroups copies (`producer`); each of the others computes for 64 of the pairs (`consumer`), whose h goes from the
-//! sums of the first product to the rows of the second without leaving registers.
+//! | | is |
+//! |---|---|
+//! | tile | up to 64 or 128 pairs of one segment, from the route's list |
+//! | column of h | a (slice, rank); slices take powers of two of them, so that 16 ranks are a fragment |
+//! | pass | a tile, and as many of its slices as the kernel has columns of h for: it reads x once |
+//! | step | what a stage holds: 128 elements of K of x and `a`, or 128 columns of `out` and `b` |
+//! | work tile | what a block takes at a time: a pass, or a split of one |
 //!
-//! Where passes are so few that many multiprocessors would have none, or half of them one more than others, blocks share them. A turn is then a share of K of a pass, or a share of a slice's
-//! columns, and those of K come first. Blocks that have one leave their sums in f32 in device memory, add up a part of h each, in the order of K, and leave that, or h itself where a share is all of K; those
-//! that expand wait for it (`exchange`). Meanwhile their producers copy what they expand, so the memory waits for none of this.
+//! The tile's own rank decides what it costs, not the rank that weights are allocated for.
 //!
-//! All that a block reads passes through one `ring` of stages, as one succession of *steps*: 128 elements of K of x
-//! and `a`; then, slice by slice, 128 columns of `out`'s old values and of `b`; then the next turn's.
-//! The producer is ahead by as many steps as the ring has stages, across the ends of slices and turns, so the memory never
-//! waits for a product.
+//! # Who does it
 //!
-//! Shared memory, `stages` times, in panels of 128-byte rows:
+//! The blocks are persistent: as many as the device runs at a time. The dynamic tile scheduler hands out work
+//! tiles in the order of the route's list, so that tiles of one segment run side by side and share its
+//! weights in L2.
+//!
+//! The kernel is warp-specialised. One warpgroup, the producer, loads; each of the others, the consumers,
+//! multiplies for 64 of the pairs. All that a block reads passes through one pipeline of stages as one
+//! succession of steps: those of the first product, then slice by slice those of the second, then the next
+//! work tile's. The producer is ahead by as many steps as there are stages, across the ends of slices and
+//! work tiles, so that the memory never waits for a product.
+//!
+//! # Split-K and split-N
+//!
+//! Where passes are so few that many multiprocessors would have none, or half of them one more than the
+//! others, blocks share them. A work tile is then a split of K of a pass, or a split of a slice's columns;
+//! all splits of K come first. Those leave partial sums in the split-K workspace, each adds up a part of h,
+//! in the order of K, and the splits of columns wait for h. Their producers load meanwhile, so that the
+//! memory waits for none of this.
+//!
+//! # Shared memory
+//!
+//! Barriers, then the stages, each of panels of 128-byte rows:
 //!
 //! | panels | a step of shrink | a step of expand |
 //! |---|---|---|
 //! | one row a pair | x, 64 elements of K each | old values of `out`, 64 columns each |
 //! | one row a column of h, or 64 rows | `a`, 64 elements of K each | `b`, 64 ranks of 64 columns each |
 //!
-//! There are two of each in a step, of `b` for every 64 ranks; one where a stage has no room for two, of 256 columns of h
-//! or more than 128 ranks; and four of x and `a` where it has room for these.
+//! A step has two panels of each kind, of `b` for every 64 ranks. It has one where a stage has no room for
+//! two (256 columns of h, or more than 128 ranks), and four where it has room for them.
 
+#[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+mod config;
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
 mod kernel;
 
 use crate::tile::TileShape;
+#[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+pub use config::{Config, Shaped};
 #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
 pub use kernel::prefill;
 
@@ -56,33 +75,34 @@ pub const MAX_WIDTH: u32 = 256;
 /// Most columns of h of passes that blocks share.
 pub const MAX_SHARED_WIDTH: u32 = 128;
 
-/// Pairs of a warp of a computing warpgroup.
+/// Pairs of a warp of a consumer.
 pub const WARP_ROWS: u32 = 16;
 
-/// Counters of passes that blocks share, for which a workspace has room.
+/// Counters of passes that blocks share: a workspace has room for so many.
 pub const MAX_COUNTERS: u32 = 16 << 10;
 
-/// Words of the h that blocks leave for one another of a pass, of two elements each.
+/// Words of the split-K workspace that a pass's h takes, of two elements each.
 pub const fn h_words(shape: Shape) -> u64 {
     (shape.rows * shape.width / 2) as u64
 }
 
-/// Words of the sums in f32 that up to `shares` shares of K leave beside so many words of h: none where one has all of K.
-pub const fn sums_words(h_words: u64, shares: u32) -> u64 {
-    if shares > 1 { 2 * h_words * shares as u64 } else { 0 }
+/// Words of the split-K workspace that partial sums in f32 take, beside so many words of h, of up to `splits`
+/// splits of K: none where K is not split.
+pub const fn sums_words(h_words: u64, splits: u32) -> u64 {
+    if splits > 1 { 2 * h_words * splits as u64 } else { 0 }
 }
 
-/// Bytes of what blocks tell one another of a pass with up to `shares` shares of K.
-pub const fn workspace_bytes(shape: Shape, shares: u32) -> u64 {
+/// Bytes of the split-K workspace of a pass with up to `splits` splits of K.
+pub const fn workspace_bytes(shape: Shape, splits: u32) -> u64 {
     let h = h_words(shape);
-    4 * (h + sums_words(h, shares))
+    4 * (h + sums_words(h, splits))
 }
 
-/// Least columns of a slice in h: one fragment's.
+/// Least columns of h of a slice: one fragment's.
 const MIN_RANK_ROOM: u32 = 16;
 
-/// Bytes of shared memory of a block that shares a multiprocessor of 228 KiB with another, and of one that has it
-/// alone.
+/// Bytes of shared memory of a block that shares a multiprocessor of 228 KiB with another, and of one that
+/// has it alone.
 const SHARED_OF_TWO: u32 = 112 << 10;
 const SHARED_OF_ONE: u32 = 224 << 10;
 
@@ -93,7 +113,7 @@ pub(crate) const WARPGROUP: u32 = 128;
 const REGISTERS: u32 = 64 << 10;
 const MOST_REGISTERS: u32 = 248;
 
-/// Most stages: more bytes than so many have under way do not come sooner.
+/// Most stages: more bytes in flight than theirs do not come sooner.
 const MAX_STAGES: u32 = 6;
 
 /// Bytes of all barriers, at the beginning of shared memory; stages begin at multiples of 1024.
@@ -117,12 +137,12 @@ impl Shape {
         slices.div_ceil(self.width / rank_room(rank))
     }
 
-    /// Warpgroups of a block that compute.
+    /// Consumers of a block: warpgroups that multiply.
     pub const fn consumers(self) -> u32 {
         self.rows / 64
     }
 
-    /// Threads of a block: those that compute, then the warpgroup that copies.
+    /// Threads of a block: the consumers', then the producer's.
     pub const fn threads(self) -> u32 {
         WARPGROUP * (self.consumers() + 1)
     }
@@ -132,21 +152,22 @@ impl Shape {
         if self.rows > 64 || self.width > 128 { 1 } else { 2 }
     }
 
-    /// Registers of a thread that copies.
+    /// Registers of a thread of the producer.
     pub const fn producer_registers(self) -> u32 {
         if self.blocks_per_sm() == 1 { 104 } else { 88 }
     }
 
-    /// Registers of a thread that computes.
+    /// Registers of a thread of a consumer.
     pub const fn consumer_registers(self) -> u32 {
-        // A launch gives all threads as many, in eights.
+        // A launch gives all threads the same number, in eights.
         let launched = REGISTERS / self.blocks_per_sm() / self.threads() / 8 * 8;
         let left = launched * (self.consumers() + 1) - self.producer_registers();
         let each = left / self.consumers() / 8 * 8;
         if each < MOST_REGISTERS { each } else { MOST_REGISTERS }
     }
 
-    /// Rows of 128 bytes of a stage: so many that rows in device memory are read and written 256 bytes at a time.
+    /// Rows of 128 bytes of a stage: so many that rows in device memory are read and written 256 bytes at a
+    /// time.
     const fn stage_rows(self) -> u32 {
         let weights = match self.width {
             ..=64 => 64,
@@ -155,7 +176,8 @@ impl Shape {
         PRODUCT_PANELS as u32 * (self.rows + weights)
     }
 
-    /// Most panels, of each kind, of a step whose weights have `weights` rows a panel: as many as a stage has room for.
+    /// Panels, of each kind, of a step whose weights have `weights` rows a panel: as many as a stage has room
+    /// for.
     pub(crate) const fn panels(self, weights: u32) -> u32 {
         match self.stage_rows() / (self.rows + weights) {
             0..2 => 1,
@@ -164,12 +186,12 @@ impl Shape {
         }
     }
 
-    /// Elements of K that shares of it are multiples of: a step takes no more, so none is of two shares.
+    /// Splits of K are multiples of so many elements: a step takes no more, so no step is of two splits.
     pub const fn split_k_unit(self) -> u32 {
         self.panels(MIN_COLUMNS) * TileShape::DEPTH
     }
 
-    /// Columns that shares of a slice's are multiples of, likewise.
+    /// Splits of a slice's columns are multiples of so many, likewise.
     pub const fn split_n_unit(self) -> u32 {
         self.panels(PANEL_COLUMNS) * PANEL_COLUMNS
     }
@@ -179,9 +201,15 @@ impl Shape {
         2 * self.rows / WARP_ROWS
     }
 
-    /// Panels of `out` of a product. One, where so many columns of h take the registers of another's sums.
+    /// Panels of `out` of a product: one where h takes the registers that another's sums would need.
     pub const fn product_panels(self) -> u32 {
         if self.rows > 64 && self.width > 128 { 1 } else { PRODUCT_PANELS as u32 }
+    }
+
+    /// Whether blocks may share passes with so many columns of h.
+    #[cfg(any(all(target_arch = "nvptx64", feature = "sm_90a"), feature = "emulate"))]
+    const fn may_split(self) -> bool {
+        self.width <= MAX_SHARED_WIDTH
     }
 
     /// Bytes of a stage.
@@ -189,14 +217,14 @@ impl Shape {
         self.stage_rows() * TileShape::ROW_BYTES
     }
 
-    /// Most stages of the ring for which a block has shared memory.
+    /// Most stages for which a block has shared memory.
     pub const fn max_stages(self) -> u32 {
         let bytes = if self.blocks_per_sm() == 1 { SHARED_OF_ONE } else { SHARED_OF_TWO };
         let stages = (bytes - BARRIERS_BYTES) / self.stage_bytes();
         if stages < MAX_STAGES { stages } else { MAX_STAGES }
     }
 
-    /// Bytes of shared memory of a block with a ring of `stages` stages: their barriers, then they.
+    /// Bytes of shared memory of a block with `stages` stages.
     pub const fn shared_bytes(self, stages: u32) -> u32 {
         BARRIERS_BYTES + stages * self.stage_bytes()
     }

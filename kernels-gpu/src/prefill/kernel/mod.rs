@@ -1,69 +1,194 @@
-//! The kernel: its roles, and what both walk through.
+//! The kernel: its prologue, then the main loops of its two roles side by side. Each step is in a file of its
+//! own.
+//!
+//! | step | file |
+//! |---|---|
+//! | which work tile comes next; what it is | `scheduler`, `work_tile` |
+//! | stages in shared memory; the consumers' order | `pipeline` |
+//! | panels of a step | `steps` |
+//! | the producer's copies | `load` |
+//! | first product, of x and `a` | `shrink` |
+//! | h between the products, in registers | `h` |
+//! | h of work tiles that share a pass, through device memory | `split_k` |
+//! | second product, of h and `b`, and the store to `out` | `expand` |
 
-mod consumer;
-mod exchange;
-mod producer;
-mod ring;
+mod expand;
+mod h;
+mod load;
+mod pipeline;
+mod scheduler;
+mod shrink;
+mod split_k;
 mod steps;
-mod turns;
+mod work_tile;
 
-use super::WARPGROUP;
-use crate::arch::mma::Element;
-use crate::arch::wgmma::{self, Sums};
+use super::config::{Accumulators, Config, ConsumerRegisters, ProducerRegisters};
+use super::{WARP_ROWS, WARPGROUP};
+use crate::arch::wgmma;
 use crate::arch::{barrier, grid, thread};
-use crate::memory::Index;
-use crate::params::PrefillParams;
-use ring::Ring;
-use turns::Turns;
+use crate::params::{PrefillParams, products};
+use expand::expand;
+use h::{from_sums, own_pairs, read_h, store_h};
+use pipeline::{PingPong, Pipeline};
+use scheduler::TileScheduler;
+use shrink::shrink;
+use split_k::SplitK;
+use steps::rank_shift;
 
-/// The kernel. `SUMS`: half the columns of h, up to 128; `MORE`: half of those from 128 on; `BLOCKS`: fragments of 16
-/// of all; `SWEEPS`: sixteens of pairs of a tile; `COPYING`, `COMPUTING`: registers of a thread of either role.
+/// The kernel.
 ///
 /// # Safety
 /// As for the entry points: every tensor of `p` must be as its field says.
 #[inline(always)]
-pub unsafe fn prefill<
-    E: Element,
-    I: Index,
-    const SUMS: usize,
-    const MORE: usize,
-    const BLOCKS: usize,
-    const SWEEPS: usize,
-    const COPYING: u32,
-    const COMPUTING: u32,
->(
-    p: PrefillParams,
-) where
-    [f32; SUMS]: Sums,
-{
-    let shape = Ring::<BLOCKS, SWEEPS>::SHAPE;
+pub unsafe fn prefill<C: Config>(p: PrefillParams) {
+    // Prologue.
     if thread::index() == 0 {
         // SAFETY: nobody uses the barriers yet.
         unsafe {
-            Ring::<BLOCKS, SWEEPS>::init(p.stages);
-            Turns::init(shape);
+            Pipeline::<C>::init(p.stages);
+            PingPong::<C>::init();
+            TileScheduler::init(C::SHAPE);
         }
     }
     barrier::sync();
     grid::launch_dependents();
-    ask_for_x(&p, shape.threads());
+    prefetch_x(&p, C::SHAPE.threads());
     grid::wait();
-    let turns = Turns::new(shape);
-    // SAFETY: as the caller promises; the launch before this one has ended, the barriers are ready, and each warpgroup has one role.
+
+    let scheduler = TileScheduler::new(C::SHAPE);
+    // SAFETY: as the caller promises; the launch before this one has ended, the barriers are ready, and each
+    // warpgroup has one role.
     unsafe {
-        if thread::index() < WARPGROUP * shape.consumers() {
-            wgmma::take_registers::<COMPUTING>();
-            consumer::compute::<E, I, SUMS, MORE, BLOCKS, SWEEPS>(&p, turns);
+        if thread::index() < WARPGROUP * C::SHAPE.consumers() {
+            wgmma::increase_registers::<ConsumerRegisters<C>>();
+            consume::<C>(&p, scheduler);
         } else {
-            wgmma::give_registers::<COPYING>();
-            producer::copy::<I, BLOCKS, SWEEPS>(&p, turns);
+            wgmma::decrease_registers::<ProducerRegisters<C>>();
+            produce::<C>(&p, scheduler);
         }
     }
 }
 
-/// Asks for the first bytes of every row of x to be in L2, while the route is made: whatever it says, most rows will be read.
+/// The producer's main loop: loads what each work tile reads, step by step.
+///
+/// # Safety
+/// Every tensor of `p` must be as its field says; the whole warpgroup must come here, the barriers be ready.
 #[inline(always)]
-fn ask_for_x(p: &PrefillParams, threads: u32) {
+unsafe fn produce<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
+    let mut pipeline = Pipeline::<C>::new(p.stages);
+    // SAFETY: as the caller promises; tiles are p's.
+    unsafe {
+        let mut work = scheduler.get_current::<true>(p);
+        while work.tile.rows > 0 {
+            if work.shrinks() {
+                load::shrink(&mut pipeline, p, &work);
+            } else if work.takes_h(p) {
+                load::h(&mut pipeline, p, &work);
+            }
+            scheduler.fetch_next(p);
+            load::expand(&mut pipeline, p, &work);
+            work = scheduler.get_current::<true>(p);
+        }
+    }
+}
+
+/// A consumer's main loop: multiplies what the producer loads, for 64 of each tile's pairs.
+///
+/// # Safety
+/// As for [`produce`].
+#[inline(always)]
+unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
+    let mut consumer = Consumer::<C>::new(p);
+    // SAFETY: as the caller promises; tiles, pairs and slices are p's.
+    unsafe {
+        loop {
+            let work = scheduler.get_current::<false>(p);
+            if work.tile.rows == 0 {
+                break;
+            }
+            // Columns of h: of a slice, as a power of two, and of the pass.
+            let shift = rank_shift(work.tile.rank);
+            let columns = work.pass.columns(work.tile.rank);
+            // A work tile that does not expand has no slices left here, but goes on: ptxas must see that all
+            // warps come to the products.
+            let slices = work.slices_to_expand();
+            let shares_h = C::SHAPE.may_split() && p.split_k.count > 0 && work.tile.rank > 0;
+
+            // The first product.
+            let mut sums = C::Accumulators::zero();
+            shrink(&mut consumer, p, &work, columns, &mut sums);
+            let gives_h = shares_h && slices.is_empty();
+            if gives_h {
+                SplitK::new::<C>(p, &work).give::<C>(&sums, p, &work, columns);
+            }
+            // A split of K needs no pairs, and does not wait for any.
+            let rows = if gives_h { 0 } else { work.tile.rows };
+            let pairs = own_pairs(p, &work.tile, rows, consumer.position.row);
+
+            // h, whoever computed it.
+            let mut h = from_sums::<C>(&sums);
+            if shares_h && slices.next < slices.end {
+                h = SplitK::new::<C>(p, &work).take::<C>(columns);
+            } else if work.takes_h(p) {
+                read_h(&mut consumer, &mut h, columns);
+            }
+            if p.products == products::SHRINK {
+                store_h::<C>(p, &h, pairs, work.pass, shift);
+            }
+
+            // The second product, and the store.
+            expand(&mut consumer, p, &work, slices, shift, pairs, h);
+            if shares_h && work.products & products::EXPAND != 0 {
+                SplitK::new::<C>(p, &work).forget::<C>(p);
+            }
+        }
+    }
+}
+
+/// A consumer thread's place in the pipeline, in the order of the consumers, and in a tile.
+struct Consumer<C> {
+    pipeline: Pipeline<C>,
+    order: PingPong<C>,
+    position: Position,
+}
+
+impl<C: Config> Consumer<C> {
+    /// Before the first work tile.
+    #[inline(always)]
+    fn new(p: &PrefillParams) -> Self {
+        Consumer {
+            pipeline: Pipeline::new(p.stages),
+            order: PingPong::new(),
+            position: Position::of_this_thread(),
+        }
+    }
+}
+
+/// Where a consumer thread's values are in a tile.
+struct Position {
+    /// The first row of the thread's warpgroup.
+    warpgroup_row: u32,
+    /// The first row of its warp.
+    warp_row: u32,
+    /// The first of its two rows: the other is eight further on.
+    row: u32,
+    /// Its chunk of 8 columns of every 32.
+    chunk: u32,
+}
+
+impl Position {
+    #[inline(always)]
+    fn of_this_thread() -> Self {
+        let warpgroup_row = thread::index() / wgmma::THREADS * 64;
+        let warp_row = warpgroup_row + thread::warp() % 4 * WARP_ROWS;
+        Position { warpgroup_row, warp_row, row: warp_row + thread::lane() / 4, chunk: thread::lane() % 4 }
+    }
+}
+
+/// Prefetches the first bytes of every row of x to L2, while the route is made: whatever it says, most rows
+/// will be read.
+#[inline(always)]
+fn prefetch_x(p: &PrefillParams, threads: u32) {
     let rows = p.x_row.quotient(p.pair_count - 1) + 1;
     // Neighbouring rows by different blocks.
     let mut row = thread::index_anew() * p.blocks + thread::block();
