@@ -175,7 +175,8 @@ pub enum Error {
         /// The least that is supported.
         needed: &'static str,
     },
-    /// A file of tuned calls cannot be read or written, is of another format, or was measured with other kernels.
+    /// A file of tuned calls cannot be read or written, is of another format, or was measured with other
+    /// kernels.
     #[error("{path}: {reason}")]
     Tuning {
         /// The file.

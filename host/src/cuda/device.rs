@@ -132,8 +132,8 @@ impl Device {
     /// them.
     ///
     /// # Errors
-    /// [`Error::TunedElsewhere`] when that was on a device of another name; [`Error::Tuning`] when it was with other
-    /// kernels than the ones that are loaded.
+    /// [`Error::TunedElsewhere`] when that was on a device of another name; [`Error::Tuning`] when it was
+    /// with other kernels than the ones that are loaded.
     pub fn tuned(&self, tuning: Tuning) -> Result<Self> {
         if tuning.device() != self.core.info.name {
             let (tuned, device) = (tuning.device().to_owned(), self.core.info.name.clone());

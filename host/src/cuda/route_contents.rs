@@ -37,8 +37,8 @@ impl Stream {
     /// queued work.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] for more pairs than it has room for, [`Error::Driver`] when the driver
-    /// refuses, or queued work failed.
+    /// [`Error::WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall) for more pairs than it has room for,
+    /// [`Error::Driver`](crate::Error::Driver) when the driver refuses, or queued work failed.
     pub fn download_route(&self, workspace: &mut Workspace, pairs: usize) -> Result<RouteContents> {
         workspace.check_pairs(pairs)?;
         let parts = workspace.parts();
