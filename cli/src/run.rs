@@ -24,7 +24,8 @@ The output file appears when it is complete. It must not be a file that is read.
 
 Examples:
   moe-lora run --adapter sql --layer 0 --projection w13 --input x.safetensors --output gate_up.safetensors
-  moe-lora run --adapter sql --adapter legal --layer 11 --projection w2 --input h.safetensors --output down.safetensors
+  moe-lora run --adapter sql --adapter legal --layer 11 --projection w2 --input h.safetensors \
+    --output down.safetensors
 
 From PyTorch:
   safetensors.torch.save_file({'x': x, 'topk_ids': ids.int(), 'topk_weights': weights.float(),

@@ -231,12 +231,15 @@ ptxas info    : Function properties for expand_bf16_i32
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 10 registers, used 0 barriers
 ptxas info    : Compile time = 1.208 ms
-ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources for the wgmma pipeline in the function 'prefill_bf16_i32'
-ptxas warning : Value of threads per SM for entry prefill_bf16_i32 is out of range. .minnctapersm will be ignored
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+    insufficient register resources for the wgmma pipeline in the function 'prefill_bf16_i32'
+ptxas warning : Value of threads per SM for entry prefill_bf16_i32 is out of range. \
+    .minnctapersm will be ignored
 ptxas info    : Compiling entry function 'prefill_bf16_i32' for 'sm_90a'
 ptxas info    : Function properties for prefill_bf16_i32
     128 bytes stack frame, 24 bytes spill stores, 28 bytes spill loads
-ptxas info    : Used 255 registers, used 1 barriers, 128 bytes cumulative stack size, 4096 bytes smem, 384 bytes cmem[0]
+ptxas info    : Used 255 registers, used 1 barriers, 128 bytes cumulative stack size, \
+    4096 bytes smem, 384 bytes cmem[0]
 ";
 
     #[test]

@@ -421,7 +421,8 @@ mod tests {
         fs::create_dir_all(prefix.join("bin")).unwrap();
         let script = format!(
             "#!/bin/sh\nif [ \"$1\" = -vV ]; then\n\
-             printf 'rustc {release}\\ncommit-hash: 0123456789ab\\nrelease: {release}\\nLLVM version: 22.1.8\\n'\n\
+             printf 'rustc {release}\\ncommit-hash: 0123456789ab\\nrelease: {release}\\n'\n\
+             printf 'LLVM version: 22.1.8\\n'\n\
              else echo '{}'; fi\n",
             prefix.display()
         );

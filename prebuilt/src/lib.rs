@@ -68,8 +68,8 @@ impl Kernels {
         self.cubin.filter(|_| self.runs_on(capability) && capability / 10 == self.sm / 10)
     }
 
-    /// A name for exactly these kernels, of 16 digits: what was measured with others says nothing of them. It is made
-    /// of the PTX, whatever assembles that, by FNV-1a (Fowler, Noll and Vo).
+    /// A name for exactly these kernels, of 16 digits: what was measured with others says nothing of them. It
+    /// is made of the PTX, whatever assembles that, by FNV-1a (Fowler, Noll and Vo).
     pub fn fingerprint(&self) -> String {
         const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
         const PRIME: u64 = 0x0100_0000_01b3;

@@ -374,7 +374,9 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def install() -> None:
-    """Replaces vLLM's operators by these, in every module of vLLM that has imported them. Starts nothing on the GPU.
+    """Replaces vLLM's operators by these, in every module of vLLM that has imported them.
+
+    Starts nothing on the GPU.
 
     :raises RuntimeError: when this vLLM's operator takes other arguments than these know; nothing is replaced
         then.

@@ -155,8 +155,8 @@ mod _native {
     #[pyfunction]
     #[pyo3(signature = (
         topk_ids, token_lora_mapping, num_experts, block_size, max_loras, max_num_tokens_padded,
-        max_num_m_blocks, sorted_token_ids, expert_ids, num_tokens_post_pad, adapter_enabled, lora_ids, expert_map=None, *,
-        stream=None,
+        max_num_m_blocks, sorted_token_ids, expert_ids, num_tokens_post_pad, adapter_enabled, lora_ids,
+        expert_map=None, *, stream=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn align<'py>(

@@ -43,9 +43,12 @@ fn is_counted(name: &str) -> bool {
 /// What is too long in a file, a line each.
 fn faults_of(name: &str, text: &str) -> Vec<String> {
     let is_wide = |line: &str| {
-        // A row of a table and an address cannot be broken.
-        let is_row = name.ends_with(".md") && line.trim_start().starts_with('|');
-        line.chars().count() > WIDTH && !is_row && !line.contains("://")
+        // A row of a table, an address and, in code, a string cannot be broken. rustfmt breaks all else.
+        let prose = line.trim_start().trim_start_matches("//!").trim_start_matches("///").trim_start();
+        let is_row = prose.starts_with('|') && (name.ends_with(".md") || prose.ends_with('|'));
+        let is_comment = line.trim_start().starts_with("//");
+        let has_string = name.ends_with(".rs") && !is_comment && line.contains('"');
+        line.chars().count() > WIDTH && !is_row && !has_string && !line.contains("://")
     };
     let wide = text.lines().enumerate().filter(|(_, line)| is_wide(line));
     let mut faults: Vec<_> = wide
@@ -69,8 +72,9 @@ mod tests {
         let expected = "docs/A.md:2: 111 characters, at most 110";
         assert_eq!(faults_of("docs/A.md", &format!("{fits}\n{wide}\n")), [expected]);
         assert_eq!(faults_of("docs/A.md", &format!("| {wide} |\n[a](https://{wide})")), [""; 0]);
-        // In code a line that begins like a row is none.
-        assert_eq!(faults_of("host/src/a.rs", &format!("| {wide} |")).len(), 1);
+        assert_eq!(faults_of("host/src/a.rs", &format!("//! | {wide} |\n    \"{wide}\",")), [""; 0]);
+        // A comment that quotes something can be broken, and so can a closure.
+        assert_eq!(faults_of("host/src/a.rs", &format!("// \"{wide}\"\n|{wide}| a")).len(), 2);
     }
 
     #[test]
