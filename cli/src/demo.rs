@@ -28,7 +28,8 @@ Examples:
   moe-lora demo --tokens 1,256,4096 --rank 16 --backend cuda")]
 pub struct Args {
     /// Tokens in the batch
-    #[arg(long, value_delimiter = ',', default_value = "1,16,80", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_delimiter = ',', default_value = "1,16,80")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     tokens: Vec<u32>,
     /// Rank of both adapters
     #[arg(long, default_value_t = 64)]

@@ -8,11 +8,17 @@ mod backends;
 #[cfg(feature = "cuda")]
 mod bench;
 mod demo;
+#[cfg(feature = "cuda")]
+mod fit;
 mod info;
+#[cfg(feature = "cuda")]
+mod layer;
 #[cfg(feature = "cuda")]
 mod measure;
 #[cfg(feature = "cuda")]
 mod models;
+#[cfg(feature = "cuda")]
+mod plan;
 mod print;
 mod run;
 #[cfg(feature = "cuda")]
@@ -32,6 +38,8 @@ use std::process::ExitCode;
 Examples:
   moe-lora info                  What this machine has, and what is missing
   moe-lora demo                  A layer of Qwen3-30B-A3B on every back end: errors and times
+  moe-lora plan --model qwen3-30b-a3b --tokens 80
+                                 Which kernels calls launch, and why
   moe-lora verify --grid full    Every mode on many shapes, against float64
   moe-lora run --help            One layer of a PEFT adapter on tensors in a file"
 )]
@@ -49,6 +57,9 @@ enum Command {
     /// Time the operator on a GPU at the shapes of well-known models
     #[cfg(feature = "cuda")]
     Bench(bench::Args),
+    /// Show which kernels a call would launch, and what each candidate is predicted to take
+    #[cfg(feature = "cuda")]
+    Plan(plan::Args),
     /// Autotune a model's calls on this GPU, and write the fastest plans to a file
     #[cfg(feature = "cuda")]
     Tune(tune::Args),
@@ -84,6 +95,8 @@ fn run_command() -> anyhow::Result<()> {
         Command::Demo(args) => demo::demo(&args),
         #[cfg(feature = "cuda")]
         Command::Bench(args) => bench::bench(&args),
+        #[cfg(feature = "cuda")]
+        Command::Plan(args) => plan::plan(&args),
         #[cfg(feature = "cuda")]
         Command::Tune(args) => tune::tune(&args),
         Command::Run(args) => run::run(&args),

@@ -1,6 +1,7 @@
-use crate::DTypeArg;
+use crate::fit::fit;
+use crate::layer::Layer;
 use crate::measure::{Choice, Workload, time};
-use crate::models::{MODELS, Model, Op};
+use crate::models::Op;
 use crate::print::say;
 use anyhow::Context;
 use half::{bf16, f16};
@@ -13,59 +14,35 @@ use std::path::PathBuf;
 
 #[derive(clap::Args)]
 #[command(after_help = "\
-Every form, tile and cluster that a plan could choose is checked against float64 and timed, on graphs of calls
-with their routing; the fastest goes into FILE, beside what it holds of other calls. A measured number of tokens
-stands for calls of up to twice and down to half as many; where nothing near was measured, the built-in rules
-apply.
+Each candidate (every form, tile and cluster that a plan could choose) is checked against float64 and
+timed, on graphs of calls with their routing. The fastest goes into FILE, beside what FILE holds of other
+calls. A measured number of tokens stands for calls of half to twice as many. Without a measurement that
+near, the planner predicts times by its own table.
 
-The library takes FILE where the environment says so, from Rust, C and Python alike, and from the next process on:
+The library takes FILE where the environment says so, from Rust, C and Python alike, and from the next
+process on:
   MOE_LORA_TUNING=FILE moe-lora bench
 
 Examples:
   moe-lora tune --model qwen3-30b-a3b --rank 64 --adapters 2 h100.json
-  moe-lora tune --hidden 4096 --intermediate 1536 --experts 128 --top-k 8 --op w13 --tokens 1,8,64 h100.json")]
+  moe-lora tune --fit docs/bench/h200-candidates-fit.jsonl
+  moe-lora tune --hidden 4096 --intermediate 1536 --experts 128 --top-k 8 --tokens 1,8,64 h100.json")]
 pub struct Args {
     /// Where to write, and to read what was measured before
-    file: PathBuf,
-    /// A model whose layer it is: qwen3-30b-a3b, gpt-oss-20b, olmoe-1b-7b or mixtral-8x7b. Of another give
-    /// the next four
-    #[arg(long, value_parser = model, conflicts_with_all = ["hidden", "intermediate", "experts", "top_k"])]
-    model: Option<Model>,
-    /// Width of a token
-    #[arg(long)]
-    hidden: Option<usize>,
-    /// Width of an expert
-    #[arg(long)]
-    intermediate: Option<usize>,
-    /// Experts of the layer
-    #[arg(long)]
-    experts: Option<usize>,
-    /// Experts that a token chooses
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Projections
-    #[arg(long, value_delimiter = ',', default_value = "w13,w2")]
-    op: Vec<Op>,
-    /// Rank that the weights are allocated for
-    #[arg(long, default_value_t = 64)]
-    rank: usize,
-    /// Adapter slots, all of which are used
-    #[arg(long, default_value_t = 2)]
-    adapters: usize,
+    #[arg(required_unless_present = "fit")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    layer: Layer,
     /// Numbers of tokens
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192")]
     tokens: Vec<usize>,
-    /// Type of activations and weights
-    #[arg(long, default_value = "bf16")]
-    dtype: DTypeArg,
+    /// Fit the planner's own table of a device to what `moe-lora bench --every-candidate --record` has
+    /// recorded there, and print it; FILE is not written
+    #[arg(long, value_name = "RECORDS", conflicts_with_all = ["file", "tokens"])]
+    fit: Option<PathBuf>,
     /// Device number
     #[arg(long, default_value_t = 0)]
     device: u32,
-}
-
-fn model(name: &str) -> Result<Model, String> {
-    let names = MODELS.map(|model| model.name).join(", ");
-    MODELS.into_iter().find(|model| model.name == name).ok_or_else(|| format!("expected one of {names}"))
 }
 
 /// Of the random inputs.
@@ -76,51 +53,46 @@ const MARGIN: f64 = 0.98;
 
 /// Finds the fastest candidate of each call, and writes the file after each.
 pub fn tune(args: &Args) -> anyhow::Result<()> {
-    let own = || {
-        let &Args { hidden, intermediate, experts, top_k, .. } = args;
-        let (hidden, intermediate) = (hidden?, intermediate?);
-        Some(Model { name: "", hidden, intermediate, experts: experts?, top_k: top_k? })
-    };
-    let model = args.model.or_else(own).ok_or_else(|| {
-        let which = "which layer? give --model, or all of --hidden, --intermediate, --experts and --top-k\n";
-        clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, which)
-    })?;
+    if let Some(records) = &args.fit {
+        return fit(records, args.device);
+    }
     // Without a tuning of before: it would change what is measured as planned.
     let gpu = Device::untuned(args.device)?;
+    let file = args.file.as_deref().context("no file")?;
     let device = &gpu.info().name;
-    let mut tuning = match args.file.exists() {
-        true => Tuning::load(&args.file)?,
+    let mut tuning = match file.exists() {
+        true => Tuning::load(file)?,
         false => Tuning::new(device.clone(), gpu.kernels().fingerprint()),
     };
-    let (file, of) = (args.file.display(), tuning.device());
-    anyhow::ensure!(of == device, "{file} is of {of}, and this is {device}: name another file");
+    let of = tuning.device();
+    anyhow::ensure!(of == device, "{} is of {of}, and this is {device}: name another file", file.display());
     tuning.check_kernels(&gpu.kernels().fingerprint())?;
 
     say!("{}", gpu.info())?;
-    say!("| op | T | as planned µs | fastest µs | way |\n|---|---|---|---|---|")?;
-    for &op in &args.op {
-        let projection = model.projection(op, args.rank, args.adapters, args.dtype.into())?;
+    say!("| op | T | as planned µs | fastest µs | candidate |\n|---|---|---|---|---|")?;
+    for &op in &args.layer.op {
+        let projection = args.layer.projection(op)?;
         for &tokens in &args.tokens {
             let workload = Workload {
                 projection,
                 tokens,
-                rank: args.rank,
+                rank: args.layer.rank,
                 weighted: op == Op::W2,
                 split: false,
                 choice: Choice::Uniform,
             };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;
-            let way = match tuned.candidate.name("") {
+            let candidate = match tuned.candidate.name("") {
                 name if name.is_empty() => "as planned".to_owned(),
                 name => name,
             };
             let (planned, time) = (tuned.planned_microseconds, tuned.microseconds);
             tuning.insert(tuned);
-            tuning.save(&args.file)?;
-            say!("| {op} | {tokens} | {planned:.1} | {time:.1} | {way} |")?;
+            tuning.save(file)?;
+            say!("| {op} | {tokens} | {planned:.1} | {time:.1} | {candidate} |")?;
         }
     }
-    say!("\n{TUNING_VAR}={file} makes every process that loads this library take them.")?;
+    say!("\n{TUNING_VAR}={} makes every process that loads this library take them.", file.display())?;
     Ok(())
 }
 
@@ -148,7 +120,7 @@ fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
     let (tried, streams): (Vec<_>, Vec<_>) = tried.into_iter().unzip();
     let progress =
         ProgressBar::new(streams.len() as u64).with_message(format!("{tokens} tokens")).with_style(
-            ProgressStyle::with_template("{bar:30} {pos}/{len} ways  {msg}").expect("a valid template"),
+            ProgressStyle::with_template("{bar:30} {pos}/{len} candidates  {msg}").expect("a valid template"),
         );
     let times = match projection.sizes().dtype {
         DType::Bf16 => time::<bf16>(&streams, workload, SEED, false, || progress.inc(1)),

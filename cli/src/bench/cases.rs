@@ -20,7 +20,7 @@ pub struct Case {
 
 /// Those of well-known models.
 pub fn of_models(dtype: DType, split: bool) -> moe_lora::Result<Vec<Case>> {
-    // Model, projection, rank that weights are allocated for, rank of the adapters, adapters, numbers of tokens.
+    // Model, projection, rank that weights are allocated for, rank of the adapters, adapters, tokens.
     type Row = (Model, Op, usize, usize, usize, &'static [usize]);
     let rows: &[Row] = &[
         (QWEN3_30B, Op::W13, 64, 64, 2, &[1, 4, 16, 80, 256, 1024, 4096, 16384]),

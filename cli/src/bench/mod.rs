@@ -26,20 +26,20 @@ time   of shrink and expand: the median over replays of a CUDA graph that calls 
        weights after another, together larger than the L2 cache, as the layers of a model would
 route  what routing adds to that
 host   what a call with its routing costs the thread that makes it, outside a graph
-floor  the bytes that must move (each touched weight once, x once, out read and written) at nine tenths of what
-       the memory's clock and width allow (3.0 TB/s on an H100, 4.3 on an H200), or the operations at
+floor  the bytes that must move (each touched weight once, x once, out read and written) at nine tenths of
+       what the memory's clock and width allow (3.0 TB/s on an H100, 4.3 on an H200), or the operations at
        790 TFLOP/s, whichever takes longer
 error  distance from float64 at randomly drawn pairs; a wrong result is not timed
 
-Random calls (--random) are timed with their routing alone. Of each the table has the planner's own choice; the
-ten that are farthest from their floors come last, and, with --every-way, the ten of which another choice would
-have been fastest by most.
+Random calls (--random) are timed with their routing alone. A summary says how far the planner's choices are
+from their floors, and lists the ten farthest. With --every-candidate it also says how far they are behind
+the fastest candidate, and lists the ten farthest behind.
 
 Examples:
   moe-lora bench
   moe-lora bench --tokens 1,80,1024 --op w13
   moe-lora bench --random 200 --seed 1
-  moe-lora bench --random 200 --seed 1 --every-way --record h200.jsonl
+  moe-lora bench --random 200 --seed 1 --every-candidate --record h200.jsonl
   moe-lora bench --route --route-blocks 1,8,64")]
 pub struct Args {
     /// Only cases of these numbers of tokens
@@ -57,12 +57,12 @@ pub struct Args {
     /// Only this tile, where it can be had: m16, m32, m64 or any
     #[arg(long, value_parser = tile)]
     tile: Option<TileKind>,
-    /// Time every form, tile and cluster that a plan could choose, too
+    /// Time each candidate: every form, tile and cluster that a plan could choose
     #[arg(long, conflicts_with = "tile")]
-    every_way: bool,
-    /// Time the ways whose names hold one of these, besides the plan's own
-    #[arg(long, value_delimiter = ',', conflicts_with = "tile")]
-    ways: Vec<String>,
+    every_candidate: bool,
+    /// Time the candidates whose names hold one of these, besides the planner's choice
+    #[arg(long, value_delimiter = ',', value_name = "PARTS", conflicts_with = "tile")]
+    candidates: Vec<String>,
     /// Time so many random calls in place of those of models
     #[arg(long, value_name = "N", conflicts_with_all = ["op", "tokens", "rank", "split", "route"])]
     random: Option<u64>,
@@ -76,7 +76,7 @@ pub struct Args {
     #[arg(long)]
     split: bool,
     /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
-    #[arg(long, conflicts_with_all = ["op", "tile", "every_way", "split"])]
+    #[arg(long, conflicts_with_all = ["op", "tile", "every_candidate", "split"])]
     route: bool,
     /// Blocks of the route: the planner's choice without; several are timed in turn
     #[arg(long, value_delimiter = ',', requires = "route")]
@@ -102,31 +102,33 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     if args.route {
         return route::bench_routes(&device, &args.tokens, &args.route_blocks);
     }
-    let is_wanted = |way: &Options| {
-        let name = way.name("");
-        *way == Options::default() || args.every_way || args.ways.iter().any(|part| name.contains(part))
+    let is_wanted = |option: &Options| {
+        let name = option.name("");
+        *option == Options::default()
+            || args.every_candidate
+            || args.candidates.iter().any(|part| name.contains(part))
     };
-    let ways = match args.tile {
+    let options = match args.tile {
         Some(_) => vec![Options { tile: args.tile, ..Options::default() }],
         None => candidates().into_iter().filter(is_wanted).collect(),
     };
     let mut recorder = Recorder::new(args.record.as_deref())?;
     match args.random {
-        Some(count) => bench_random(&device, &ways, args.seed..args.seed + count, &mut recorder),
-        None => bench_models(&device, &ways, args, &mut recorder),
+        Some(count) => bench_random(&device, &options, args.seed..args.seed + count, &mut recorder),
+        None => bench_models(&device, &options, args, &mut recorder),
     }
 }
 
-/// The ways to run a call that are timed: each plan once, by the name of what forces it.
+/// The candidates of a call that are timed: each plan once, by the name of what forces it.
 struct Candidates {
-    ways: Vec<Options>,
+    options: Vec<Options>,
     streams: Vec<Stream>,
     /// Which of them is the planner's own choice.
     planned: usize,
 }
 
 impl Candidates {
-    fn new(device: &Device, ways: &[Options], case: &Case) -> anyhow::Result<Self> {
+    fn new(device: &Device, options: &[Options], case: &Case) -> anyhow::Result<Self> {
         let projection = &case.workload.projection;
         let layout = Layout {
             tokens: case.workload.tokens,
@@ -139,21 +141,22 @@ impl Candidates {
         let (mut kept, mut streams, mut plans) = (Vec::new(), Vec::new(), Vec::new());
         let mut planned = 0;
         // What is not forced comes last: it is one of the others, as a rule.
-        let (own, forced): (Vec<Options>, Vec<_>) = ways.iter().partition(|way| **way == Options::default());
-        for way in forced.into_iter().chain(own) {
-            let stream = device.new_stream_with(way)?;
+        let (own, forced): (Vec<Options>, Vec<_>) =
+            options.iter().partition(|option| **option == Options::default());
+        for option in forced.into_iter().chain(own) {
+            let stream = device.new_stream_with(option)?;
             let plan = stream.plan(projection, &layout, Stage::Forward, RouteSource::Made)?;
             let place = plans.iter().position(|other| *other == plan).unwrap_or(plans.len());
             if place == plans.len() {
                 plans.push(plan);
-                kept.push(way);
+                kept.push(option);
                 streams.push(stream);
             }
-            if way == Options::default() {
+            if option == Options::default() {
                 planned = place;
             }
         }
-        Ok(Candidates { ways: kept, streams, planned })
+        Ok(Candidates { options: kept, streams, planned })
     }
 }
 
@@ -174,12 +177,13 @@ fn rank(case: &Case) -> String {
 
 fn bench_models(
     device: &Device,
-    ways: &[Options],
+    options: &[Options],
     args: &Args,
     recorder: &mut Recorder,
 ) -> anyhow::Result<()> {
     say!(
-        "| model | op | T | R | adapters | way | floor µs | time µs | with routing | × floor | host µs | error |"
+        "| model | op | T | R | adapters | candidate | floor µs | time µs | with routing | × floor | host µs \
+         | error |"
     )?;
     say!("|---|---|---|---|---|---|---|---|---|---|---|---|")?;
     let wanted = |case: &Case| {
@@ -189,16 +193,16 @@ fn bench_models(
     };
     let cases = cases::of_models(args.dtype.into(), args.split)?;
     for (seed, case) in (0..).zip(cases).filter(|(_, case)| wanted(case)) {
-        let Candidates { ways, streams, .. } = Candidates::new(device, ways, &case)?;
+        let Candidates { options, streams, .. } = Candidates::new(device, options, &case)?;
         let measured = measure(&streams, &case, seed, args.record.is_none())?;
-        recorder.add(&Record::new(&device.info().name, &case, &ways, &measured))?;
+        recorder.add(&Record::new(&device.info().name, &case, &options, &measured))?;
         let Case { name, op, workload } = case;
         let (tokens, loras, rank) = (workload.tokens, workload.projection.sizes().slots, rank(&case));
         let floor = measured.floor;
         for (stream, Times { kernels, routed, host, error }) in streams.iter().zip(measured.times) {
-            let (way, ratio) = (stream.variant(), routed / floor);
+            let (option, ratio) = (stream.variant(), routed / floor);
             say!(
-                "| {name} | {op} | {tokens} | {rank} | {loras} | {way} | {floor:.1} | {kernels:.1} \
+                "| {name} | {op} | {tokens} | {rank} | {loras} | {option} | {floor:.1} | {kernels:.1} \
                  | {routed:.1} | {ratio:.2} | {host:.2} | {error:.1e} |"
             )?;
         }
@@ -212,7 +216,7 @@ struct Timed {
     case: Case,
     floor: f64,
     planned: f64,
-    /// The fastest way, and its time.
+    /// The fastest candidate, and its time.
     fastest: (Options, f64),
 }
 
@@ -223,7 +227,7 @@ const LARGE_FLOOR: f64 = 20.0;
 
 fn bench_random(
     device: &Device,
-    ways: &[Options],
+    options: &[Options],
     seeds: std::ops::Range<u64>,
     recorder: &mut Recorder,
 ) -> anyhow::Result<()> {
@@ -233,21 +237,27 @@ fn bench_random(
     let mut timed = Vec::new();
     for seed in seeds {
         let case = cases::random(seed);
-        let Candidates { ways, streams, planned } = Candidates::new(device, ways, &case)?;
+        let Candidates { options, streams, planned } = Candidates::new(device, options, &case)?;
         let measured = measure(&streams, &case, seed, false).with_context(|| format!("--seed {seed}"))?;
-        recorder.add(&Record::new(&device.info().name, &case, &ways, &measured))?;
+        recorder.add(&Record::new(&device.info().name, &case, &options, &measured))?;
         let times = measured.times.iter().map(|times| times.routed);
-        let fastest = ways.into_iter().zip(times).min_by(|(_, one), (_, other)| one.total_cmp(other));
+        let fastest = options.into_iter().zip(times).min_by(|(_, one), (_, other)| one.total_cmp(other));
         let planned = measured.times[planned].routed;
-        timed.push(Timed { seed, case, floor: measured.floor, planned, fastest: fastest.context("no way")? });
+        timed.push(Timed {
+            seed,
+            case,
+            floor: measured.floor,
+            planned,
+            fastest: fastest.context("no candidate")?,
+        });
         progress.inc(1);
     }
     progress.finish_and_clear();
-    summarize(&mut timed, ways.len() > 1)
+    summarize(&mut timed, options.len() > 1)
 }
 
-/// Prints how far calls are from their floors, and, where every way was timed, from the fastest.
-fn summarize(timed: &mut [Timed], has_ways: bool) -> anyhow::Result<()> {
+/// Prints how far calls are from their floors, and, where every candidate was timed, from the fastest.
+fn summarize(timed: &mut [Timed], has_candidates: bool) -> anyhow::Result<()> {
     let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
     let of = |is_large: bool, value: fn(&Timed) -> f64| {
         timed.iter().filter(|call| (call.floor >= LARGE_FLOOR) == is_large).map(value).collect::<Vec<_>>()
@@ -261,22 +271,24 @@ fn summarize(timed: &mut [Timed], has_ways: bool) -> anyhow::Result<()> {
     )?;
     say!("{} others: {:.1} µs above it (mean)", above.len(), mean(above.clone()))?;
     let row = |call: &Timed| {
-        let Timed { seed, case, floor, planned, fastest: (way, time) } = call;
+        let Timed { seed, case, floor, planned, fastest: (option, time) } = call;
         let s = case.workload.projection.sizes();
         let (op, tokens, rank, choice) = (case.op, case.workload.tokens, rank(case), case.workload.choice);
-        let way = match way.name("") {
+        let option = match option.name("") {
             name if name.is_empty() => "as planned".to_owned(),
             name => name.trim_start().to_owned(),
         };
         format!(
-            "| {seed} | {op} | {tokens} | {rank} | {} | {} | {} | {} → {} | {choice:?} | {floor:.1} | {planned:.1} | {time:.1} | {way} |",
+            "| {seed} | {op} | {tokens} | {rank} | {} | {} | {} | {} → {} | {choice:?} | {floor:.1} \
+             | {planned:.1} | {time:.1} | {option} |",
             s.slots, s.experts, s.top_k, s.in_dim, s.out_dim
         )
     };
     let table = |title: &str, calls: &[Timed]| {
         say!("\n{title}\n")?;
         say!(
-            "| seed | op | T | R | adapters | experts | k | K → N | experts chosen | floor µs | planned µs | fastest µs | way |"
+            "| seed | op | T | R | adapters | experts | k | K → N | experts chosen | floor µs \
+             | planned µs | fastest µs | candidate |"
         )?;
         say!("|---|---|---|---|---|---|---|---|---|---|---|---|---|")?;
         calls.iter().take(WORST).try_for_each(|call| say!("{}", row(call)))
@@ -285,14 +297,14 @@ fn summarize(timed: &mut [Timed], has_ways: bool) -> anyhow::Result<()> {
     let excess = |call: &Timed| call.planned / call.floor.max(LARGE_FLOOR / 2.0);
     timed.sort_by(|one, other| excess(other).total_cmp(&excess(one)));
     table("Farthest from their floors:", timed)?;
-    if has_ways {
+    if has_candidates {
         let behind = |call: &Timed| call.planned / call.fastest.1;
         say!(
-            "\nBehind the fastest way by {:.2} % (mean)",
+            "\nBehind the fastest candidate by {:.2} % (mean)",
             100.0 * (mean(timed.iter().map(behind).collect()) - 1.0)
         )?;
         timed.sort_by(|one, other| behind(other).total_cmp(&behind(one)));
-        table("Farthest behind the fastest way:", timed)?;
+        table("Farthest behind the fastest candidate:", timed)?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What was measured of calls, a line of JSON each: what `moe-lora tune --fit` and the planner's test read.
+//! What was measured of calls, a line of JSON each. `moe-lora tune --fit` and the planner's test read it.
 
 use super::cases::Case;
 use crate::measure::{Choice, Measured};
@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-/// A call, and how long each way to run it took.
+/// A call, and how long each candidate took.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
@@ -29,16 +29,17 @@ pub struct Record {
     pub segments: usize,
     /// What no implementation can go below, in microseconds.
     pub floor: f64,
-    /// Microseconds of a call with its routing, by the name of what was forced; "" is the planner's own choice, where
-    /// nothing that can be forced comes to it.
+    /// Microseconds of a call with its routing, by the name of what was forced; "" is the planner's own
+    /// choice, where nothing that can be forced comes to it.
     pub times: BTreeMap<String, f64>,
 }
 
 impl Record {
-    pub fn new(device: &str, case: &Case, ways: &[Options], measured: &Measured) -> Self {
+    pub fn new(device: &str, case: &Case, options: &[Options], measured: &Measured) -> Self {
         let thousandths = |time: f64| (time * 1e3).round() / 1e3;
-        let name = |way: &Options| way.name("").trim_start().to_owned();
-        let times = ways.iter().map(name).zip(measured.times.iter().map(|times| thousandths(times.routed)));
+        let name = |option: &Options| option.name("").trim_start().to_owned();
+        let times =
+            options.iter().map(name).zip(measured.times.iter().map(|times| thousandths(times.routed)));
         Record {
             device: device.to_owned(),
             projection: *case.workload.projection.sizes(),

@@ -17,16 +17,16 @@ const ROUTES: usize = 20;
 
 /// Times the route of so many tokens, in the planner's number of blocks and in `blocks`.
 pub fn bench_routes(device: &Device, tokens: &[usize], blocks: &[u32]) -> anyhow::Result<()> {
-    let mut ways = vec![Options::default()];
-    ways.extend(blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }));
+    let mut options = vec![Options::default()];
+    options.extend(blocks.iter().map(|&blocks| Options { route_blocks: Some(blocks), ..Options::default() }));
     let tokens = if tokens.is_empty() { &TOKENS } else { tokens };
-    say!("| pairs | way | µs | host µs |\n|---|---|---|---|")?;
+    say!("| pairs | forced | µs | host µs |\n|---|---|---|---|")?;
     for (seed, &tokens) in (0..).zip(tokens) {
         let projection = of_routes()?;
-        for way in &ways {
-            let stream = device.new_stream_with(*way)?;
+        for option in &options {
+            let stream = device.new_stream_with(*option)?;
             let (time, host) = time_route(&stream, &projection, tokens, seed)
-                .with_context(|| format!("T={tokens}, {way:?}"))?;
+                .with_context(|| format!("T={tokens}, {option:?}"))?;
             let pairs = tokens * projection.sizes().top_k;
             say!("| {pairs} | {} | {time:.2} | {host:.2} |", stream.variant())?;
         }

@@ -24,7 +24,7 @@ pub const REPLAYS: usize = 15;
 const FEWEST_REPLAYS: usize = 5;
 /// Microseconds that all timed replays of a graph may take, where fewer than [`REPLAYS`] do.
 const TIMED: f64 = 50e3;
-/// Calls that are made one after another while the host is timed: few enough for the driver to queue them all.
+/// Calls that are made one after another while the host is timed: few enough for the driver to queue them.
 const QUEUED: usize = 16;
 /// Pairs whose output is checked.
 const CHECKED_PAIRS: usize = 64;

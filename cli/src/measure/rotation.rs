@@ -12,8 +12,8 @@ const MIN_CALLS: usize = 8;
 /// Most groups of experts.
 const MAX_GROUPS: usize = 32;
 
-/// Calls of one routing on other weights each: of other experts of a set, as far as there are some, and of other
-/// sets.
+/// Calls of one routing on other weights each: of other experts of a set, as far as there are some, and of
+/// other sets.
 pub struct Rotation {
     /// Sets of weights.
     pub sets: usize,
