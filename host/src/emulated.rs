@@ -1,7 +1,7 @@
 //! The emulated back end: the GPU's kernels on the CPU, planned and launched as on an H100, with every access
 //! checked ([`moe_lora_kernels::emulate`]).
 //!
-//! It is slow, and for tests. A race or a wrong address is [`Error::KernelFault`], with kernel, thread and line.
+//! It is slow, and for tests. A race or wrong address is [`Error::KernelFault`], with kernel, thread, line.
 
 use crate::backend::{Backend, Buffer};
 use crate::blocks::Align;
@@ -56,8 +56,8 @@ const LIMITS: DeviceLimits =
     DeviceLimits { multiprocessors: 8, decode_clusters: [3, 2, 1, 1], ..DeviceLimits::H100 };
 
 impl Emulated {
-    /// A device like an H100 with few multiprocessors and clusters, as a test has time for few threads. `seed`
-    /// decides the order of threads and blocks; each launch has another.
+    /// A device like an H100 with few multiprocessors and clusters, as a test has time for few threads.
+    /// `seed` decides the order of threads and blocks; each launch has another.
     pub fn new(options: Options, seed: u64) -> Self {
         Emulated { memory: Rc::default(), options, seed: Cell::new(seed), launches: RefCell::default() }
     }
@@ -117,7 +117,7 @@ impl Emulated {
         launched.queue(&workspace.place(), |launches| self.launch_all(launches, tensors, listed))
     }
 
-    /// Runs a call's launches, which may write the last of `tensors`. The list of pairs has room for `listed`.
+    /// Runs a call's launches, which may write the last of `tensors`. There is room for `listed` pairs.
     fn launch_all(&self, launches: &Launches, tensors: &[emulate::Buffer], listed: usize) -> Result<()> {
         launches.iter().flatten().try_for_each(|(launch, parameters)| match parameters {
             Parameters::Route(p) => {
