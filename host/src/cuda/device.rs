@@ -304,9 +304,9 @@ fn load_image(api: &Api, image: &[u8]) -> Result<Handle> {
     })
 }
 
-/// Most clusters of 1, 2, 4 and 8 blocks of `decode` that the device runs at a time, with [`decode::BLOCKS`]
-/// blocks a multiprocessor. From sm_120 on one has registers for one block, and is counted as if it ran more,
-/// as plans expect.
+/// Most clusters of 1, 2, 4 and 8 blocks of `decode` that the device runs at a time, with
+/// [`decode::BLOCKS_PER_SM`] blocks a multiprocessor. From sm_120 on one has registers for one block, and is
+/// counted as if it ran more, as plans expect.
 fn decode_clusters(api: &Api, functions: &[Option<Handle>], sm: u32, shared_bytes: u32) -> Result<[u32; 4]> {
     let is_decode = |entry: &&Entry| matches!(entry.kernel, Kernel::Decode { .. });
     let entry = ENTRIES.iter().find(is_decode).expect("the table has decode");
@@ -328,7 +328,7 @@ fn decode_clusters(api: &Api, functions: &[Option<Handle>], sm: u32, shared_byte
         let mut clusters = 0;
         // SAFETY: writes one integer; the configuration and its attribute live through the call.
         unsafe { api.cuOccupancyMaxActiveClusters(&mut clusters, function, &config)? };
-        *most = clusters as u32 * decode::BLOCKS / each;
+        *most = clusters as u32 * decode::BLOCKS_PER_SM / each;
     }
     Ok(most)
 }

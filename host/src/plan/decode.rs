@@ -118,7 +118,7 @@ impl Candidate {
         let blocks = clusters * f64::from(cluster);
         let found = match problem.route {
             RouteSource::Made if !fit.finds => costs.route,
-            RouteSource::Made if problem.pairs > segments::FEW as usize => costs.find,
+            RouteSource::Made if problem.pairs > segments::WARP_PAIRS as usize => costs.find,
             _ => 0.0,
         };
         let when = |is_so: bool, time: f64| if is_so { time } else { 0.0 };
@@ -233,7 +233,7 @@ const fn min_blocks(of: DecodeRows) -> u32 {
 /// Clusters of a launch: as many as the device runs at a time with `blocks` blocks a multiprocessor, each of
 /// which takes one work item after another. With one more, its items would come last of all.
 fn clusters(items: u64, cluster: u32, blocks: u32, limits: &DeviceLimits) -> u64 {
-    let most = limits.decode_clusters[cluster.ilog2() as usize] * blocks / kernel::BLOCKS;
+    let most = limits.decode_clusters[cluster.ilog2() as usize] * blocks / kernel::BLOCKS_PER_SM;
     items.min(u64::from(most)).max(1)
 }
 

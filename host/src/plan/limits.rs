@@ -9,8 +9,8 @@ pub struct DeviceLimits {
     pub multiprocessors: u32,
     /// Most shared memory that a block may be given, in bytes.
     pub shared_bytes: u32,
-    /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time, with [`decode::BLOCKS`] blocks a
-    /// multiprocessor; zeros where its kernels have no clusters.
+    /// Clusters of 1, 2, 4 and 8 blocks of `decode` that it runs at a time, with [`decode::BLOCKS_PER_SM`]
+    /// blocks a multiprocessor; zeros where its kernels have no clusters.
     pub decode_clusters: [u32; 4],
     /// Whether its kernels use `wgmma`: sm_90a's do.
     pub wgmma: bool,

@@ -57,7 +57,7 @@ entries! {
 
     "decode" cfg(feature = "sm_90"):
         Kernel::Decode { element: ELEMENT, index: INDEX, rows: TILE } =>
-        decode::decode::<E, I, { TILE.count() as usize / 8 }, { TILE.count() }>, DecodeParams, DecodeRows [
+        decode::decode::<decode::Rows<E, I, { TILE.count() }>>, DecodeParams, DecodeRows [
             "m8": DecodeRows::M8;
             "m16": DecodeRows::M16;
         ]

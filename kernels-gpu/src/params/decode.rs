@@ -36,11 +36,11 @@ pub struct DecodeParams {
     pub out_dim: u32,
     /// S.
     pub slices: u32,
-    /// A number over S gives the tile's part of a unit.
+    /// The number of a work item over S gives its part of a tile.
     pub over_slices: Divider,
     /// Parts that a tile of the route is taken in.
     pub tile_parts: u32,
-    /// A number over these gives the tile.
+    /// The number of a part over these gives its tile.
     pub over_parts: Divider,
     /// Matrices of `a` in a slot: E or 1.
     pub a_experts: u32,
@@ -52,29 +52,30 @@ pub struct DecodeParams {
     pub finds: u32,
     /// What shared memory has room for; nothing when no segments are to be found.
     pub room: Room,
-    /// Stages of the ring for shrink.
+    /// Stages of the pipeline of shrink.
     pub shrink_stages: u32,
-    /// Stages of the ring for expand.
+    /// Stages of the pipeline of expand.
     pub expand_stages: u32,
     /// Clusters of the launch.
     pub clusters: u32,
-    /// The number of a unit over these gives its tile's place in the list of those that were found: over the
-    /// slices where all tiles are listed, over the clusters where a cluster lists those of its units.
+    /// The number of a work item over these gives its tile's place in the list of those that were found: over
+    /// the slices where all tiles are listed, over the clusters where a cluster lists those of its work
+    /// items.
     pub over_listed: Divider,
 }
 
 impl DecodeParams {
-    /// Units of so many tiles, of active pairs and of all.
+    /// Work items of so many tiles, of active pairs and of all.
     #[inline(always)]
-    pub fn units(&self, [active, all]: [u32; 2]) -> u32 {
+    pub fn work_items(&self, [active, all]: [u32; 2]) -> u32 {
         let tiles = if self.accumulate != 0 { active } else { all };
         tiles * self.tile_parts * self.slices
     }
 
-    /// Tile, or part of one, and slice of a unit: which of all of the launch.
+    /// Tile, or part of one, and slice of a work item: which of all of the launch.
     #[inline(always)]
-    pub fn tile_and_slice(&self, unit: u32) -> [u32; 2] {
-        let tile = self.over_slices.quotient(unit);
-        [tile, unit - tile * self.slices]
+    pub fn tile_and_slice(&self, item: u32) -> [u32; 2] {
+        let tile = self.over_slices.quotient(item);
+        [tile, item - tile * self.slices]
     }
 }

@@ -1,200 +1,277 @@
-//! The kernel: its roles, and what they walk through.
+//! The kernel: prologue, main loops of the five roles, epilogue. What a step does lies in a file of its own.
 
 mod barriers;
+mod consumer;
+mod context;
 mod expand;
-mod fill;
-mod ring;
+mod load;
+mod pipeline;
 mod shrink;
-mod units;
-mod worker;
+mod start;
+mod work;
 
-use super::{
-    BARRIER_BYTES, FILL, FILLERS, GROUP, LANES, MAX_STAGES, RUN, SUM_ROW, THREADS, WORKERS,
-    expand_stage_bytes, fixed_bytes, row_bytes, shrink_stage_bytes,
-};
-use crate::arch::mbarrier;
-use crate::arch::mma::Element;
-use crate::arch::shared::Shared;
-use crate::arch::{barrier, bulk, cluster, grid, thread, warp};
-use crate::decode::segments::{Few, Segments};
-use crate::ids::Ids;
-use crate::memory::Index;
-use crate::params::{DecodeParams, Tile, count};
-use crate::slots::Slots;
-use crate::tile::unroll;
-use barriers::{begun, landed, listed, read, tile_counts, unit_count};
-use expand::expand;
-use fill::{fill_a, fill_expand, fill_x};
-use ring::Ring;
-use shrink::shrink;
-use units::{Context, Shares, Unit};
+use super::config::Config;
+use super::{A_LOADER, EXPAND, GROUP, STAGE_K, X_LOADER};
+use crate::arch::{barrier, cluster, thread};
+use crate::memory::{Global, Index};
+use crate::params::DecodeParams;
+use crate::tile::select_slice;
+use barriers::{a_started, item_count, segments_ready};
+use consumer::{NO_SUMS, Position};
+use context::Context;
+use expand::{Columns, OutRows, receive};
+use load::{first_row, load_a_stage, load_b_stage, load_x_stage, say_a_started, x_row};
+use pipeline::Pipeline;
+use shrink::{multiply_stage, send, store_sums};
+use start::{Search, Start};
+use work::{ExpandPart, ShrinkPart, WorkItem};
 
-/// The first warp that expands.
-const EXPAND: u32 = WORKERS;
-/// The warp that fills the ring for shrink with x: it also lists few pairs, and knows how many tiles there are.
-const LIST: u32 = FILL + 1;
-
-/// The kernel, launched in clusters of a power of two of blocks. `FRAGMENTS`: of eight pairs each, of a tile of
-/// `ROWS`.
+/// The kernel, launched in clusters of a power of two of blocks.
 ///
 /// # Safety
 /// As for the entry points: every tensor of `p` must be as its field says.
 #[inline(always)]
-pub unsafe fn decode<E: Element, I: Index, const FRAGMENTS: usize, const ROWS: u32>(p: DecodeParams) {
-    const { assert!(ROWS == 8 * FRAGMENTS as u32 && GROUP + ROWS <= 32) };
-    let (block, blocks) = (cluster::block(), cluster::blocks());
+pub unsafe fn decode<C: Config>(p: DecodeParams) {
+    const { assert!(GROUP + C::ROWS <= 32) };
 
-    // The map of shared memory.
-    let max_rank = p.route.max_rank;
-    let found_at = Shared::base().offset(BARRIER_BYTES);
-    let h = found_at.offset(p.room.shared_bytes());
-    let sums = h.offset(2 * ROWS * row_bytes(max_rank.next_multiple_of(RUN)));
-    let landings = sums.offset(WORKERS * ROWS * SUM_ROW);
-    let start = Shared::base().offset(fixed_bytes(ROWS, max_rank, blocks, p.room));
-    let shrink_ring = Ring {
-        start,
-        stages: p.shrink_stages,
-        stage_bytes: const { shrink_stage_bytes(ROWS) },
-        barriers: 0,
-        stage: 0,
-        parity: 0,
-    };
-    let expand_ring = Ring {
-        start: start.offset(p.shrink_stages * const { shrink_stage_bytes(ROWS) }),
-        stages: p.expand_stages,
-        stage_bytes: const { expand_stage_bytes(ROWS) },
-        barriers: 2 * MAX_STAGES,
-        ..shrink_ring
-    };
-
+    // Prologue: barriers, and the search for segments.
+    let context = Context::new::<C>(&p);
+    let shrink_pipeline = context.shrink_pipeline::<C>();
+    let expand_pipeline = context.expand_pipeline::<C>(&shrink_pipeline);
     if thread::index() == 0 {
         // SAFETY: nobody uses them yet.
-        unsafe { init_barriers(&shrink_ring, &expand_ring, blocks) };
+        unsafe { barriers::init(&shrink_pipeline, &expand_pipeline, context.blocks) };
     }
     // No block may be sent anything before it has its barriers.
     cluster::arrive_relaxed();
-    let context = Context { p: &p, found: Segments::at(found_at), block, blocks, h, sums, landings };
-    let searches = p.finds != 0 && !p.room.lists_all();
-    if searches {
-        // SAFETY: the rings are not in use yet.
-        unsafe { Segments::prepare(&p.route, expand_ring.start, &p.room) };
-    }
-    if p.finds != 0 && thread::index_anew() / 32 == LIST {
-        Segments::ask_for_ids(&p.route);
-    }
-    // Where ids and ranks are is found before they may be read.
-    let warp = thread::warp();
-    let finds = searches || p.finds != 0 && (warp == FILL || warp == LIST);
-    let pair = if searches { thread::index() } else { thread::lane() };
-    let ids = Ids::of(&p.route, pair, finds && pair < p.route.pair_count);
-    let own_slot = Slots::of(&p.route).slot(if finds { thread::lane() } else { u32::MAX });
-    let first = context.first_unit();
-    let [first_tile, first_slice] = p.tile_and_slice(first);
+    // SAFETY: the stages are not in use yet.
+    let search = unsafe { Search::prepare(&context, expand_pipeline.start) };
     barrier::sync();
-    let mut shares = Shares::NONE;
-    // What the search need not keep meanwhile.
-    if !searches && warp == FILL {
-        shares = Shares::new(&context, max_rank);
-    }
-    grid::wait();
     // SAFETY: as the caller promises.
-    let loaded = unsafe { (ids.load(), own_slot.load()) };
+    let start = unsafe { search.run::<C>() };
 
-    // The number of tiles, and the tile of the cluster's first unit, whose pairs may not be listed yet.
-    let (mut counts, mut tile) = ([0; 2], Tile::EMPTY);
-    // SAFETY: as the caller promises; the rings are not in use yet.
+    // Main loops.
+    let warp = thread::warp();
+    // SAFETY: the launch before this one has ended; the warps of each role are whole, and all but the A
+    // loader wait until the segments are ready.
     unsafe {
-        if searches {
-            let own = |entry| p.tile_and_slice(first + entry * p.clusters);
-            (counts, tile) =
-                context.found.find::<ROWS>(&p.route, loaded, own, block == 0, expand_ring.start, &p.room);
-        } else if warp == FILL || warp == LIST {
-            if p.finds != 0 {
-                let few = Few::find::<ROWS>(&p.route, loaded);
-                if warp == FILL {
-                    tile = few.tile::<ROWS>(&p.route, first_tile);
-                } else {
-                    counts = context.found.list_few::<ROWS>(&p.route, &few, &p.room);
-                }
-            } else {
-                counts = [count::ACTIVE, count::ALL].map(|count| p.route.counts.at(count).load());
-                if warp == FILL && first < p.units(counts) {
-                    tile = context.unit(first, ROWS).tile;
-                }
-            }
-        }
-    }
-    if warp == LIST {
-        // Not sooner: while blocks of the next launch arrive, what runs on the multiprocessor stands still.
-        grid::launch_dependents();
-        if thread::lane() == 0 {
-            // SAFETY: the words are nobody else's.
-            unsafe {
-                unit_count().store(p.units(counts));
-                (0..2).for_each(|i| tile_counts().offset(4 * i).store(counts[i as usize]));
-            }
-        }
-    }
-    if searches {
-        // The ring for expand held the scratch.
-        bulk::fence();
-    }
-    warp::sync();
-    if thread::lane() == 0 {
-        // SAFETY: the barrier is initialised.
-        unsafe { listed().arrive() };
-    }
-
-    // SAFETY: the launch before this one has ended; the warps of each role are whole, and come to `listed` before they read what is.
-    unsafe {
-        if warp == FILL {
-            fill_a::<I>(&context, shares, shrink_ring, ROWS, Unit { tile, slice: first_slice });
+        if warp == A_LOADER {
+            load_a::<C>(&context, shrink_pipeline, start);
         } else {
-            listed().wait(0);
+            segments_ready().wait(0);
             if warp < EXPAND {
                 cluster::wait();
-                shrink::<E, FRAGMENTS, ROWS>(&context, shrink_ring);
-            } else if warp < FILL {
+                shrink::<C>(&context, shrink_pipeline);
+            } else if warp < A_LOADER {
                 cluster::wait();
-                expand::<E, I, FRAGMENTS, ROWS>(&context, expand_ring);
-            } else if warp == LIST {
-                fill_x::<I, ROWS>(&context, shrink_ring);
+                expand::<C>(&context, expand_pipeline);
+            } else if warp == X_LOADER {
+                load_x::<C>(&context, shrink_pipeline);
             } else {
-                fill_expand::<I, ROWS>(&context, expand_ring);
+                load_b::<C>(&context, expand_pipeline);
             }
         }
-        if warp >= FILL {
-            // Not earlier: a store to device memory before the block meets costs 0.2 µs.
-            if p.finds != 0 && thread::block() == 0 && warp == LIST {
-                let counts = [0, 4].map(|word| tile_counts().offset(word).load());
-                context.found.keep(&p.route, &p.room, counts);
-            }
-            cluster::wait();
+    }
+
+    // Epilogue.
+    if warp >= A_LOADER {
+        // Stores to device memory come last, so that no role waits for them.
+        if p.finds != 0 && thread::block() == 0 && warp == X_LOADER {
+            // SAFETY: this warp waited until the segments were ready.
+            unsafe { start::keep(&context) };
         }
+        cluster::wait();
     }
     // No block may end while another may still send to it.
     cluster::arrive_relaxed();
     cluster::wait();
 }
 
-/// Makes the barriers ready. One thread does: those of several would be served one by one, at a fence each.
+/// The A loader: shrink's stages with a. It starts with `start`, and waits for the list of pairs only before
+/// its second work item.
 ///
 /// # Safety
-/// One thread must come here, before anybody uses them.
+/// As for [`decode`]; the whole warp must come here.
 #[inline(always)]
-unsafe fn init_barriers(shrink: &Ring, expand: &Ring, blocks: u32) {
-    // SAFETY: the first bytes of shared memory are the barriers'.
-    unsafe {
-        shrink.init(FILLERS);
-        // The warp, and each lane with its copies.
-        expand.init(1 + LANES);
-        unroll::<2>(|turn| {
-            // One thread that expands; and the warps that shrink, unless they send what the barrier counts.
-            landed(turn as u32).init(if blocks == 1 { 1 + WORKERS } else { 1 });
-            read(turn as u32).init(blocks);
-        });
-        begun().init(1);
-        listed().init(THREADS / LANES);
+unsafe fn load_a<C: Config>(context: &Context<'_>, mut pipeline: Pipeline, start: Start) {
+    let p = context.p;
+    let Start { mut item, mut part } = start;
+    let mut next = context.first_item();
+    let (mut loaded, stages) = (0, pipeline.stages);
+    loop {
+        let WorkItem { tile, slice } = item;
+        if tile.rows > 0 {
+            part.change(context, tile.rank);
+            let matrix = first_row::<C::Index>(&tile, p.a_experts, p.route.max_rank);
+            let a = select_slice(p.a, slice);
+            part.each_stage(context, |group, k, length| {
+                let ranks = (tile.rank - GROUP * group).min(GROUP);
+                let row = matrix.plus(C::Index::from_u32(GROUP * group));
+                let source = a.at(row.times(C::Index::from_u32(p.in_dim))).at(k);
+                // SAFETY: the rows are inside the tensor, and elements come in eights.
+                unsafe { load_a_stage(&mut pipeline, source, p.in_dim, ranks, length) };
+                loaded += 1;
+                if loaded == stages {
+                    say_a_started();
+                }
+            });
+        }
+        next += p.clusters;
+        // SAFETY: once segments are ready, the number of work items can be read, and each of the cluster's.
+        unsafe {
+            segments_ready().wait(0);
+            if next >= item_count().load() {
+                break;
+            }
+            item = context.item::<C>(next);
+        }
     }
-    mbarrier::publish();
+    if loaded < stages {
+        say_a_started();
+    }
+}
+
+/// The X loader: shrink's stages with x, a row a lane.
+///
+/// # Safety
+/// As for [`load_a`]; the segments must be ready.
+#[inline(always)]
+unsafe fn load_x<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
+    let mut part = ShrinkPart::NONE;
+    let load = |WorkItem { tile, .. }: WorkItem| {
+        part.change(context, tile.rank);
+        // SAFETY: the segments are ready.
+        let x = unsafe { x_row::<C>(context, &tile) };
+        part.each_stage(context, |_, k, length| {
+            // SAFETY: stages are of groups of ranks, so the tile has some.
+            unsafe { load_x_stage(&mut pipeline, x.at(k), tile.rows, length) };
+        });
+    };
+    // SAFETY: as the caller promises.
+    unsafe { context.each_item::<C>(load) };
+}
+
+/// The warps that shrink: each work item's groups of ranks, whose sums go to all blocks of the cluster.
+///
+/// # Safety
+/// As for [`decode`]; all threads of the role must come here, and the segments be ready.
+#[inline(always)]
+unsafe fn shrink<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
+    let mut part = ShrinkPart::NONE;
+    // Work items whose h was sent.
+    let mut sent = 0;
+    let shrink = |WorkItem { tile, .. }: WorkItem| {
+        if tile.rank == 0 {
+            return;
+        }
+        part.change(context, tile.rank);
+        let mut group = part.first_group(context);
+        while group < part.sent_groups() {
+            let ranks = part.rank.saturating_sub(GROUP * group).min(GROUP);
+            let me = Position::anew();
+            let mut sums = NO_SUMS;
+            let (mut k, end) = if ranks > 0 { part.k } else { (0, 0) };
+            while k < end {
+                // SAFETY: the producers come to the same stages.
+                unsafe {
+                    let stage = pipeline.wait();
+                    multiply_stage::<C>(&mut sums, &me, stage, tile.rows, ranks, STAGE_K.min(end - k));
+                    pipeline.release();
+                }
+                k += STAGE_K;
+            }
+            // SAFETY: all threads of the role come here.
+            unsafe {
+                store_sums::<C>(context, &me, &sums);
+                send::<C>(context, &part, tile.rows, group, sent);
+            }
+            group += part.group_stride;
+        }
+        // SAFETY: as above.
+        unsafe { shrink::finish(context, sent) };
+        sent += 1;
+    };
+    // SAFETY: as the caller promises.
+    unsafe { context.each_item::<C>(shrink) };
+}
+
+/// The B loader: expand's stages with b, and with the old values of `out`, a row a lane.
+///
+/// # Safety
+/// As for [`load_x`].
+#[inline(always)]
+unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
+    let (p, max_rank) = (context.p, context.p.route.max_rank);
+    let mut part = ExpandPart::new(context);
+    // Whether stages were filled without the copy engine.
+    let mut stored = false;
+    // Expand has nothing to do before shrink has: the first copies of a must not wait for those of b.
+    // SAFETY: the barrier is initialised.
+    unsafe { a_started().wait(0) };
+    let load = |item: WorkItem| {
+        let WorkItem { tile, slice } = item;
+        part.change(tile.rank);
+        let ranks = part.rank;
+        let matrix = first_row::<C::Index>(&tile, p.b_experts, p.out_dim);
+        let b = select_slice(p.b, slice);
+        let wants_old = p.accumulate != 0 && thread::lane() < tile.rows;
+        let mut out = Global::<u16>::NULL;
+        if wants_old {
+            // SAFETY: the tile has so many pairs.
+            out = context.out_row::<C::Index>(&item, unsafe { context.pair(&tile, thread::lane()) });
+        }
+        part.each_stage(|at, count| {
+            let row = matrix.plus(C::Index::from_u32(at));
+            let source = b.at(row.times(C::Index::from_u32(max_rank)));
+            let old = wants_old.then_some(out.at(at));
+            // SAFETY: the columns are the slice's, and elements come in eights.
+            unsafe { load_b_stage(&mut pipeline, &mut stored, (source, max_rank), old, ranks, count) };
+        });
+    };
+    // SAFETY: as the caller promises.
+    unsafe { context.each_item::<C>(load) };
+}
+
+/// The warps that expand: each work item's h, once it has come, times the block's columns of b.
+///
+/// # Safety
+/// As for [`decode`]; all threads of the role must come here, and the segments be ready.
+#[inline(always)]
+unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
+    let mut sent = ShrinkPart::NONE;
+    let mut part = ExpandPart::new(context);
+    // Work items whose h was received.
+    let mut received = 0;
+    let expand = |item: WorkItem| {
+        let tile = item.tile;
+        // SAFETY: the segments are ready.
+        let out = unsafe { OutRows::new::<C>(context, &item) };
+        if tile.rank == 0 {
+            // Inactive pairs: untouched, or overwritten by zeros.
+            if context.p.accumulate == 0 {
+                out.clear::<C>(&part);
+            }
+            return;
+        }
+        sent.change(context, tile.rank);
+        part.change(tile.rank);
+        // SAFETY: all blocks of the cluster send their parts.
+        let h = unsafe { receive::<C>(context, &sent, tile.rows, received) };
+        received += 1;
+        part.each_stage(|at, count| {
+            let me = Position::anew();
+            // SAFETY: the producer comes to the same stages.
+            unsafe {
+                let stage = pipeline.wait();
+                Columns::each_group(&me, count, |columns| {
+                    let old = columns.load_old::<C>(stage, tile.rows, context.p.accumulate != 0);
+                    let sums = columns.multiply::<C>(stage, &h, tile.rows, sent.rank, part.rank);
+                    columns.add_and_store::<C>(&out, at, &sums, &old);
+                });
+                pipeline.release();
+            }
+        });
+    };
+    // SAFETY: as the caller promises.
+    unsafe { context.each_item::<C>(expand) };
 }

@@ -1,21 +1,29 @@
 //! Segments found by one block on its own: what `route` does, for calls of so few pairs that a launch would
 //! take longer.
 //!
-//! Every block finds the same tiles, in the same order: that of buckets, as `route` has it, those of inactive pairs last. So
-//! the blocks agree on who takes what without meeting, and a cluster lists only the units that it takes itself. Pairs are
-//! counted by segment; every warp adds up all counts on its own, which tells it in which segment a tile lies, and then looks
-//! through the list of pairs for those of the tile. All threads run through the code once, so it costs its instructions: what is
-//! done for every pair is little, and what takes more is done for few units.
+//! Every block finds the same tiles in the same order: that of buckets, as `route` has it, with inactive
+//! pairs last. So blocks agree on who takes what without meeting, and a cluster lists only its own work
+//! items.
 //!
-//! Where there are few (slot, expert) a segment is counted at its bucket's number ([`MAX_DIRECT`]). Otherwise a hash table
-//! gives it a place; so that all blocks give it the same, a place keeps the smallest key that has come to it, and larger ones go on to the
-//! next: the table then does not depend on who came first (Shun and Blelloch, "Phase-concurrent hash tables for
-//! determinism", 2014).
+//! | step | who | what |
+//! |---|---|---|
+//! | count | each thread its pairs | Adds each pair to the count of its segment. |
+//! | sum | each warp | Adds up all counts, which tells it in which segment a tile lies. |
+//! | list | each warp every so many work items | Looks through all pairs for those of the tile. |
 //!
-//! The weights that a cluster begins with lie where the tile of its first unit says; its pairs are not needed for that. So one warp ([`AHEAD`]) is told
-//! that tile as soon as pairs are counted, and goes on while others list.
+//! All threads run through the code once, so its time is that of its instructions: what is done for every
+//! pair is little, and what takes more is done for few work items.
 //!
-//! Up to [`FEW`] pairs a warp finds the segments in registers ([`Few`]); one that lists all of them, and [`AHEAD`] for itself.
+//! Where there are few (slot, expert), a segment is counted at its bucket's number ([`MAX_DIRECT`]).
+//! Otherwise a hash table gives it a place. All blocks must give it the same one, whatever the order of
+//! threads: a place keeps the smallest key that has come to it, and larger ones go on to the next (Shun and
+//! Blelloch, "Phase-concurrent hash tables for determinism", 2014).
+//!
+//! The A loader needs a tile, but no pairs. So it lists nothing: it takes the tile of the cluster's first
+//! work item as soon as pairs are counted, and starts to load while the other warps list.
+//!
+//! Up to [`WARP_PAIRS`] pairs a warp finds the segments in registers (`WarpSegments`). Two warps do: one
+//! lists all of them, and the A loader takes its first tile.
 //!
 //! Shared memory that stays, for as many pairs and tiles as [`Room`] says:
 //!
@@ -36,14 +44,12 @@
 mod kernel;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub use kernel::{Few, Segments};
+pub use kernel::{Segments, WarpSegments};
 
 /// Most pairs.
 pub const MAX_PAIRS: u32 = 1024;
 /// Pairs up to which one warp finds the segments on its own, a lane each.
-pub const FEW: u32 = 32;
-/// The warp that lists nothing, and is told the tile of the cluster's first unit while others list: it needs no pairs.
-pub const AHEAD: u32 = super::FILL;
+pub const WARP_PAIRS: u32 = 32;
 /// Most buckets of active pairs that are counted at their own number.
 pub const MAX_DIRECT: u32 = 1024;
 /// Counts that a warp adds up at a time.
@@ -71,9 +77,10 @@ impl Room {
     /// Nothing.
     pub const NONE: Self = Room { pairs: 0, tiles: 0, places: 0 };
 
-    /// For `pairs` pairs of `buckets` buckets in at most `tiles` tiles of `rows` pairs, of which a cluster takes at most `own`.
+    /// For `pairs` pairs of `buckets` buckets in at most `tiles` tiles of `rows` pairs, of which a cluster
+    /// takes at most `own`.
     pub const fn new(pairs: u32, buckets: u64, tiles: u32, rows: u32, own: u32) -> Self {
-        if pairs <= FEW {
+        if pairs <= WARP_PAIRS {
             return Self::of(pairs, tiles, 0);
         }
         let places = if buckets <= MAX_DIRECT as u64 {
@@ -119,7 +126,8 @@ const fn counts(places: u32) -> u32 {
     inactive_place(places) + 4
 }
 
-/// Word of the place of the first pair, after the counts and, where places are not buckets' numbers, the bucket of each.
+/// Word of the place of the first pair, after the counts and, where places are not buckets' numbers, the
+/// bucket of each.
 const fn places_at(places: u32, buckets: u64) -> u32 {
     counts(places) + if places as u64 == buckets { 0 } else { places }
 }

@@ -5,7 +5,7 @@ use crate::decode::LANES;
 use crate::params::RouteParams;
 use crate::slots::{Slots, State};
 
-/// The slots' ranks, a lane each of the first [`LANES`]: asked for together with a pair's ids, and not after them.
+/// The ranks of the first [`LANES`] slots, a lane each: loaded together with a pair's ids, not after them.
 #[derive(Clone, Copy)]
 pub struct Ranks {
     own: u32,

@@ -1,12 +1,14 @@
-//! What is in shared memory while segments are found: the counts of pairs, by place, and the place of each pair.
+//! What is in shared memory while segments are found: the counts of pairs, by place, and the place of each
+//! pair.
 
 use crate::arch::shared::Shared;
 use crate::arch::{thread, warp};
 use crate::decode::LANES;
+use crate::decode::config::{Config, tiles_of};
 use crate::decode::segments::{Room, SWEEP, counts, inactive_place, places_at};
 use crate::params::RouteParams;
 use crate::scan::inclusive;
-use crate::tile::{pieces, unroll};
+use crate::tile::unroll;
 
 /// No segment: no bucket and no place are this number.
 pub(super) const FREE: u32 = u32::MAX;
@@ -132,7 +134,8 @@ impl Scratch {
     }
 }
 
-/// Sums of tiles and pairs, in halves of a word, over [`SWEEP`] places from `start` on, [`LANE_COUNTS`] a lane.
+/// Sums of tiles and pairs, in halves of a word, over [`SWEEP`] places from `start` on, [`LANE_COUNTS`] a
+/// lane.
 #[derive(Clone, Copy)]
 pub(super) struct Sweep {
     pub(super) start: u32,
@@ -152,7 +155,7 @@ impl Sweep {
     /// # Safety
     /// The counts must have so many places.
     #[inline(always)]
-    pub(super) unsafe fn new<const ROWS: u32>(scratch: &Scratch, start: u32, past: u32) -> Self {
+    pub(super) unsafe fn new<C: Config>(scratch: &Scratch, start: u32, past: u32) -> Self {
         let first = start + LANE_COUNTS as u32 * thread::lane();
         let mut counts = [0; LANE_COUNTS];
         let mut here = 0;
@@ -161,17 +164,17 @@ impl Sweep {
             let loaded = unsafe { scratch.count(first + 4 * four as u32).load16() };
             unroll::<4>(|i| {
                 counts[4 * four + i] = loaded[i];
-                here += tiles_and_pairs::<ROWS>(loaded[i]);
+                here += tiles_and_pairs::<C>(loaded[i]);
             });
         });
         let through = past + inclusive(here);
         Sweep { start, counts, before: through - here, through, end: warp::shuffle(through, 31) }
     }
 
-    /// The place whose segment has tile `number`, how many pairs the segment has, and how many tiles and pairs come
-    /// before it. The whole warp must come here, and the tile be one of these.
+    /// The place whose segment has tile `number`, how many pairs the segment has, and how many tiles and
+    /// pairs come before it. The whole warp must come here, and the tile be one of these.
     #[inline(always)]
-    pub(super) fn locate<const ROWS: u32>(&self, number: u32) -> [u32; 3] {
+    pub(super) fn locate<C: Config>(&self, number: u32) -> [u32; 3] {
         let owner = warp::ballot(self.through >> 16 <= number).count_ones();
         // Each lane looks among its own places, and the owner's answer counts.
         let (mut place, mut count, mut before) = (0, 0, 0);
@@ -180,7 +183,7 @@ impl Sweep {
             if through >> 16 <= number {
                 (place, count, before) = (i as u32, self.counts[i], through);
             }
-            through += tiles_and_pairs::<ROWS>(self.counts[i]);
+            through += tiles_and_pairs::<C>(self.counts[i]);
         });
         place += self.start + LANE_COUNTS as u32 * thread::lane();
         let mut found = [0; 3];
@@ -191,6 +194,6 @@ impl Sweep {
 
 /// Tiles and pairs of a segment, in halves of a word.
 #[inline(always)]
-fn tiles_and_pairs<const ROWS: u32>(pairs: u32) -> u32 {
-    (pieces::<ROWS>(pairs) << 16) + pairs
+fn tiles_and_pairs<C: Config>(pairs: u32) -> u32 {
+    (tiles_of::<C>(pairs) << 16) + pairs
 }
