@@ -1,7 +1,7 @@
-//! How the blocks of a grid tell one another what they have counted.
+//! How the blocks of a grid exchange what they have counted.
 //!
-//! Four words, of which the first counts launches and the second says how many words the launch before has written, and then two tables that
-//! launches use in turn.
+//! Four words, of which the first counts launches and the second says how many words the launch before has
+//! written. Then two tables, which launches use alternately.
 
 use super::map::Map;
 use super::window::Window;
@@ -11,14 +11,14 @@ use crate::params::RouteParams;
 use crate::route::EXCHANGE_HEAD;
 use crate::tile::{quotient, unroll};
 
-/// A block's count of pairs, once it has come.
-const CAME: u32 = 1 << 31;
+/// The ready flag of a block's count of pairs.
+const READY: u32 = 1 << 31;
 
 /// This launch's table.
 pub(super) struct Exchange {
     table: Global<u32>,
     /// This launch's number.
-    turn: u32,
+    launch: u32,
     block: u32,
     /// Words from the counts of a block to those of the next.
     stride: u32,
@@ -32,8 +32,8 @@ impl Exchange {
     #[inline(always)]
     pub unsafe fn read_head(p: &RouteParams, map: Map) {
         if thread::index() < 2 {
-            // SAFETY: the exchange begins with these words. One thread reads them for all of the block, so that
-            // they have been read when the block's counts are seen, after which they change.
+            // SAFETY: the exchange begins with these words. One thread reads them for all of the block, so
+            // that they have been read when the block's counts are seen, after which they change.
             unsafe { map.head(thread::index()).store(p.exchange.at(thread::index()).load_relaxed()) };
         }
     }
@@ -46,37 +46,37 @@ impl Exchange {
     pub unsafe fn open<const THREADS: u32>(p: &RouteParams, map: Map, block: u32, active: u32) -> Self {
         // SAFETY: stored before the barrier; the tables come after the head.
         unsafe {
-            let turn = map.head(0).load();
+            let launch = map.head(0).load();
             let tables = [0, 1].map(|table| p.exchange.at(EXCHANGE_HEAD + table * p.exchange_room));
-            let [mine, other] = if turn & 1 == 0 { tables } else { [tables[1], tables[0]] };
+            let [mine, other] = if launch & 1 == 0 { tables } else { [tables[1], tables[0]] };
             let used = map.head(1).load();
             let mut word = block * THREADS + thread::index();
             while word < used {
                 other.at(word).store_relaxed(0);
                 word += p.blocks * THREADS;
             }
-            Exchange { table: mine, turn, block, stride: (active + 3) & !3 }
+            Exchange { table: mine, launch, block, stride: (active + 3) & !3 }
         }
     }
 
     /// None, of a block on its own.
-    pub const NONE: Self = Exchange { table: Global::NULL, turn: 0, block: 0, stride: 0 };
+    pub const NONE: Self = Exchange { table: Global::NULL, launch: 0, block: 0, stride: 0 };
 
-    /// Tells the other blocks that this one has counted so many pairs of bucket `bucket`.
+    /// Publishes that this block has counted so many pairs of bucket `bucket`.
     ///
     /// # Safety
     /// There must be such a bucket, and an exchange.
     #[inline(always)]
-    pub unsafe fn tell(&self, bucket: u32, total: u32) {
+    pub unsafe fn publish(&self, bucket: u32, total: u32) {
         // SAFETY: the exchange has a word a block and bucket.
-        unsafe { self.table.at(self.block * self.stride + bucket).store_relaxed(CAME | total) };
+        unsafe { self.table.at(self.block * self.stride + bucket).store_relaxed(READY | total) };
     }
 
-    /// Looks for the counts of a window of all blocks, and adds up those of all
-    /// blocks and of the blocks before this one. A thread takes four buckets of eight blocks at a time.
+    /// Waits for the counts of a window of all blocks, and adds up those of all blocks and of the blocks
+    /// before this one. A thread takes four buckets of eight blocks at a time.
     ///
     /// # Safety
-    /// All blocks must run at once and tell theirs.
+    /// All blocks must run at once and publish theirs.
     #[inline(always)]
     pub unsafe fn gather<const THREADS: u32>(&self, p: &RouteParams, map: Map, window: &Window) {
         let table = self.table.at(window.start);
@@ -88,8 +88,8 @@ impl Exchange {
             let group = quotient(item, fours);
             let bucket = 4 * (item - group * fours);
             // Words that are no bucket's are never stored.
-            let needed = [0, 1, 2, 3].map(|i| if bucket + i < buckets { CAME } else { 0 });
-            let mut counts = [[CAME; 4]; 8];
+            let needed = [0, 1, 2, 3].map(|i| if bucket + i < buckets { READY } else { 0 });
+            let mut counts = [[READY; 4]; 8];
             loop {
                 unroll::<8>(|i| {
                     let other = 8 * group + i as u32;
@@ -98,10 +98,10 @@ impl Exchange {
                         counts[i] = unsafe { table.at(other * self.stride + bucket).load16_relaxed() };
                     }
                 });
-                let mut came = [CAME; 4];
-                unroll::<8>(|i| unroll::<4>(|j| came[j] &= counts[i][j]));
+                let mut ready = [READY; 4];
+                unroll::<8>(|i| unroll::<4>(|j| ready[j] &= counts[i][j]));
                 let mut all = true;
-                unroll::<4>(|j| all &= came[j] == needed[j] || needed[j] == 0);
+                unroll::<4>(|j| all &= ready[j] == needed[j] || needed[j] == 0);
                 if all {
                     break;
                 }
@@ -109,7 +109,7 @@ impl Exchange {
             unroll::<4>(|j| {
                 let (mut all, mut before) = (0, 0);
                 unroll::<8>(|i| {
-                    let count = counts[i][j] & !CAME;
+                    let count = counts[i][j] & !READY;
                     all += count;
                     before += if 8 * group + (i as u32) < self.block { count } else { 0 };
                 });
@@ -130,12 +130,13 @@ impl Exchange {
     /// The other table is the next launch's.
     ///
     /// # Safety
-    /// The counts of all blocks must have come, so that all have read what this changes; one thread must come here.
+    /// The counts of all blocks must have come, so that all have read what this changes; one thread must come
+    /// here.
     #[inline(always)]
     pub unsafe fn close(&self, p: &RouteParams) {
         // SAFETY: the exchange begins with these words.
         unsafe {
-            p.exchange.store_relaxed(self.turn + 1);
+            p.exchange.store_relaxed(self.launch + 1);
             p.exchange.at(1u32).store_relaxed(p.blocks * self.stride);
         }
     }

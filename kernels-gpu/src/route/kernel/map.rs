@@ -65,7 +65,7 @@ impl Map {
         self.tile(self.window + 4)
     }
 
-    /// 0: turn; 1: words that the launch before has written.
+    /// 0: number of the launch; 1: words that the launch before has written.
     #[inline(always)]
     pub fn head(self, word: u32) -> Shared {
         self.rank(STAGED + word)

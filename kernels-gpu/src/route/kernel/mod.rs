@@ -74,14 +74,14 @@ pub unsafe fn route<const THREADS: u32, const GRID: bool, const WIDE: bool>(p: R
         unsafe { sorter.count::<WIDE>(&p, map, &window, first_ids) };
         barrier::sync();
 
-        // 3. Each thread takes a run of buckets and adds up what the block's sorters have counted.
-        let share = window.share::<THREADS, WIDE>();
-        share.each(|i| {
+        // 3. Each thread takes a run of buckets, and adds up what the block's sorters have counted.
+        let run = window.run::<THREADS, WIDE>();
+        run.each(|i| {
             let total = map.sum(i);
             // SAFETY: the window has these buckets.
             unsafe {
                 if GRID {
-                    exchange.tell(window.start + i, total);
+                    exchange.publish(window.start + i, total);
                 } else {
                     map.first(i).store(total);
                 }
@@ -90,7 +90,7 @@ pub unsafe fn route<const THREADS: u32, const GRID: bool, const WIDE: bool>(p: R
         // While counts are on their way.
         sorter.find_peers(&window);
         if GRID {
-            // SAFETY: all blocks run at once, and tell theirs.
+            // SAFETY: all blocks run at once, and publish theirs.
             unsafe { exchange.gather::<THREADS>(&p, map, &window) };
             barrier::sync();
         }
@@ -98,8 +98,7 @@ pub unsafe fn route<const THREADS: u32, const GRID: bool, const WIDE: bool>(p: R
         // 4. Counts become positions.
         let first_tile = past.tiles;
         // SAFETY: counts were added up by the thread that has the bucket, or before the barrier.
-        let active_tiles =
-            unsafe { past.place_window::<THREADS, GRID, WIDE>(&p, map, &window, share, start) };
+        let active_tiles = unsafe { past.place_window::<THREADS, GRID, WIDE>(&p, map, &window, run, start) };
         barrier::sync();
 
         // 5. Each pair to its place.

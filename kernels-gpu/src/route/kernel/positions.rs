@@ -3,7 +3,7 @@
 use super::OWN_TILES;
 use super::map::Map;
 use super::tiles::tiles_of;
-use super::window::{Share, Window};
+use super::window::{BucketRun, Window};
 use crate::arch::thread;
 use crate::params::RouteParams;
 use crate::scan::scan;
@@ -20,23 +20,24 @@ impl Past {
     /// Before the first window.
     pub const NONE: Self = Past { pairs: 0, tiles: 0, before: 0 };
 
-    /// Turns the counts of a window into positions, those of all sorters of the block, whose first pair is `start`, and fills the
-    /// window's arrays; then this is past the window. Returns the number of tiles of active pairs so far.
+    /// Turns the counts of a window into positions, those of all sorters of the block, whose first pair is
+    /// `start`, and fills the window's arrays; then this is past the window. Returns the number of tiles of
+    /// active pairs so far.
     ///
     /// # Safety
-    /// What a bucket has in all blocks, and in those before this one, must have been added up, and been stored by the thread whose `share` has the bucket, or
-    /// before a barrier. The whole block must come here.
+    /// What a bucket has in all blocks, and in those before this one, must have been added up, and been
+    /// stored by the thread whose `run` has the bucket, or before a barrier. The whole block must come here.
     #[inline(always)]
     pub unsafe fn place_window<const THREADS: u32, const GRID: bool, const WIDE: bool>(
         &mut self,
         p: &RouteParams,
         map: Map,
         window: &Window,
-        share: Share<WIDE>,
+        run: BucketRun<WIDE>,
         start: u32,
     ) -> u32 {
         let mut sums = [0; 3];
-        share.each(|i| {
+        run.each(|i| {
             // SAFETY: one of the window's buckets: this thread stored it, or others before the barrier.
             let [count, before] = unsafe { [map.first(i).load(), map.before::<GRID>(i)] };
             sums = [sums[0] + count, sums[1] + tiles_of(p, count), sums[2] + before];
@@ -48,7 +49,7 @@ impl Past {
             ([pairs, tiles, 0], [all_pairs, all_tiles, 0])
         };
         let (mut position, mut tile) = (self.pairs + before[0], self.tiles + before[1]);
-        share.each(|i| {
+        run.each(|i| {
             // SAFETY: as above; nobody else uses these words before the next barrier.
             unsafe {
                 let [count, before] = [map.first(i).load(), map.before::<GRID>(i)];

@@ -72,8 +72,8 @@ impl Rows {
         found
     }
 
-    /// Of each row, the lanes whose pairs have this lane's number; numbers are below 2^`bits`. The whole warp must
-    /// come here.
+    /// Of each row, the lanes whose pairs have this lane's number; numbers are below 2^`bits`. The whole warp
+    /// must come here.
     #[inline(always)]
     fn peers(self, numbers: [u32; ROWS], bits: u32) -> [u32; ROWS] {
         let mut peers = [0; ROWS];
@@ -193,8 +193,8 @@ impl Sorter {
     ) {
         let (mut rows, mut ids) = (self.rows, first_ids);
         while rows.at < self.rows.end {
-            // SAFETY: the pairs are among P, the ranks were staged before a barrier, and what is remembered was
-            // stored by this thread.
+            // SAFETY: the pairs are among P, the ranks were staged before a barrier, and what is remembered
+            // was stored by this thread.
             unsafe {
                 if window.start == 0 {
                     self.found = rows.buckets::<WIDE>(p, map, ids);
@@ -226,7 +226,8 @@ impl Sorter {
         self.found.map(|bucket| window.number(bucket))
     }
 
-    /// Finds out which lanes have pairs of the same bucket, if the run is kept. The whole warp must come here.
+    /// Finds out which lanes have pairs of the same bucket, if the run is kept. The whole warp must come
+    /// here.
     #[inline(always)]
     pub fn find_peers(&mut self, window: &Window) {
         if self.is_kept {

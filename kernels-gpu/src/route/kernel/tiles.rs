@@ -13,7 +13,7 @@ pub(super) fn tiles_of(p: &RouteParams, pairs: u32) -> u32 {
     p.over_tile_rows.quotient(pairs + p.tile_rows - 1)
 }
 
-/// Writes the tiles of a window, from `first` up to `end`: this block's share of them.
+/// Writes this block's part of the tiles of a window, which are `first` up to `end`.
 ///
 /// # Safety
 /// The arrays of the window must be filled, and there must be room for its tiles.
@@ -27,9 +27,9 @@ pub(super) unsafe fn write_tiles<const THREADS: u32, const GRID: bool, const WID
 ) {
     // The first tiles of each segment, by the highest threads, which have the fewest pairs.
     let counters = window.counters;
-    let share = if GRID { quotient(counters + blocks - 1, blocks) } else { counters };
-    let mut i = block * share + THREADS - 1 - thread::index();
-    while i < counters.min((block + 1) * share) {
+    let each = if GRID { quotient(counters + blocks - 1, blocks) } else { counters };
+    let mut i = block * each + THREADS - 1 - thread::index();
+    while i < counters.min((block + 1) * each) {
         // SAFETY: one of the window's; there is room for all tiles.
         unsafe { write_own_tiles::<WIDE>(p, map, window, i) };
         i += THREADS;
@@ -73,8 +73,8 @@ unsafe fn write_own_tiles<const WIDE: bool>(p: &RouteParams, map: Map, window: &
 unsafe fn write_other_tile<const WIDE: bool>(p: &RouteParams, map: Map, window: &Window, tile: u32) {
     // SAFETY: as above.
     unsafe {
-        // The last bucket whose first tile is not past this one: buckets without pairs share the number of the
-        // next.
+        // The last bucket whose first tile is not past this one: buckets without pairs share the number of
+        // the next.
         let (mut low, mut high) = (0, window.counters);
         while high - low > 1 {
             let middle = (low + high) / 2;
@@ -92,7 +92,8 @@ unsafe fn write_other_tile<const WIDE: bool>(p: &RouteParams, map: Map, window: 
     }
 }
 
-/// Writes tile number `tile`, of the pairs of `bucket` from position `first` on, whose last come before `end`.
+/// Writes tile number `tile`, of the pairs of `bucket` from position `first` on, whose last come before
+/// `end`.
 ///
 /// # Safety
 /// There must be room for it.

@@ -39,21 +39,21 @@ impl Window {
 
     /// This thread's run of its active buckets.
     #[inline(always)]
-    pub fn share<const THREADS: u32, const WIDE: bool>(&self) -> Share<WIDE> {
+    pub fn run<const THREADS: u32, const WIDE: bool>(&self) -> BucketRun<WIDE> {
         let run = if WIDE { self.buckets.div_ceil(THREADS) } else { 1 };
         let from = self.buckets.min(thread::index() * run);
-        Share { from, to: self.buckets.min(from + run) }
+        BucketRun { from, to: self.buckets.min(from + run) }
     }
 }
 
 /// A run of buckets of a window.
 #[derive(Clone, Copy)]
-pub(super) struct Share<const WIDE: bool> {
+pub(super) struct BucketRun<const WIDE: bool> {
     from: u32,
     to: u32,
 }
 
-impl<const WIDE: bool> Share<WIDE> {
+impl<const WIDE: bool> BucketRun<WIDE> {
     /// Calls `body` with their numbers; unless the form is wide that is one or none, and no loop.
     #[inline(always)]
     pub fn each(self, mut body: impl FnMut(u32)) {
