@@ -1,11 +1,11 @@
 //! `adopt`: makes a route of pairs that somebody else has sorted into blocks, as [`crate::align`] and vLLM's
 //! `moe_lora_align_block_size` leave them.
 //!
-//! Each block in use becomes one tile, of as many rows as it holds pairs: one warp copies its pairs, without
-//! what fills it up, to the place of the tile in the list of pairs, tile number times block size. The blocks in
-//! use are counted slot by slot from `padded_counts`, which every thread block does for itself: so no block
-//! waits for another. Ids are untrusted: whatever is no pair is left out here, and whatever is no slot or
-//! expert leaves its tile without rows.
+//! Each block in use becomes one tile, of as many rows as it holds pairs. One warp copies its pairs, without
+//! the padding, to the place of the tile in the list of pairs: tile number times block size. The blocks in
+//! use are counted slot by slot from `padded_counts`. Every thread block counts for itself, so none waits for
+//! another. Ids are untrusted: whatever is no pair is left out, and whatever is no slot or expert leaves its
+//! tile without rows.
 //!
 //! Shared memory:
 //!
@@ -45,6 +45,33 @@ mod kernel {
     use crate::slots::Slots;
     use crate::tile::{quotient, unroll};
 
+    /// Where things are in shared memory: two words a slot.
+    #[derive(Clone, Copy)]
+    struct Map {
+        start: Shared,
+        slots: u32,
+    }
+
+    impl Map {
+        /// How many blocks a slot has, then the number of its first.
+        #[inline(always)]
+        fn word(self, slot: u32) -> Shared {
+            self.start.offset(4 * slot)
+        }
+
+        /// How often a slot is listed.
+        #[inline(always)]
+        fn listed(self, slot: u32) -> Shared {
+            self.word(self.slots + slot)
+        }
+
+        /// For a sum over the block.
+        #[inline(always)]
+        fn scan(self) -> Shared {
+            self.word(2 * self.slots)
+        }
+    }
+
     /// The kernel.
     ///
     /// # Safety
@@ -53,17 +80,37 @@ mod kernel {
     pub unsafe fn adopt(p: AdoptParams) {
         let &AdoptParams { adapter_enabled, enabled_kind, ranks, slots: count, max_rank, .. } = &p;
         let slots = Slots { adapter_enabled, enabled_kind, ranks, count, max_rank };
-        // How many blocks a slot has, then the number of its first; and how often it is listed.
-        let word = |slot: u32| Shared::base().offset(4 * slot);
-        let mark = |slot: u32| word(p.slots + slot);
-        let scratch = word(2 * p.slots);
-
+        let map = Map { start: Shared::base(), slots: p.slots };
         grid::wait();
         grid::launch_dependents();
 
-        // 1. How many blocks each slot has, listed or not. Each thread takes a run of slots. The first id of
-        // the list is requested meanwhile.
-        // SAFETY: one of `lora_count` ids.
+        // SAFETY: the tensors are as their fields say.
+        let total = unsafe { number_blocks(&p, map, slots) };
+        // More blocks than P pairs can fill are a caller's mistake: those past the room are left out.
+        let total = total.min(p.most_tiles);
+        if thread::block() == 0 && thread::index() == 0 {
+            // SAFETY: `counts` has `count::LEN` elements.
+            unsafe {
+                p.counts.at(count::ACTIVE).store(total);
+                p.counts.at(count::ALL).store(total);
+            }
+        }
+        let number = thread::block() * TILES + thread::warp();
+        if number < total {
+            // SAFETY: there is such a block, and room for its tile.
+            unsafe { make_tile(&p, map, slots, number) };
+        }
+    }
+
+    /// Counts the blocks of each slot, and numbers them slot by slot: leaves the number of each slot's first
+    /// block, and returns how many there are. The whole block must come here.
+    ///
+    /// # Safety
+    /// The tensors of `p` must be as their fields say.
+    #[inline(always)]
+    unsafe fn number_blocks(p: &AdoptParams, map: Map, slots: Slots) -> u32 {
+        // How many blocks each slot has, listed or not. Each thread takes a run of slots. The first id of the
+        // list is loaded meanwhile. SAFETY: one of `lora_count` ids.
         let listed = |i: u32| if i < p.lora_count { unsafe { p.lora_ids.at(i).load() } } else { u32::MAX };
         let mut id = listed(thread::index());
         let run = p.slots.div_ceil(THREADS);
@@ -75,71 +122,79 @@ mod kernel {
             unsafe {
                 let padded = (p.padded_counts.at(slot).load() as i32).max(0) as u32;
                 let blocks = quotient(padded + p.block_size - 1, p.block_size).min(p.usable_blocks);
-                word(slot).store(if slots.rank(slot) > 0 { blocks } else { 0 });
-                mark(slot).store(0);
+                map.word(slot).store(if slots.rank(slot) > 0 { blocks } else { 0 });
+                map.listed(slot).store(0);
             }
             slot += 1;
         }
         barrier::sync();
 
-        // 2. Of those that are listed, the number of the first.
+        // Which slots are listed.
         let mut i = thread::index();
         while i < p.lora_count {
             if id < p.slots {
-                // SAFETY: one mark a slot.
-                unsafe { mark(id).fetch_add(1) };
+                // SAFETY: two words a slot.
+                unsafe { map.listed(id).fetch_add(1) };
             }
             i += THREADS;
             id = listed(i);
         }
         barrier::sync();
-        // SAFETY: two words a slot.
-        let blocks_of = |slot: u32| unsafe { if mark(slot).load() > 0 { word(slot).load() } else { 0 } };
+
+        // Of those, the number of the first block.
+        let blocks_of = |slot: u32| {
+            // SAFETY: two words a slot.
+            unsafe { if map.listed(slot).load() > 0 { map.word(slot).load() } else { 0 } }
+        };
         let mut blocks = 0;
         let mut slot = from;
         while slot < to {
             blocks += blocks_of(slot);
             slot += 1;
         }
-        let ([mut first, _], [total, _]) = scan::<THREADS, 2>(scratch, [blocks, 0]);
+        let ([mut first, _], [total, _]) = scan::<THREADS, 2>(map.scan(), [blocks, 0]);
         let mut slot = from;
         while slot < to {
             let blocks = blocks_of(slot);
-            // SAFETY: one word a slot.
-            unsafe { word(slot).store(first) };
+            // SAFETY: two words a slot.
+            unsafe { map.word(slot).store(first) };
             first += blocks;
             slot += 1;
         }
         barrier::sync();
+        total
+    }
 
-        // More blocks than P pairs can fill are a caller's mistake: those past the room are left out.
-        let total = total.min(p.most_tiles);
-        if thread::block() == 0 && thread::index() == 0 {
-            // SAFETY: `counts` has `count::LEN` elements.
-            unsafe {
-                p.counts.at(count::ACTIVE).store(total);
-                p.counts.at(count::ALL).store(total);
-            }
-        }
-        let number = thread::block() * TILES + thread::warp();
-        if number >= total {
-            return;
-        }
-
-        // 3. This warp's block: it is of the last slot that begins at its number or before.
-        let (mut slot, mut end) = (0, p.slots);
+    /// The slot of a block: the last one that begins at its number or before.
+    ///
+    /// # Safety
+    /// The blocks must be numbered.
+    #[inline(always)]
+    unsafe fn slot_of(map: Map, number: u32) -> u32 {
+        let (mut slot, mut end) = (0, map.slots);
         while end - slot > 1 {
             let middle = (slot + end) / 2;
-            // SAFETY: one word a slot.
-            if unsafe { word(middle).load() } <= number {
+            // SAFETY: two words a slot.
+            if unsafe { map.word(middle).load() } <= number {
                 slot = middle;
             } else {
                 end = middle;
             }
         }
-        // SAFETY: one of L words; the block is one of the slot's `usable_blocks`; there is room for all tiles.
+        slot
+    }
+
+    /// Makes a tile of block `number`: copies its pairs, less what is no pair. The whole warp must come here.
+    ///
+    /// # Safety
+    /// The blocks must be numbered, and there be such a block and room for its tile.
+    #[inline(always)]
+    unsafe fn make_tile(p: &AdoptParams, map: Map, slots: Slots, number: u32) {
+        // SAFETY: one of L words; the block is one of the slot's `usable_blocks`; there is room for all
+        // tiles.
         unsafe {
-            let block = number - word(slot).load();
+            let slot = slot_of(map, number);
+            let block = number - map.word(slot).load();
             let expert = p.block_experts.at(slot * p.max_blocks + block).load();
             let rank = slots.rank(slot);
 

@@ -1,9 +1,9 @@
 //! `expand`: `out[p, offset + s·N + n] (+)= weight[p] · Σ_q h[s, p, q] · b[s][l, e, n, q]`, for the pairs of
 //! one tile.
 //!
-//! One block takes a tile of pairs and a run of columns of one slice. The tile's h stays in shared memory;
-//! b passes through a ring of stages, one panel of 64 ranks of one tile of columns a step. The old values
-//! of `out` are requested before the product that they are added to.
+//! One block takes a tile of pairs and a run of columns of one slice. The tile's h stays in shared memory.
+//! b passes through a pipeline of stages, one panel of 64 ranks of one tile of columns a step. The old values
+//! of `out` are loaded before the product that they are added to.
 //!
 //! Shared memory:
 //!
@@ -14,7 +14,7 @@
 
 use crate::tile::TileShape;
 
-/// Depth of the ring: one step is multiplied while two are under way.
+/// Stages of the pipeline: one step is multiplied while two are under way.
 pub const STAGES: u32 = 3;
 
 /// Panels of h that hold `rank` ranks.
@@ -41,9 +41,10 @@ mod kernel {
     use crate::params::{ExpandParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, Panel, weight_row};
-    use crate::tile::{GROUP, Share, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{Assignment, GROUP, TileShape, quotient, select_slice, unroll};
 
     /// Which columns of which slice this block takes.
+    #[derive(Clone, Copy)]
     struct Run {
         slice: u32,
         first: u32,
@@ -84,12 +85,12 @@ mod kernel {
         }
     }
 
-    /// Copies the tile's h of one slice into its panels. With partial sums, adds them first.
+    /// Loads the tile's h of one slice into its panels. With split-K, adds the parts first.
     ///
     /// # Safety
     /// The tile must be one of `p`'s, and the launch that writes h must have ended.
     #[inline(always)]
-    unsafe fn copy_h<E: Element, I: Index, const FAST: bool>(
+    unsafe fn load_h<E: Element, I: Index, const FAST: bool>(
         p: &ExpandParams,
         tile: &Tile,
         rows: u32,
@@ -191,6 +192,127 @@ mod kernel {
         }
     }
 
+    /// b of a tile and a slice, [N, R], and where its panels go.
+    struct Weights<I> {
+        b: Global<u16>,
+        /// Row of `b` that the tile's matrix begins with.
+        matrix: I,
+        rank: u32,
+        max_rank: u32,
+        /// Column after the block's last.
+        end: u32,
+        tile_columns: u32,
+        /// Where the stages begin, after h.
+        stages: Shared,
+    }
+
+    impl<I: Index> Weights<I> {
+        #[inline(always)]
+        fn new(p: &ExpandParams, tile: &Tile, run: Run, rows: u32, tile_columns: u32) -> Self {
+            Weights {
+                b: select_slice(p.b, run.slice),
+                matrix: tile.matrix::<I>(p.b_experts).times(I::from_u32(p.out_dim)),
+                rank: tile.rank,
+                max_rank: p.max_rank,
+                end: run.end,
+                tile_columns,
+                stages: Shared::base().offset(panels(p.max_rank) * rows * TileShape::ROW_BYTES),
+            }
+        }
+
+        /// A stage: one row a column.
+        #[inline(always)]
+        fn panel(&self, stage: u32) -> Panel {
+            Panel::at(self.stages.offset(stage * self.tile_columns * TileShape::ROW_BYTES))
+        }
+
+        /// Starts the copies of a step: of panel `panel` of the ranks, of the columns from `column` on.
+        ///
+        /// # Safety
+        /// Nobody may read the stage before the copies were waited for and a barrier passed.
+        #[inline(always)]
+        unsafe fn load<const FAST: bool>(&self, stage: u32, column: u32, panel: u32) {
+            let first_rank = panel * TileShape::DEPTH;
+            let chunks = (self.rank - first_rank).min(TileShape::DEPTH).div_ceil(CHUNK).next_multiple_of(2);
+            // A power of two of threads takes a column, so that no thread divides.
+            let width = chunks.next_power_of_two();
+            let (shift, mask) = (width.trailing_zeros(), width - 1);
+            let mut item = thread::index();
+            while item < self.tile_columns << shift {
+                let (row, chunk) = (item >> shift, item & mask);
+                item += TileShape::THREADS;
+                let rank = first_rank + chunk * CHUNK;
+                let mut elements = self.rank.saturating_sub(rank).min(CHUNK);
+                if column + row >= self.end {
+                    elements = 0;
+                }
+                let offset = self.matrix.plus(I::from_u32(column + row)).times(I::from_u32(self.max_rank));
+                let source = self.b.at(offset.plus(I::from_u32(rank)));
+                let (target, row) = (self.panel(stage), weight_row(row));
+                // SAFETY: `elements` ranks are left in the row, none when the column is past the run.
+                unsafe {
+                    target.copy_chunk::<FAST, { async_copy::AHEAD }>(row, chunk, source, elements);
+                }
+            }
+        }
+    }
+
+    /// The old values of a warp's columns, eight a thread.
+    type Old<const M: usize, const G: usize> = [[[[u32; 4]; G]; 2]; M];
+
+    impl<const M: usize> OutRows<M> {
+        /// Loads the old values of a warp's columns, of which `first` is this thread's first, up to `end`.
+        ///
+        /// # Safety
+        /// The columns must be the slice's, in eights.
+        #[inline(always)]
+        unsafe fn load_old<const G: usize>(&self, first: u32, end: u32) -> Old<M, G> {
+            let mut old = [[[[0u32; 4]; G]; 2]; M];
+            unroll::<M>(|m| {
+                unroll::<2>(|half| {
+                    unroll::<G>(|g| {
+                        let at = first + 32 * g as u32;
+                        if !self.start[m][half].is_null() && at < end {
+                            // SAFETY: eight columns from `at` are inside the row, and aligned.
+                            old[m][half][g] = unsafe { self.start[m][half].at(at).load16() };
+                        }
+                    });
+                });
+            });
+            old
+        }
+
+        /// Adds the weighted sums of these columns to the old values, if asked to, and stores them.
+        ///
+        /// # Safety
+        /// As for [`OutRows::load_old`].
+        #[inline(always)]
+        unsafe fn add_and_store<E: Element, const G: usize, const FAST: bool>(
+            &self,
+            (first, end): (u32, u32),
+            sum: &Accumulator<M, G>,
+            old: &Old<M, G>,
+            accumulate: bool,
+        ) {
+            unroll::<M>(|m| {
+                unroll::<2>(|half| {
+                    unroll::<G>(|g| {
+                        let at = first + 32 * g as u32;
+                        if !self.start[m][half].is_null() && at < end {
+                            let weight = self.weight[m][half];
+                            let values = sum.columns(m, half, g).map(|value| value * weight);
+                            let (place, columns) = (self.start[m][half].at(at), (end - at).min(8));
+                            // SAFETY: `columns` columns from `at` are inside the row.
+                            unsafe {
+                                store::<E, FAST>(place, values, old[m][half][g], columns, accumulate);
+                            }
+                        }
+                    });
+                });
+            });
+        }
+    }
+
     /// The kernel. `M` and `G`: fragments and groups a warp; `COLUMN_WARPS`: warps along the columns.
     ///
     /// # Safety
@@ -206,70 +328,38 @@ mod kernel {
     >(
         p: ExpandParams,
     ) {
+        // Prologue: which columns of which part of which tile.
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
-
-        // Which columns of which part of which tile.
-        let share = Share::of_this_block(p.slices * p.blocks_per_slice, p.tile_parts);
-        let slice = quotient(share.number, p.blocks_per_slice);
-        let first = (share.number - slice * p.blocks_per_slice) * p.columns_per_block;
+        let assignment = Assignment::of_this_block(p.slices * p.blocks_per_slice, p.tile_parts);
+        let slice = quotient(assignment.number, p.blocks_per_slice);
+        let first = (assignment.number - slice * p.blocks_per_slice) * p.columns_per_block;
         let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
-
         grid::launch_dependents();
         if p.route_is_old == 0 {
             grid::wait();
         }
         let accumulate = p.accumulate != 0;
         let count = p.counts.at(if accumulate { count::ACTIVE } else { count::ALL });
-        // SAFETY: `counts` has `count::LEN` elements; the route is old, or the launch before this one has ended.
-        let Some(tile) = (unsafe { share.load(p.tiles, count, rows) }) else {
-            // Without any tile nobody would wait, this launch could end before the one before it, and the next
-            // would then change what that one reads.
+        // SAFETY: `counts` has `count::LEN` elements; the route is old, or the launch before this one has
+        // ended.
+        let Some(tile) = (unsafe { assignment.load(p.tiles, count, rows) }) else {
+            // Without any tile nobody would wait, this launch could end before the one before it, and the
+            // next would then change what that one reads.
             if thread::block() == 0 {
                 grid::wait();
             }
             return;
         };
 
-        // b, [L, E or 1, N, R], from this tile's matrix on.
-        let matrix = tile.matrix::<I>(p.b_experts).times(I::from_u32(p.out_dim));
-        let b = select_slice(p.b, run.slice);
-        let ring = Shared::base().offset(panels(p.max_rank) * rows * TileShape::ROW_BYTES);
-        let b_panel = |stage: u32| Panel::at(ring.offset(stage * tile_columns * TileShape::ROW_BYTES));
-        let copy_step = |stage: u32, column: u32, panel: u32| {
-            let first_rank = panel * TileShape::DEPTH;
-            let chunks = (tile.rank - first_rank).min(TileShape::DEPTH).div_ceil(CHUNK).next_multiple_of(2);
-            let width = chunks.next_power_of_two();
-            let (shift, mask) = (width.trailing_zeros(), width - 1);
-            let mut item = thread::index();
-            while item < tile_columns << shift {
-                let (row, chunk) = (item >> shift, item & mask);
-                item += TileShape::THREADS;
-                let rank = first_rank + chunk * CHUNK;
-                let mut elements = tile.rank.saturating_sub(rank).min(CHUNK);
-                if column + row >= run.end {
-                    elements = 0;
-                }
-                let offset = matrix.plus(I::from_u32(column + row)).times(I::from_u32(p.max_rank));
-                let source = b.at(offset.plus(I::from_u32(rank)));
-                // SAFETY: `elements` ranks are left in the row, none when the column is past the run.
-                unsafe {
-                    b_panel(stage).copy_chunk::<FAST, { async_copy::AHEAD }>(
-                        weight_row(row),
-                        chunk,
-                        source,
-                        elements,
-                    )
-                };
-            }
-        };
-
-        // The ring is filled before h is there: b does not depend on the launch before this one.
+        // The stages are filled before h is there: b does not depend on the launch before this one.
+        let weights = Weights::<I>::new(&p, &tile, run, rows, tile_columns);
         let depth = panels(tile.rank);
         let (mut next_column, mut next_panel, mut next_stage) = (run.first, 0, 0);
-        let mut copy_next = || {
+        let mut load_next = || {
             if next_column < run.end && depth > 0 {
-                copy_step(next_stage, next_column, next_panel);
+                // SAFETY: all readers of the stage have passed a barrier.
+                unsafe { weights.load::<FAST>(next_stage, next_column, next_panel) };
                 next_panel += 1;
                 if next_panel == depth {
                     next_panel = 0;
@@ -281,38 +371,31 @@ mod kernel {
         };
         let mut filled = 0;
         while filled < STAGES - 1 {
-            copy_next();
+            load_next();
             filled += 1;
         }
         if p.route_is_old != 0 {
             grid::wait();
         }
         // SAFETY: the launch before this one has ended.
-        unsafe { copy_h::<E, I, FAST>(&p, &tile, rows, run.slice) };
+        unsafe { load_h::<E, I, FAST>(&p, &tile, rows, run.slice) };
         async_copy::commit();
         async_copy::wait::<0>();
-
         let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
         let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
         // SAFETY: the tile is one of p's.
         let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice) };
+
+        // Main loop: one tile of columns after another, each with a product over all ranks and its own
+        // epilogue.
         let mut stage = 0;
         let mut column = run.first;
         while column < run.end {
             let first = column + warp_column + column_of();
             let mut old = [[[[0u32; 4]; G]; 2]; M];
             if FAST && accumulate {
-                unroll::<M>(|m| {
-                    unroll::<2>(|half| {
-                        unroll::<G>(|g| {
-                            let at = first + 32 * g as u32;
-                            if !out.start[m][half].is_null() && at < run.end {
-                                // SAFETY: eight columns from `at` are inside the row, and aligned.
-                                old[m][half][g] = unsafe { out.start[m][half].at(at).load16() };
-                            }
-                        });
-                    });
-                });
+                // SAFETY: the columns are the slice's.
+                old = unsafe { out.load_old::<G>(first, run.end) };
             }
             let groups = run.end.saturating_sub(column + warp_column).div_ceil(GROUP);
             let mut sum = Accumulator::<M, G>::zero();
@@ -320,49 +403,21 @@ mod kernel {
             while panel < depth {
                 async_copy::wait::<{ STAGES - 2 }>();
                 barrier::sync();
-                copy_next();
-                let h_panel = Panel::at(Shared::base().offset(panel * rows * TileShape::ROW_BYTES));
+                load_next();
+                let h = Panel::at(Shared::base().offset(panel * rows * TileShape::ROW_BYTES));
                 let left = tile.rank - panel * TileShape::DEPTH;
                 unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
                     if (k as u32) * 16 < left {
+                        let b = weights.panel(stage);
                         // SAFETY: h and b are filled up to the end of the step that holds the last rank.
-                        unsafe {
-                            sum.multiply::<E>(
-                                h_panel,
-                                warp_row,
-                                b_panel(stage),
-                                warp_column,
-                                groups,
-                                k as u32,
-                            )
-                        };
+                        unsafe { sum.multiply::<E>(h, warp_row, b, warp_column, groups, k as u32) };
                     }
                 });
                 stage = if stage + 1 == STAGES { 0 } else { stage + 1 };
                 panel += 1;
             }
-            unroll::<M>(|m| {
-                unroll::<2>(|half| {
-                    unroll::<G>(|g| {
-                        let at = first + 32 * g as u32;
-                        if !out.start[m][half].is_null() && at < run.end {
-                            let weight = out.weight[m][half];
-                            let values = sum.columns(m, half, g).map(|value| value * weight);
-                            let columns = (run.end - at).min(8);
-                            // SAFETY: `columns` columns from `at` are inside the row.
-                            unsafe {
-                                store::<E, FAST>(
-                                    out.start[m][half].at(at),
-                                    values,
-                                    old[m][half][g],
-                                    columns,
-                                    accumulate,
-                                );
-                            }
-                        }
-                    });
-                });
-            });
+            // SAFETY: the columns are the slice's.
+            unsafe { out.add_and_store::<E, G, FAST>((first, run.end), &sum, &old, accumulate) };
             column += tile_columns;
         }
     }

@@ -1,7 +1,6 @@
 //! The ids of pairs, which nobody has checked, and the buckets that pairs are sorted by.
 //!
-//! Everything here is predicated instructions and selections, without a branch: a load behind one would wait
-//! for the load before it.
+//! Everything here is branch-free, predicated instructions and selections, so that loads overlap.
 
 use crate::memory::Global;
 use crate::params::RouteParams;

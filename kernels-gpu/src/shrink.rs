@@ -2,10 +2,10 @@
 //!
 //! One block takes a tile of pairs, a block of columns and a part of K. A *column* is a (slice, rank)
 //! pair: the ranks of all slices side by side, so that x is read once for all of them. Steps of 64
-//! elements of K travel through a ring of stages in shared memory.
+//! elements of K travel through a pipeline of stages in shared memory.
 //!
-//! Fewer blocks than the device has room for share K between them: each then writes its part of the sum
-//! in f32, and `expand` adds the parts in a fixed order.
+//! Where there are fewer blocks than the device has room for, they split K (split-K): each writes its part of
+//! the sum in f32, and `expand` adds the parts in a fixed order.
 //!
 //! Shared memory, `STAGES` times:
 //!
@@ -16,7 +16,7 @@
 
 use crate::tile::TileShape;
 
-/// Depth of the ring: one step is multiplied while three are under way.
+/// Stages of the pipeline: one step is multiplied while three are under way.
 pub const STAGES: u32 = 4;
 
 /// Bytes of shared memory of a block whose stages have room for `column_room` columns.
@@ -38,7 +38,7 @@ mod kernel {
     use crate::params::{ShrinkParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, CHUNKS, Panel, weight_row};
-    use crate::tile::{GROUP, Share, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{Assignment, GROUP, TileShape, quotient, select_slice, unroll};
 
     /// Rows that the block's threads copy in one sweep: eight threads a row.
     const SWEEP: u32 = TileShape::THREADS / CHUNKS;
@@ -61,6 +61,7 @@ mod kernel {
     }
 
     /// The columns of one block.
+    #[derive(Clone, Copy)]
     struct Columns {
         first: u32,
         count: u32,
@@ -68,9 +69,47 @@ mod kernel {
         ranks: u32,
     }
 
-    /// What one thread copies in each step: one chunk of every `SWEEP`-th row of both panels. A row that
+    impl Columns {
+        /// Of a tile, at most `most` from `first` on. The slot's own rank decides how many there are. Fast
+        /// stores are eight columns wide.
+        #[inline(always)]
+        fn new<const FAST: bool>(p: &ShrinkParams, tile: &Tile, first: u32, most: u32) -> Self {
+            let ranks = match (p.write_all != 0, FAST) {
+                (true, _) => p.max_rank,
+                (false, true) => tile.rank.next_multiple_of(CHUNK),
+                (false, false) => tile.rank,
+            };
+            Columns { first, count: (p.slices * ranks).saturating_sub(first).min(most), ranks }
+        }
+    }
+
+    /// The stages in shared memory: `rows` rows of x and room for so many columns of a, each.
+    #[derive(Clone, Copy)]
+    struct Stages {
+        rows: u32,
+        column_room: u32,
+    }
+
+    impl Stages {
+        #[inline(always)]
+        fn start(self, stage: u32) -> Shared {
+            Shared::base().offset(stage * ((self.rows + self.column_room) * TileShape::ROW_BYTES))
+        }
+
+        #[inline(always)]
+        fn x(self, stage: u32) -> Panel {
+            Panel::at(self.start(stage))
+        }
+
+        #[inline(always)]
+        fn a(self, stage: u32) -> Panel {
+            Panel::at(self.start(stage).offset(self.rows * TileShape::ROW_BYTES))
+        }
+    }
+
+    /// What one thread loads in each step: one chunk of every `SWEEP`-th row of both panels. A row that
     /// is null is filled with zeros: pairs past the tile's, columns past the rank.
-    struct Feed {
+    struct Loader {
         x: [Global<u16>; 4],
         a: [Global<u16>; 8],
         in_dim: u32,
@@ -81,7 +120,7 @@ mod kernel {
         sweep_row: u32,
     }
 
-    impl Feed {
+    impl Loader {
         /// # Safety
         /// The tile must be one of `p`'s.
         #[inline(always)]
@@ -92,7 +131,7 @@ mod kernel {
             tile_columns: u32,
             columns: &Columns,
         ) -> Self {
-            let mut feed = Feed {
+            let mut loader = Loader {
                 x: [Global::NULL; 4],
                 a: [Global::NULL; 8],
                 in_dim: p.in_dim,
@@ -103,34 +142,36 @@ mod kernel {
                 sweep_row: thread::index() / CHUNKS,
             };
             unroll::<4>(|i| {
-                let row = i as u32 * SWEEP + feed.sweep_row;
+                let row = i as u32 * SWEEP + loader.sweep_row;
                 if i as u32 * SWEEP < rows && row < tile.rows {
                     // SAFETY: `first` + `rows` pairs are in the list.
                     let pair = unsafe { p.pairs.at(tile.first + row).load() };
                     let offset = I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride));
-                    feed.x[i] = p.x.at(offset.plus(I::from_u32(feed.chunk * CHUNK)));
+                    loader.x[i] = p.x.at(offset.plus(I::from_u32(loader.chunk * CHUNK)));
                 }
             });
             let matrix = tile.matrix::<I>(p.a_experts).times(I::from_u32(p.max_rank));
             unroll::<8>(|i| {
-                let number = i as u32 * SWEEP + feed.sweep_row;
+                let number = i as u32 * SWEEP + loader.sweep_row;
                 if (i as u32 * SWEEP) < tile_columns && number < columns.count {
                     let Column { slice, rank } = Column::new(columns.first + number, columns.ranks);
                     if rank < tile.rank {
                         let offset = matrix.plus(I::from_u32(rank)).times(I::from_u32(p.in_dim));
-                        feed.a[i] = select_slice(p.a, slice).at(offset.plus(I::from_u32(feed.chunk * CHUNK)));
+                        loader.a[i] =
+                            select_slice(p.a, slice).at(offset.plus(I::from_u32(loader.chunk * CHUNK)));
                     }
                 }
             });
-            feed
+            loader
         }
 
         /// Starts the copies of one step of K.
         ///
         /// # Safety
-        /// Nobody may read the two panels before the copies were waited for and a barrier passed.
+        /// Nobody may read the stage before the copies were waited for and a barrier passed.
         #[inline(always)]
-        unsafe fn copy_step<const FAST: bool>(&self, x_panel: Panel, a_panel: Panel, step: u32) {
+        unsafe fn load<const FAST: bool>(&self, stages: Stages, stage: u32, step: u32) {
+            let (x_panel, a_panel) = (stages.x(stage), stages.a(stage));
             let depth = step * TileShape::DEPTH;
             let left = self.in_dim.saturating_sub(depth + self.chunk * CHUNK).min(CHUNK);
             unroll::<4>(|i| {
@@ -185,90 +226,84 @@ mod kernel {
     >(
         p: ShrinkParams,
     ) {
+        // Prologue: which columns and steps of which part of which tile.
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
-
-        // Which columns and steps of which part of which tile.
-        let share = Share::of_this_block(p.column_blocks * p.splits, p.tile_parts);
-        let column_block = quotient(share.number, p.splits);
-        let split = share.number - column_block * p.splits;
-
+        let assignment = Assignment::of_this_block(p.column_blocks * p.splits, p.tile_parts);
+        let column_block = quotient(assignment.number, p.splits);
+        let split = assignment.number - column_block * p.splits;
         grid::wait();
         grid::launch_dependents();
         let count = p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE });
         // SAFETY: `counts` has `count::LEN` elements; the launch before this one has ended.
-        let Some(tile) = (unsafe { share.load(p.tiles, count, rows) }) else { return };
-
-        // The slot's own rank decides how many columns there are. Fast stores are eight columns wide.
-        let ranks = match (p.write_all != 0, FAST) {
-            (true, _) => p.max_rank,
-            (false, true) => tile.rank.next_multiple_of(CHUNK),
-            (false, false) => tile.rank,
-        };
-        let first_column = column_block * tile_columns;
-        let columns = (p.slices * ranks).saturating_sub(first_column).min(tile_columns);
-        if columns == 0 {
+        let Some(tile) = (unsafe { assignment.load(p.tiles, count, rows) }) else { return };
+        let columns = Columns::new::<FAST>(&p, &tile, column_block * tile_columns, tile_columns);
+        if columns.count == 0 {
             return;
         }
-
-        let columns_here = Columns { first: first_column, count: columns, ranks };
         // SAFETY: the tile is one of p's.
-        let feed = unsafe { Feed::new::<I>(&p, &tile, rows, tile_columns, &columns_here) };
-        let stage_bytes = (rows + p.column_room) * TileShape::ROW_BYTES;
-        let x_panel = |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes));
-        let a_panel =
-            |stage: u32| Panel::at(Shared::base().offset(stage * stage_bytes + rows * TileShape::ROW_BYTES));
-
+        let loader = unsafe { Loader::new::<I>(&p, &tile, rows, tile_columns, &columns) };
+        let stages = Stages { rows, column_room: p.column_room };
         let first_step = split * p.steps_per_split;
         let all_steps = if tile.rank == 0 { 0 } else { p.in_dim.div_ceil(TileShape::DEPTH) };
         let steps = all_steps.saturating_sub(first_step).min(p.steps_per_split);
-
         let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
         let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
-        let groups = columns.saturating_sub(warp_column).div_ceil(GROUP);
+        let groups = columns.count.saturating_sub(warp_column).div_ceil(GROUP);
+
+        // Main loop: all stages but one are under way while that is multiplied.
         let mut sum = Accumulator::<M, G>::zero();
         let mut next = 0;
         while next < STAGES - 1 {
             if next < steps {
-                // SAFETY: nobody reads the ring yet.
-                unsafe { feed.copy_step::<FAST>(x_panel(next), a_panel(next), first_step + next) };
+                // SAFETY: nobody reads the stages yet.
+                unsafe { loader.load::<FAST>(stages, next, first_step + next) };
             }
             async_copy::commit();
             next += 1;
         }
         let mut step = 0;
         while step < steps {
-            // The step's copies have landed for all threads, and all have left the stage that is filled next.
+            // The step's copies have come for all threads, and all have left the stage that is filled next.
             async_copy::wait::<{ STAGES - 2 }>();
             barrier::sync();
             if next < steps {
-                let stage = next % STAGES;
                 // SAFETY: the barrier was passed by all readers of this stage.
-                unsafe { feed.copy_step::<FAST>(x_panel(stage), a_panel(stage), first_step + next) };
+                unsafe { loader.load::<FAST>(stages, next % STAGES, first_step + next) };
             }
             async_copy::commit();
             next += 1;
             if groups > 0 {
                 let stage = step % STAGES;
                 unroll::<{ (TileShape::DEPTH / 16) as usize }>(|k| {
+                    let (x, a) = (stages.x(stage), stages.a(stage));
                     // SAFETY: all rows of both panels were filled, at least those whose sums are stored.
-                    unsafe {
-                        sum.multiply::<E>(
-                            x_panel(stage),
-                            warp_row,
-                            a_panel(stage),
-                            warp_column,
-                            groups,
-                            k as u32,
-                        )
-                    };
+                    unsafe { sum.multiply::<E>(x, warp_row, a, warp_column, groups, k as u32) };
                 });
             }
             step += 1;
         }
         async_copy::wait::<0>();
 
-        // Store: eight columns of a row at a time.
+        // Epilogue.
+        // SAFETY: the tile is one of p's, and the columns are its.
+        unsafe { store::<E, I, M, G, FAST>(&p, &tile, &columns, split, (warp_row, warp_column), &sum) };
+    }
+
+    /// Stores the sums of this warp, whose first row and column are given: eight columns of a row at a time,
+    /// as h, or as part `split` of it.
+    ///
+    /// # Safety
+    /// The tile must be one of `p`'s, and the columns be the block's.
+    #[inline(always)]
+    unsafe fn store<E: Element, I: Index, const M: usize, const G: usize, const FAST: bool>(
+        p: &ShrinkParams,
+        tile: &Tile,
+        columns: &Columns,
+        split: u32,
+        (warp_row, warp_column): (u32, u32),
+        sum: &Accumulator<M, G>,
+    ) {
         unroll::<M>(|m| {
             unroll::<2>(|half| {
                 let row = warp_row + row_of(m, half);
@@ -277,43 +312,65 @@ mod kernel {
                     let pair = unsafe { p.pairs.at(tile.first + row).load() };
                     unroll::<G>(|g| {
                         let column = warp_column + 32 * g as u32 + column_of();
-                        let values = sum.columns(m, half, g);
-                        // h or part of it, [S, P, R]: where a column of this pair lies.
-                        let place = |number: u32| {
-                            let Column { slice, rank } = Column::new(first_column + number, ranks);
-                            let row =
-                                I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
-                            row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank))
+                        // SAFETY: as the caller promises; the pair is one of P.
+                        unsafe {
+                            store_eight::<E, I, FAST>(
+                                p,
+                                columns,
+                                split,
+                                pair,
+                                column,
+                                sum.columns(m, half, g),
+                            )
                         };
-                        if FAST && column < columns {
-                            let [a, b, c, d, e, f, g, h] = values;
-                            // SAFETY: ranks are multiples of 8, so eight columns are of one slice and aligned.
-                            unsafe {
-                                if p.splits == 1 {
-                                    let packed = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
-                                    p.h.at(place(column)).store16(packed);
-                                } else {
-                                    let rows = I::from_u32(p.slices).times(I::from_u32(p.pair_count));
-                                    let part = I::from_u32(split).times(rows).times(I::from_u32(p.max_rank));
-                                    let at = p.partial.at(part.plus(place(column)));
-                                    at.store16([a, b, c, d].map(f32::to_bits));
-                                    at.at(4u32).store16([e, f, g, h].map(f32::to_bits));
-                                }
-                            }
-                        }
-                        if !FAST {
-                            unroll::<8>(|i| {
-                                if column + (i as u32) < columns {
-                                    // SAFETY: the column is one of `columns`.
-                                    unsafe {
-                                        p.h.at(place(column + i as u32)).store(E::pack(values[i], 0.0) as u16)
-                                    };
-                                }
-                            });
-                        }
                     });
                 }
             });
         });
+    }
+
+    /// Stores eight columns of a pair, from `column` of the block on, as far as there are so many.
+    ///
+    /// # Safety
+    /// As for [`store`].
+    #[inline(always)]
+    unsafe fn store_eight<E: Element, I: Index, const FAST: bool>(
+        p: &ShrinkParams,
+        columns: &Columns,
+        split: u32,
+        pair: u32,
+        column: u32,
+        values: [f32; 8],
+    ) {
+        // h or part of it, [S, P, R]: where a column of this pair lies.
+        let place = |number: u32| {
+            let Column { slice, rank } = Column::new(columns.first + number, columns.ranks);
+            let row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
+            row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank))
+        };
+        if FAST && column < columns.count {
+            let [a, b, c, d, e, f, g, h] = values;
+            // SAFETY: ranks are multiples of 8, so eight columns are of one slice and aligned.
+            unsafe {
+                if p.splits == 1 {
+                    let packed = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
+                    p.h.at(place(column)).store16(packed);
+                } else {
+                    let rows = I::from_u32(p.slices).times(I::from_u32(p.pair_count));
+                    let part = I::from_u32(split).times(rows).times(I::from_u32(p.max_rank));
+                    let at = p.partial.at(part.plus(place(column)));
+                    at.store16([a, b, c, d].map(f32::to_bits));
+                    at.at(4u32).store16([e, f, g, h].map(f32::to_bits));
+                }
+            }
+        }
+        if !FAST {
+            unroll::<8>(|i| {
+                if column + (i as u32) < columns.count {
+                    // SAFETY: the column is one of `columns`.
+                    unsafe { p.h.at(place(column + i as u32)).store(E::pack(values[i], 0.0) as u16) };
+                }
+            });
+        }
     }
 }

@@ -7,16 +7,16 @@
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod accumulator;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+mod assignment;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub mod panel;
 mod shape;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-mod share;
-#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 mod unroll;
 
-pub use shape::{GROUP, TileShape};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-pub use share::Share;
+pub use assignment::Assignment;
+pub use shape::{GROUP, TileShape};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use unroll::unroll;
 
@@ -38,7 +38,8 @@ pub fn quotient(n: u32, divisor: u32) -> u32 {
     n.checked_div(divisor).unwrap_or(0)
 }
 
-/// `n / OF`, rounded up, of numbers that are never near 2³²: two instructions, where `div_ceil`, which must not wrap, is four.
+/// `n / OF`, rounded up, of numbers that are never near 2³²: two instructions. `div_ceil`, which must not
+/// wrap, is four.
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 #[inline(always)]
 pub fn pieces<const OF: u32>(n: u32) -> u32 {

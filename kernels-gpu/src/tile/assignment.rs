@@ -5,25 +5,25 @@ use crate::arch::thread;
 use crate::memory::Global;
 use crate::params::Tile;
 
-/// A block's share of the work: blocks come in runs, one for each part of each tile.
+/// Which part of which tile a block takes: blocks come in runs, one for each part of each tile.
 #[derive(Clone, Copy)]
-pub struct Share {
+pub struct Assignment {
     tile: u32,
     part: u32,
     /// Number of the block in its run.
     pub number: u32,
 }
 
-impl Share {
-    /// The share of this block, when runs are `blocks` long and every tile is taken in `parts` parts.
+impl Assignment {
+    /// That of this block, when runs are `blocks` long and every tile is taken in `parts` parts.
     #[inline(always)]
     pub fn of_this_block(blocks: u32, parts: u32) -> Self {
         let run = quotient(thread::block(), blocks);
         let tile = quotient(run, parts);
-        Share { tile, part: run - tile * parts, number: thread::block() - run * blocks }
+        Assignment { tile, part: run - tile * parts, number: thread::block() - run * blocks }
     }
 
-    /// The pairs of this share, at most `rows` of them. `None` when there are none; block 0 has some wherever
+    /// The pairs of this part, at most `rows` of them. `None` when there are none; block 0 has some wherever
     /// any block has.
     ///
     /// # Safety
