@@ -4,12 +4,10 @@ use super::{DecodeRows, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 use crate::arch::mma::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-use crate::params::{
-    AdoptParams, AlignParams, DecodeParams, ExpandParams, PrefillParams, RouteParams, ShrinkParams,
-};
+use crate::params::{AdoptParams, AlignParams, ExpandParams, RouteParams, ShrinkParams};
 use crate::prefill::Shape;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-use crate::{adopt, align, decode, expand, prefill, route, shrink};
+use crate::{adopt, align, expand, route, shrink};
 
 entries! {
     single {
@@ -57,14 +55,16 @@ entries! {
 
     "decode" cfg(feature = "sm_90"):
         Kernel::Decode { element: ELEMENT, index: INDEX, rows: TILE } =>
-        decode::decode::<decode::Rows<E, I, { TILE.count() }>>, DecodeParams, DecodeRows [
+        crate::decode::decode::<crate::decode::Rows<E, I, { TILE.count() }>>,
+        crate::params::DecodeParams, DecodeRows [
             "m8": DecodeRows::M8;
             "m16": DecodeRows::M16;
         ]
 
     "prefill" cfg(feature = "sm_90a"):
         Kernel::Prefill(PrefillVariant { element: ELEMENT, index: INDEX, shape: TILE }) =>
-        prefill::prefill::<prefill::Shaped<E, I, { TILE.rows }, { TILE.width }>>, PrefillParams, Shape [
+        crate::prefill::prefill::<crate::prefill::Shaped<E, I, { TILE.rows }, { TILE.width }>>,
+        crate::params::PrefillParams, Shape [
             "m64_w32": Shape { rows: 64, width: 32 };
             "m64_w64": Shape { rows: 64, width: 64 };
             "m64_w128": Shape { rows: 64, width: 128 };
