@@ -8,10 +8,10 @@ use moe_lora_codegen::{Arch, Budget, CodeGenerator};
 use crate::ptx::{self, Judged};
 use crate::setup::{self, CodegenArgs};
 use crate::shell::{cargo, run as run_command, target_dir};
-use crate::{fuzz, header, package, python};
+use crate::{fuzz, header, package, python, text};
 
-/// Check format, lints, documentation, the C header, Python's types, the packages for crates.io, what
-/// strangers may send, and every kernel for every architecture.
+/// Check format, widths of lines, lints, documentation, the C header, Python's types, the packages for
+/// crates.io, what strangers may send, and every kernel for every architecture.
 ///
 /// Warnings of rustfmt, clippy, rustdoc, mypy and ptxas are errors. The kernels are compiled by the code
 /// generator llvm for sm_80, sm_90a, sm_100 and sm_120, and by nvvm for sm_90a; they are assembled and
@@ -39,6 +39,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     setup::compiler(&CodegenArgs::default())?;
     run_command(cargo().args(["fmt", "--all", "--check"]))?;
+    text::check()?;
     header::check()?;
     // In the release profile, as the tests are built: what both need is then compiled once.
     let clippy = ["clippy", "--release", "--all-targets"];

@@ -16,6 +16,7 @@ mod python;
 mod setup;
 mod shell;
 mod test;
+mod text;
 
 use std::process::ExitCode;
 
