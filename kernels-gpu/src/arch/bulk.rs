@@ -1,5 +1,5 @@
-//! Copies and stores whose bytes an [`Mbarrier`] counts as they land (PTX ISA 9.7.9.25.4, `cp.async.bulk`, and
-//! 9.7.9.12, `st.async`). One thread asks for a copy of many bytes, and no register takes part.
+//! Copies and stores whose bytes an [`Mbarrier`] counts as they land (PTX ISA 9.7.9.25.4, `cp.async.bulk`,
+//! and 9.7.9.12, `st.async`). One thread asks for a copy of many bytes, and no register takes part.
 
 use super::cluster::Remote;
 use super::mbarrier::{Mbarrier, RemoteMbarrier};

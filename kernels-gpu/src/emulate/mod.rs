@@ -1,42 +1,44 @@
 //! The emulated machine: kernels on the CPU, with every access checked.
 //!
 //! Threads are coroutines. One runs at a time, until it meets others (a barrier, a warp-wide operation) or
-//! ends. A seed decides which runs next. The blocks of a cluster run together. Clusters follow one another, or
-//! blocks where there are no clusters, in an order that the seed decides too. All blocks of a cooperative
+//! ends. A seed decides which runs next. The blocks of a cluster run together. Clusters follow one another,
+//! or blocks where there are no clusters, in an order that the seed decides too. All blocks of a cooperative
 //! launch run together. Addresses of device memory are numbers of the emulator's own, so a wrong one is
 //! reported and never followed.
 //!
 //! What is checked:
 //!
-//! - **Device memory.** An access lies inside one [`Buffer`] of the launch and is aligned. It writes only where
-//!   the launch may, and reads only where somebody wrote.
-//! - **Shared memory.** An access lies inside the block's allocation, is aligned, and reads only where somebody
-//!   wrote. Another block must be sure to have started, and not to have ended.
+//! - **Device memory.** An access lies inside one [`Buffer`] of the launch and is aligned. It writes only
+//!   where the launch may, and reads only where somebody wrote.
+//! - **Shared memory.** An access lies inside the block's allocation, is aligned, and reads only where
+//!   somebody wrote. Another block must be sure to have started, and not to have ended.
 //! - **`cp.async`.** Data lands when its group is waited for, or with the phase that waits for it. Any access
 //!   before that is reported.
 //! - **`cp.async.bulk`, `st.async`.** Data lands when the phase that counts it completes. Any access before
 //!   that is reported, and so is the end of the block before it.
 //! - **`wgmma`.** It is carried out when waited for; its registers were shown to it.
-//! - **`fence.proxy.async`.** One lies between a store to shared memory and a bulk copy to the same place, or a
-//!   `wgmma` that reads it.
-//! - **mbarriers.** They are initialised once, before any use, and shown to other blocks and to copies. A phase
-//!   gets no more arrivals and bytes than it takes. Who waits misses no phase.
-//! - **Races.** Of two accesses, one of them a write, one comes before the other by a barrier of the block, of
-//!   some of its threads or of the cluster, by `bar.warp.sync`, or by an mbarrier's phase. Atomics and relaxed
-//!   accesses may race with one another.
-//! - **Waiting.** A thread that looks for a word must find it: its writer runs at the same time, and writes it.
-//! - **Overlap of launches.** Nothing is read that a launch which may still run writes, and nothing is written
-//!   that it reads.
+//! - **`fence.proxy.async`.** One lies between a store to shared memory and a bulk copy to the same place, or
+//!   a `wgmma` that reads it.
+//! - **mbarriers.** They are initialised once, before any use, and shown to other blocks and to copies. A
+//!   phase gets no more arrivals and bytes than it takes. Who waits misses no phase.
+//! - **Races.** Of two accesses, one of them a write, one comes before the other by a barrier of the block,
+//!   of some of its threads or of the cluster, by `bar.warp.sync`, or by an mbarrier's phase. Atomics and
+//!   relaxed accesses may race with one another.
+//! - **Waiting.** A thread that looks for a word must find it: its writer runs at the same time, and writes
+//!   it.
+//! - **Overlap of launches.** Nothing is read that a launch which may still run writes, and nothing is
+//!   written that it reads.
 //! - **Barriers and warp-wide operations.** All threads that must come do, to the same line.
 //! - **Offsets.** Products and sums of a 32-bit [`Index`](crate::memory::Index) do not wrap.
 //!
 //! What is not modelled:
 //!
 //! - Memory order within a warp: of the warp-wide operations only `bar.warp.sync` orders anything here.
-//! - When a store becomes visible: here it is at once, so a missing order of data after a counter goes unseen.
+//! - When a store becomes visible: here it is at once, so a missing order of data after a counter goes
+//!   unseen.
 //! - Timing.
-//! - The proxies of device memory: a bulk copy reads what a thread of the same launch has stored there without
-//!   asking for a fence.
+//! - The proxies of device memory: a bulk copy reads what a thread of the same launch has stored there
+//!   without asking for a fence.
 //!
 //! | file | what it holds |
 //! |---|---|
