@@ -92,7 +92,6 @@ pub(crate) struct Planner<'t> {
 
 impl Planner<'_> {
     /// What a call of this layout would launch; `None` when there is nothing to do.
-    #[cfg(feature = "cuda")]
     pub fn plan(
         &self,
         projection: &Projection,

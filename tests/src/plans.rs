@@ -5,6 +5,7 @@ use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Options, Plan, RouteSource, Stage};
 use moe_lora::{BlockShape, DType, Element, Enabled, Layout, RoutingTensors, View, ViewMut};
 use moe_lora_verify::{Case, Form, Operands, Ranks};
+use std::collections::BTreeSet;
 
 /// Those of `options` for which the calls of `case` are planned in another way than for any before. Equal
 /// plans in the same order of threads would only run the same again.
@@ -12,13 +13,9 @@ use moe_lora_verify::{Case, Form, Operands, Ranks};
 /// # Panics
 /// When the case is of no legal call.
 pub fn distinct(options: &[Options], case: &Case) -> Vec<Options> {
-    let mut known: Vec<Vec<Option<Plan>>> = Vec::new();
+    let mut known: Vec<Vec<Planned>> = Vec::new();
     let is_new = |options: &&Options| {
-        let machine = Emulated::new(**options, case.seed);
-        let plans = match case.dtype {
-            DType::Bf16 => plans::<half::bf16>(&machine, case),
-            DType::F16 => plans::<half::f16>(&machine, case),
-        };
+        let plans = plans_of(**options, case);
         let is_new = !known.contains(&plans);
         known.extend(is_new.then_some(plans));
         is_new
@@ -26,8 +23,37 @@ pub fn distinct(options: &[Options], case: &Case) -> Vec<Options> {
     options.iter().filter(is_new).copied().collect()
 }
 
+/// The kernels that a check of `case` launches which makes its calls once.
+///
+/// # Panics
+/// When the case is of no legal call.
+pub fn kernels(options: Options, case: &Case) -> BTreeSet<&'static str> {
+    let once = plans_of(options, case).into_iter().filter(|(calls, _)| *calls == Calls::Once);
+    let plans = once.filter_map(|(_, plan)| plan);
+    plans.flat_map(|plan| plan.launches().map(|launch| launch.kernel).collect::<Vec<_>>()).collect()
+}
+
+/// Which checks make a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Calls {
+    /// All.
+    Once,
+    /// Those that repeat calls.
+    Repeated,
+}
+
+type Planned = (Calls, Option<Plan>);
+
+fn plans_of(options: Options, case: &Case) -> Vec<Planned> {
+    let machine = Emulated::new(options, case.seed);
+    match case.dtype {
+        DType::Bf16 => plans::<half::bf16>(&machine, case),
+        DType::F16 => plans::<half::f16>(&machine, case),
+    }
+}
+
 /// The plans of all calls that a check of the case may make.
-fn plans<T: Element>(machine: &Emulated, case: &Case) -> Vec<Option<Plan>> {
+fn plans<T: Element>(machine: &Emulated, case: &Case) -> Vec<Planned> {
     let projection = case.projection().expect("a legal case");
     let layout = layout::<T>(case);
     let stages: &[Stage] = match case.form {
@@ -38,15 +64,16 @@ fn plans<T: Element>(machine: &Emulated, case: &Case) -> Vec<Option<Plan>> {
         |stage, route| machine.plan(&projection, &layout, stage, route).expect("a case's plans are legal");
     let ranked = case.ranks != Ranks::Max;
     let alone = plan(Stage::Route, RouteSource::Made);
-    let mut plans = vec![alone];
+    let mut plans = vec![(Calls::Repeated, alone)];
     for &stage in stages {
         let made = plan(stage, RouteSource::Made);
-        plans.push(made);
+        plans.push((Calls::Once, made));
         let kept = [made, alone].into_iter().flatten().map(|plan| plan.tile_rows());
-        plans.extend(kept.map(|tile_rows| plan(stage, RouteSource::Kept { tile_rows, ranked })));
+        let kept = kept.map(|tile_rows| plan(stage, RouteSource::Kept { tile_rows, ranked }));
+        plans.extend(kept.map(|plan| (Calls::Repeated, plan)));
         let blocks = case.block_size.filter(|rows| *rows >= BlockShape::MIN_BLOCK_SIZE);
         let blocks = blocks.map(|rows| RouteSource::Sorted { tile_rows: rows as u32 });
-        plans.extend(blocks.map(|route| plan(stage, route)));
+        plans.extend(blocks.map(|route| (Calls::Once, plan(stage, route))));
     }
     plans
 }

@@ -6,12 +6,13 @@ use moe_lora::plan::{Form as PlanForm, IndexWidth, Options};
 use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
-use moe_lora_tests::plans::distinct;
+use moe_lora_tests::plans::{distinct, kernels};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
 use moe_lora_tests::tier::amount;
 use moe_lora_verify::{Case, Experts, Failure, Form, Loras, Ranks, Runs, check, check_runs, short_grid};
 use rayon::prelude::*;
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 #[path = "emulated/route.rs"]
@@ -49,10 +50,15 @@ fn check_in(ways: &[Options], case: &Case, first: usize) -> Result<Tally, Box<Fa
 
 /// Checks each case in each of `ways` that makes a difference to it.
 fn check_all(cases: &[Case], ways: &[Options]) -> Tally {
+    check_chosen(cases.iter().map(|case| (case, distinct(ways, case))))
+}
+
+/// Checks each case in the ways that come with it.
+fn check_chosen<'c>(chosen: impl IntoIterator<Item = (&'c Case, Vec<Options>)>) -> Tally {
     let mut parts = Vec::new();
     let mut first = 0;
-    for case in cases {
-        for ways in distinct(ways, case).chunks(TOGETHER) {
+    for (case, ways) in chosen {
+        for ways in ways.chunks(TOGETHER) {
             parts.push((case, ways.to_vec(), first));
             first += ways.len();
         }
@@ -175,9 +181,6 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         seed,
         ..Case::default()
     };
-    // Each type has every second case.
-    let cases: Vec<_> = (0..2 * seeds()).map(case).collect();
-    let tally = check_all(&cases, &Options::every()[1..]);
     // By turns: 32, 64, 128 and 256 columns of h in tiles of 64 pairs, 64, 128 and 256 in tiles of 128, whose
     // passes take two slices.
     let width = |seed: u64| match seed / 2 % 8 {
@@ -188,10 +191,24 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         _ => Case { max_rank: 24, slices: 2, ..case(seed) },
     };
     let width = |seed| Case { form: Form::Forward, block_size: None, ..width(seed) };
-    let widths: Vec<_> = (0..6 * seeds()).map(width).collect();
-    // Where blocks share passes, a launch has as many more steps.
+    // As many as are needed: of each case the ways that launch a kernel which has not run often enough.
+    let mut orders = BTreeMap::<&str, u64>::new();
+    let mut lacking = |ways: &[Options], case: &Case| -> Vec<Options> {
+        let lacks = |way: &&Options| {
+            let kernels = kernels(**way, case);
+            let lacks = kernels.iter().any(|name| orders.get(name).is_none_or(|ran| *ran < seeds()));
+            kernels.into_iter().filter(|_| lacks).for_each(|name| *orders.entry(name).or_default() += 1);
+            lacks
+        };
+        distinct(ways, case).iter().filter(lacks).copied().collect()
+    };
+    let (cases, widths): (Vec<_>, Vec<_>) = (0..16 * seeds()).map(|seed| (case(seed), width(seed))).unzip();
+    let every = Options::every();
     let (shared, whole): (Vec<_>, Vec<_>) = prefills().into_iter().partition(is_shared);
-    let tally = tally.plus(check_all(&widths, &whole)).plus(check_all(&widths[..32], &shared));
+    let mut chosen: Vec<_> = cases.iter().map(|case| (case, lacking(&every[1..], case))).collect();
+    chosen.extend(widths.iter().map(|case| (case, lacking(&whole, case))));
+    // Where blocks share passes, a launch has as many more steps.
+    let tally = check_chosen(chosen).plus(check_all(&widths[..32], &shared));
     tally.log();
     // Each launch has an order of its own.
     let few = |name: &&str| tally.launches(name) < seeds() && !IN_TESTS_OF_THEIR_OWN.contains(name);
