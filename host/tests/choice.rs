@@ -81,12 +81,18 @@ fn hold(what: &str, records: &[&Record], most: (f64, f64)) {
     assert!(!records.is_empty() && mean <= most.0 && far <= most.1, "{what}: {mean} {far}");
 }
 
+/// Calls of models: those of `moe-lora bench`.
+const MODELS: usize = 63;
+
 #[test]
 fn plans_are_about_the_fastest() {
     let (fit, held_out) =
         (Record::read("h200-candidates-fit.jsonl"), Record::read("h200-candidates-held-out.jsonl"));
     let expected: Vec<_> = held_out.iter().filter(|record| record.is_as_expected()).collect();
-    hold("fitted to", &fit.iter().collect::<Vec<_>>(), (1.035, 1.0));
+    // Those of models, which the fit counts for more, come first in the file.
+    let (models, random) = fit.split_at(MODELS);
+    hold("of models, fitted to", &models.iter().collect::<Vec<_>>(), (1.008, 0.02));
+    hold("fitted to", &random.iter().collect::<Vec<_>>(), (1.042, 1.0));
     hold("not fitted to", &held_out.iter().collect::<Vec<_>>(), (1.045, 0.16));
-    hold("not fitted to, as expected", &expected, (1.022, 0.08));
+    hold("not fitted to, as expected", &expected, (1.025, 0.09));
 }
