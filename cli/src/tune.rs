@@ -56,6 +56,8 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
     if let Some(records) = &args.fit {
         return fit(records, args.device);
     }
+    // Arguments first: what is wrong with them does not depend on the device.
+    args.layer.model()?;
     // Without a tuning of before: it would change what is measured as planned.
     let gpu = Device::untuned(args.device)?;
     let file = args.file.as_deref().context("no file")?;
