@@ -132,8 +132,8 @@ pub struct GenericCosts {
 }
 
 impl Costs {
-    /// An H200: fitted to the calls of docs/bench/h200-candidates-fit.jsonl, each in every candidate. Those of
-    /// models, the first 63, count six times.
+    /// An H200: fitted to the calls of docs/bench/h200-candidates-fit.jsonl, each in every candidate. Those
+    /// of models, the first 63, count six times.
     pub const H200: Self = Costs {
         decode_m8: DecodeCosts {
             memory: MemoryCosts { weights: 0.3967, x: 0.5572, out: 0.8408 },
