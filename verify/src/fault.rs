@@ -19,7 +19,7 @@ pub struct Outcome {
 #[derive(Clone, Debug, ThisError)]
 #[error("{backend}: {fault}\n  case: {case}\n  again: {}", case.command())]
 pub struct Failure {
-    /// The back end and what was forced on it, as [`Backend::variant`] says.
+    /// The back end and what was forced on it, as [`moe_lora::Backend::variant`] says.
     pub backend: String,
     /// The case.
     pub case: Case,
