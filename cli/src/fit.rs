@@ -1,7 +1,7 @@
 //! `moe-lora tune --fit`: the planner's table of a device, from what was measured there.
 
 use crate::bench::Record;
-use crate::measure::Choice;
+use crate::measure::{Choice, contiguous};
 use crate::print::say;
 use anyhow::{Context, Result};
 use moe_lora::cuda::Device;
@@ -38,14 +38,7 @@ struct Call {
 impl Call {
     fn new(record: Record) -> Result<Self> {
         let projection = Projection::new(record.projection)?;
-        let layout = Layout {
-            tokens: record.tokens,
-            x_stride: record.projection.in_dim,
-            out_stride: projection.out_width(),
-            offset: 0,
-            aligned: true,
-            ranked: record.rank < record.projection.max_rank,
-        };
+        let layout = contiguous(&projection, record.tokens, record.rank < record.projection.max_rank);
         let fastest = record.times.values().copied().fold(f64::INFINITY, f64::min);
         let expected = record.choice == Choice::Uniform && !layout.ranked;
         Ok(Call { projection, layout, times: record.times.into_iter().collect(), fastest, expected })

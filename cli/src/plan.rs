@@ -1,9 +1,9 @@
 //! `moe-lora plan`.
 
 use crate::layer::Layer;
+use crate::measure::contiguous;
 use crate::print::say;
 use clap::ValueEnum;
-use moe_lora::Layout;
 use moe_lora::plan::{Costs, DeviceLimits, Options, Plan, RouteSource, Stage, predict};
 
 #[derive(clap::Args)]
@@ -50,14 +50,7 @@ pub fn plan(args: &Args) -> anyhow::Result<()> {
     for &op in &args.layer.op {
         let projection = args.layer.projection(op)?;
         for &tokens in &args.tokens {
-            let layout = Layout {
-                tokens,
-                x_stride: projection.sizes().in_dim,
-                out_stride: projection.out_width(),
-                offset: 0,
-                aligned: true,
-                ranked: args.ranked,
-            };
+            let layout = contiguous(&projection, tokens, args.ranked);
             let (stage, route) = (Stage::Forward, RouteSource::Made);
             let options = Options::default();
             say!("{op}, {tokens} tokens")?;

@@ -1,15 +1,12 @@
 use crate::fit::fit;
 use crate::layer::Layer;
-use crate::measure::{Choice, Workload, time};
+use crate::measure::{Candidates, Choice, Workload, time};
 use crate::models::Op;
 use crate::print::say;
 use anyhow::Context;
-use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::cuda::{Device, Options};
-use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::tuning::{TUNING_VAR, Tuned, Tuning, candidates};
-use moe_lora::{DType, Layout};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -101,37 +98,15 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
 /// The fastest candidate of a call: the planner's own choice, unless another is faster for sure.
 fn fastest(device: &Device, workload: &Workload) -> anyhow::Result<Tuned> {
     let &Workload { projection, tokens, .. } = workload;
-    let layout = Layout {
-        tokens,
-        x_stride: projection.sizes().in_dim,
-        out_stride: projection.out_width(),
-        offset: 0,
-        aligned: true,
-        ranked: false,
-    };
-    // Candidates that come to the same plan are timed once.
-    let (mut tried, mut plans) = (Vec::new(), Vec::new());
-    for candidate in candidates() {
-        let stream = device.new_stream_with(candidate)?;
-        let plan = stream.plan(&projection, &layout, Stage::Forward, RouteSource::Made)?;
-        if !plans.contains(&plan) {
-            plans.push(plan);
-            tried.push((candidate, stream));
-        }
-    }
-    let (tried, streams): (Vec<_>, Vec<_>) = tried.into_iter().unzip();
+    let Candidates { options, streams, planned } = Candidates::new(device, &candidates(), workload)?;
     let progress =
         ProgressBar::new(streams.len() as u64).with_message(format!("{tokens} tokens")).with_style(
             ProgressStyle::with_template("{bar:30} {pos}/{len} candidates  {msg}").expect("a valid template"),
         );
-    let times = match projection.sizes().dtype {
-        DType::Bf16 => time::<bf16>(&streams, workload, SEED, false, || progress.inc(1)),
-        DType::F16 => time::<f16>(&streams, workload, SEED, false, || progress.inc(1)),
-    }?
-    .times;
+    let times = time(&streams, workload, SEED, false, || progress.inc(1))?.times;
     progress.finish_and_clear();
-    let planned = times[0].routed;
-    let measured = tried.into_iter().zip(times.iter().map(|times| times.routed));
+    let planned = times[planned].routed;
+    let measured = options.into_iter().zip(times.iter().map(|times| times.routed));
     let (candidate, microseconds) = measured
         .min_by(|(_, one), (_, other)| one.total_cmp(other))
         .filter(|(_, time)| *time < MARGIN * planned)

@@ -5,17 +5,15 @@ mod record;
 mod route;
 
 use crate::DTypeArg;
-use crate::measure::{Measured, Times, time};
+use crate::measure::{Candidates, Measured, Times, time};
 use crate::models::Op;
 use crate::print::say;
 use anyhow::Context;
 use cases::Case;
-use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
+use moe_lora::Backend;
 use moe_lora::cuda::{Device, Options, Stream, TileKind};
-use moe_lora::plan::{RouteSource, Stage};
 use moe_lora::tuning::candidates;
-use moe_lora::{Backend, DType, Layout};
 pub use record::Record;
 use record::Recorder;
 use std::path::PathBuf;
@@ -119,54 +117,10 @@ pub fn bench(args: &Args) -> anyhow::Result<()> {
     }
 }
 
-/// The candidates of a call that are timed: each plan once, by the name of what forces it.
-struct Candidates {
-    options: Vec<Options>,
-    streams: Vec<Stream>,
-    /// Which of them is the planner's own choice.
-    planned: usize,
-}
-
-impl Candidates {
-    fn new(device: &Device, options: &[Options], case: &Case) -> anyhow::Result<Self> {
-        let projection = &case.workload.projection;
-        let layout = Layout {
-            tokens: case.workload.tokens,
-            x_stride: projection.sizes().in_dim,
-            out_stride: projection.out_width(),
-            offset: 0,
-            aligned: true,
-            ranked: case.workload.rank < projection.sizes().max_rank,
-        };
-        let (mut kept, mut streams, mut plans) = (Vec::new(), Vec::new(), Vec::new());
-        let mut planned = 0;
-        // What is not forced comes last: it is one of the others, as a rule.
-        let (own, forced): (Vec<Options>, Vec<_>) =
-            options.iter().partition(|option| **option == Options::default());
-        for option in forced.into_iter().chain(own) {
-            let stream = device.new_stream_with(option)?;
-            let plan = stream.plan(projection, &layout, Stage::Forward, RouteSource::Made)?;
-            let place = plans.iter().position(|other| *other == plan).unwrap_or(plans.len());
-            if place == plans.len() {
-                plans.push(plan);
-                kept.push(option);
-                streams.push(stream);
-            }
-            if option == Options::default() {
-                planned = place;
-            }
-        }
-        Ok(Candidates { options: kept, streams, planned })
-    }
-}
-
 fn measure(streams: &[Stream], case: &Case, seed: u64, apart: bool) -> anyhow::Result<Measured> {
     let Case { name, op, workload } = case;
-    let measured = match workload.projection.sizes().dtype {
-        DType::Bf16 => time::<bf16>(streams, workload, seed, apart, || {}),
-        DType::F16 => time::<f16>(streams, workload, seed, apart, || {}),
-    };
-    measured.with_context(|| format!("{name} {op} T={}: {:?}", workload.tokens, workload.projection.sizes()))
+    time(streams, workload, seed, apart, || {})
+        .with_context(|| format!("{name} {op} T={}: {:?}", workload.tokens, workload.projection.sizes()))
 }
 
 /// The rank of a call's adapters, and of its allocation where that is larger.
@@ -193,7 +147,7 @@ fn bench_models(
     };
     let cases = cases::of_models(args.dtype.into(), args.split)?;
     for (seed, case) in (0..).zip(cases).filter(|(_, case)| wanted(case)) {
-        let Candidates { options, streams, .. } = Candidates::new(device, options, &case)?;
+        let Candidates { options, streams, .. } = Candidates::new(device, options, &case.workload)?;
         let measured = measure(&streams, &case, seed, args.record.is_none())?;
         recorder.add(&Record::new(&device.info().name, &case, &options, &measured))?;
         let Case { name, op, workload } = case;
@@ -237,7 +191,7 @@ fn bench_random(
     let mut timed = Vec::new();
     for seed in seeds {
         let case = cases::random(seed);
-        let Candidates { options, streams, planned } = Candidates::new(device, options, &case)?;
+        let Candidates { options, streams, planned } = Candidates::new(device, options, &case.workload)?;
         let measured = measure(&streams, &case, seed, false).with_context(|| format!("--seed {seed}"))?;
         recorder.add(&Record::new(&device.info().name, &case, &options, &measured))?;
         let times = measured.times.iter().map(|times| times.routed);

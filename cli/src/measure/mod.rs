@@ -1,14 +1,17 @@
 //! Times calls on a GPU: right first, then over graphs of many calls on weights that no cache holds.
 
+mod candidates;
 mod inputs;
 mod rotation;
 
+pub use candidates::Candidates;
+use half::{bf16, f16};
 pub use inputs::Choice;
 use inputs::Inputs;
 use moe_lora::cuda::{self, Stream};
 use moe_lora::{
-    Backend, Buffer, Cuda, Element, Expand, Forward, Projection, Route, Routing, RoutingTensors, Rows,
-    Shrink, View,
+    Backend, Buffer, Cuda, DType, Element, Expand, Forward, Layout, Projection, Route, Routing,
+    RoutingTensors, Rows, Shrink, View,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -42,6 +45,20 @@ pub struct Workload {
     pub split: bool,
     /// How tokens choose their experts.
     pub choice: Choice,
+}
+
+impl Workload {
+    /// Its tensors are contiguous and aligned.
+    pub fn layout(&self) -> Layout {
+        let &Workload { projection, tokens, rank, .. } = self;
+        contiguous(&projection, tokens, rank < projection.sizes().max_rank)
+    }
+}
+
+/// The layout of a call on contiguous, aligned tensors.
+pub fn contiguous(projection: &Projection, tokens: usize, ranked: bool) -> Layout {
+    let (x_stride, out_stride) = (projection.sizes().in_dim, projection.out_width());
+    Layout { tokens, x_stride, out_stride, offset: 0, aligned: true, ranked }
 }
 
 /// Times of a call, in microseconds.
@@ -122,7 +139,20 @@ fn views<T: Element>(slices: &[cuda::Buffer<T>]) -> Vec<View<'_, Cuda, T>> {
 
 /// Times a call on each of `streams`, after each of which `done` is called. `apart`: with the route of a call
 /// before, and on the host, too.
-pub fn time<T: Element>(
+pub fn time(
+    streams: &[Stream],
+    workload: &Workload,
+    seed: u64,
+    apart: bool,
+    done: impl FnMut(),
+) -> anyhow::Result<Measured> {
+    match workload.projection.sizes().dtype {
+        DType::Bf16 => time_in::<bf16>(streams, workload, seed, apart, done),
+        DType::F16 => time_in::<f16>(streams, workload, seed, apart, done),
+    }
+}
+
+fn time_in<T: Element>(
     streams: &[Stream],
     workload: &Workload,
     seed: u64,
