@@ -95,7 +95,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::SizeTooLarge`](crate::Error::SizeTooLarge) when a launch would need more blocks than a grid
-    /// has.
+    /// has, or a route in blocks of the caller's has more slots than can be.
     pub fn new(
         projection: &Projection,
         layout: &Layout,

@@ -4,6 +4,7 @@
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 mod parameters;
 
+use crate::check::check_limit;
 use crate::error::Result;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use crate::plan::DeviceLimits;
@@ -67,14 +68,16 @@ impl RoutePlan {
     /// The route in these tiles. `found`: by `decode`. `blocks`: of `route`, where they are forced.
     ///
     /// # Errors
-    /// As for [`Launch::new`].
+    /// As for [`Launch::new`], and for more slots than `adopt` takes.
     pub fn new(problem: &Problem<'_>, tiles: RouteTiles, found: bool, blocks: Option<u32>) -> Result<Self> {
         let step = match problem.route {
             RouteSource::Made if found => Step::None,
             RouteSource::Made => Step::Sort(Sorting::new(problem, blocks)?),
             RouteSource::Sorted { .. } => {
+                let slots = problem.sizes().slots;
+                check_limit("slots", slots, adopt::MAX_SLOTS as usize)?;
                 let blocks = tiles.most.div_ceil(u64::from(adopt::TILES));
-                let shared_bytes = adopt::shared_bytes(problem.sizes().slots as u32);
+                let shared_bytes = adopt::shared_bytes(slots as u32);
                 Step::Adopt(Launch::new(Kernel::Adopt, blocks, 1, shared_bytes)?)
             }
             RouteSource::Kept { .. } => Step::None,
