@@ -1,11 +1,14 @@
 //! Any call that the contract allows.
 
+use std::panic::resume_unwind;
+use std::sync::Mutex;
+use std::thread;
+
 use moe_lora::{Backend, DType, ExpertWeights, Projection, XRows};
 use moe_lora_verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};
-use rayon::prelude::*;
 
 /// Elements of 16 bytes.
 const VECTOR: usize = 8;
@@ -145,12 +148,23 @@ pub fn check_some<S: Strategy<Value = Case>>(
     count: u32,
     passes: impl Fn(&Case) -> Result<(), Box<Failure>> + Sync,
 ) -> Result<(), String> {
-    // A runner a case, each with a generator of its own.
+    // A runner a case, each with a generator of its own. Threads and no pool: a thread of a pool that waits
+    // for a call takes up the next case meanwhile, one on top of another until its stack is full.
     let mut first = TestRunner::new(config(1));
     let generators: Vec<_> = (0..count).map(|_| first.new_rng()).collect();
-    generators.into_par_iter().with_max_len(1).try_for_each(|random| {
-        let mut runner = TestRunner::new_with_rng(config(1), random);
-        outcome(runner.run(&cases(), |case| passes(&case).map_err(failed)))
+    let left = Mutex::new(generators.into_iter());
+    let next = || left.lock().expect("no thread has panicked").next();
+    let check_rest = || {
+        while let Some(random) = next() {
+            let mut runner = TestRunner::new_with_rng(config(1), random);
+            outcome(runner.run(&cases(), |case| passes(&case).map_err(failed)))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(check_rest)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|cause| resume_unwind(cause)))
     })
 }
 
