@@ -1,23 +1,37 @@
 //! `moe-lora tune --fit`: the planner's table of a device, from what was measured there.
 
-use crate::bench::Record;
-use crate::measure::{Choice, contiguous};
+use crate::bench::{Case, Record, of_models};
+use crate::measure::{Workload, contiguous};
 use crate::print::say;
 use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::cuda::Device;
 use moe_lora::plan::{Costs, DeviceLimits, Options, RouteSource, predict};
-use moe_lora::{Layout, Projection};
+use moe_lora::{DType, Layout, Projection, ProjectionSizes};
 use rayon::prelude::*;
+use serde::Deserialize;
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
 
 /// Factors that a constant is tried with, in one round after another.
-const STEPS: [f64; 5] = [1.3, 1.15, 1.07, 1.03, 1.01];
-/// Rounds with each factor, at most: one that changes nothing is the last.
-const ROUNDS: usize = 8;
-/// How much less a time counts, the farther it is above the call's fastest: a candidate that is never chosen
-/// need not be predicted well. One of twice the fastest time counts exp(-2) as much.
+const STEPS: [f64; 4] = [1.3, 1.15, 1.07, 1.03];
+/// Rounds with each factor, at most: one that changes next to nothing is the last.
+const ROUNDS: usize = 4;
+/// What a constant of zero is tried as, times a factor.
+const FROM_ZERO: [f64; 2] = [0.02, 0.2];
+/// A predicted time that is longer than the least by this part is chosen e times as rarely: predictions are
+/// off by about as much, so a call says something of candidates that are nearly chosen, too.
+const TEMPERATURE: f64 = 0.15;
+/// The same for calls of models, whose choices are to be right themselves.
+const TEMPERATURE_OF_MODELS: f64 = 0.05;
+/// As how many calls one of a model counts.
+const COUNT_OF_MODELS: f64 = 6.0;
+/// As how much an error of a predicted time counts, beside what the choice loses. It keeps constants in place
+/// that no choice depends on.
+const ERRORS: f64 = 0.01;
+/// How much less an error counts, the farther the time is above the call's fastest: a candidate that is never
+/// chosen need not be predicted well. One of twice the fastest time counts exp(-2) as much.
 const SHARPNESS: f64 = 2.0;
 /// Errors of a logarithm past this count by their size, no longer by their square.
 const LARGE_ERROR: f64 = 0.1;
@@ -31,17 +45,22 @@ struct Call {
     /// By the name of what was forced.
     times: Vec<(String, f64)>,
     fastest: f64,
-    /// Whether it is what a planner expects: experts chosen evenly, ranks as allocated.
-    expected: bool,
+    /// Whether it is one that `moe-lora bench` lists, of a model.
+    of_model: bool,
 }
 
 impl Call {
-    fn new(record: Record) -> Result<Self> {
+    fn new(record: Record, of_models: &[Case]) -> Result<Self> {
         let projection = Projection::new(record.projection)?;
         let layout = contiguous(&projection, record.tokens, record.rank < record.projection.max_rank);
         let fastest = record.times.values().copied().fold(f64::INFINITY, f64::min);
-        let expected = record.choice == Choice::Uniform && !layout.ranked;
-        Ok(Call { projection, layout, times: record.times.into_iter().collect(), fastest, expected })
+        let is_it = |case: &Case| {
+            let Workload { projection, tokens, rank, choice, .. } = case.workload;
+            let sizes = ProjectionSizes { dtype: record.projection.dtype, ..*projection.sizes() };
+            (sizes, tokens, rank, choice) == (record.projection, record.tokens, record.rank, record.choice)
+        };
+        let of_model = of_models.iter().any(is_it);
+        Ok(Call { projection, layout, times: record.times.into_iter().collect(), fastest, of_model })
     }
 
     /// Predicted and measured times, the cheapest by prediction first.
@@ -55,15 +74,26 @@ impl Call {
         Ok(predicted.into_iter().filter_map(measured).collect())
     }
 
-    /// How far predictions are off.
-    fn error(&self, limits: &DeviceLimits, costs: &Costs) -> Result<f64> {
-        let one = |(predicted, measured): (f64, f64)| {
-            let off = ((predicted / measured).ln() / LARGE_ERROR).powi(2);
-            // Square near zero, straight far from it.
-            let loss = 2.0 * ((1.0 + off).sqrt() - 1.0);
-            loss * (-SHARPNESS * (measured / self.fastest - 1.0)).exp()
+    /// What a table is judged by: the part of the fastest time that its choice loses, where each candidate is
+    /// chosen the more often the less its predicted time is; and how far predictions are off.
+    fn loss(&self, limits: &DeviceLimits, costs: &Costs) -> Result<f64> {
+        let (temperature, count) = match self.of_model {
+            true => (TEMPERATURE_OF_MODELS, COUNT_OF_MODELS),
+            false => (TEMPERATURE, 1.0),
         };
-        Ok(self.predicted(limits, costs)?.into_iter().map(one).sum())
+        let times = self.predicted(limits, costs)?;
+        let (least, _) = times.first().context("a record without a candidate's time")?;
+        let (mut chosen, mut lost, mut off) = (0.0, 0.0, 0.0);
+        for &(predicted, measured) in &times {
+            let often = (-(predicted / least).ln() / temperature).exp();
+            chosen += often;
+            lost += often * (measured / self.fastest - 1.0);
+            // Square near zero, straight far from it.
+            let error = ((predicted / measured).ln() / LARGE_ERROR).powi(2);
+            let error = 2.0 * ((1.0 + error).sqrt() - 1.0);
+            off += error * (-SHARPNESS * (measured / self.fastest - 1.0)).exp();
+        }
+        Ok(count * (lost / chosen + ERRORS * off))
     }
 
     /// How many times as long as the fastest candidate the one with the least predicted time takes.
@@ -85,14 +115,22 @@ fn numbers(value: &Value, at: &str, into: &mut Vec<String>) {
     }
 }
 
-/// `costs` with the constant at `place` times `factor`.
-fn scaled(costs: &Costs, place: &str, factor: f64) -> Result<Costs> {
-    let mut value = serde_json::to_value(costs)?;
-    let number = value.pointer_mut(place).context("a place in the table")?;
+/// Values that a constant is tried as.
+fn tries(constant: f64, step: f64) -> Vec<f64> {
+    let tries = match constant {
+        0.0 => FROM_ZERO.map(|start| start * step).to_vec(),
+        _ if step == STEPS[0] => vec![constant * step, constant / step, 0.0],
+        _ => vec![constant * step, constant / step],
+    };
     // To four digits, as a table has them.
-    let scaled = number.as_f64().context("a number")? * factor;
-    *number = format!("{scaled:.4}").parse::<f64>()?.into();
-    Ok(serde_json::from_value(value)?)
+    tries.into_iter().map(|tried| (tried * 1e4).round() / 1e4).collect()
+}
+
+/// `table` with another constant at `place`.
+fn with(table: &Value, place: &str, constant: f64) -> Result<Value> {
+    let mut table = table.clone();
+    *table.pointer_mut(place).context("a place in the table")? = constant.into();
+    Ok(table)
 }
 
 /// The limits of the device that records are of: known by name, or device `ordinal` here.
@@ -111,43 +149,50 @@ fn limits_of(name: &str, ordinal: u32) -> Result<DeviceLimits> {
 /// are fitted where device `ordinal` is one.
 pub fn fit(path: &Path, ordinal: u32) -> Result<()> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let of_models = of_models(DType::Bf16, false)?;
     let (mut calls, mut devices) = (Vec::new(), Vec::new());
     for (number, line) in (1..).zip(text.lines()) {
         let at = || format!("{}, line {number}", path.display());
         let record: Record = serde_json::from_str(line).with_context(at)?;
         devices.push(record.device.clone());
-        calls.push(Call::new(record).with_context(at)?);
+        calls.push(Call::new(record, &of_models).with_context(at)?);
     }
     devices.dedup();
     anyhow::ensure!(devices.len() == 1, "{} is not of one device: {devices:?}", path.display());
     let limits = &limits_of(&devices[0], ordinal)?;
-    let start = &Costs::of(limits);
-    anyhow::ensure!(calls.iter().any(|call| call.expected), "{} has no call to fit to", path.display());
-    let error = |costs: &Costs| -> Result<f64> {
-        calls.par_iter().filter(|call| call.expected).map(|call| call.error(limits, costs)).sum()
-    };
-    let mut places = Vec::new();
-    numbers(&serde_json::to_value(start)?, "", &mut places);
-    let (mut costs, mut least) = (Costs::clone(start), error(start)?);
+    let loss = |costs: &Costs| -> Result<f64> { calls.par_iter().map(|call| call.loss(limits, costs)).sum() };
+    let start = Costs::of(limits);
     report(&calls, limits, start, "before")?;
+    let mut places = Vec::new();
+    let mut table = serde_json::to_value(start)?;
+    numbers(&table, "", &mut places);
+    let mut least = loss(start)?;
+    let style = ProgressStyle::with_template("{bar:30} {percent} %  {msg}").expect("a valid template");
+    let progress = ProgressBar::new((STEPS.len() * ROUNDS * places.len()) as u64).with_style(style);
     for step in STEPS {
-        for _ in 0..ROUNDS {
+        for round in 0..ROUNDS {
             let before = least;
             for place in &places {
-                for factor in [step, 1.0 / step] {
-                    let other = scaled(&costs, place, factor)?;
-                    let error = error(&other)?;
-                    if error < least {
-                        (costs, least) = (other, error);
+                progress.inc(1);
+                let constant = table.pointer(place).and_then(Value::as_f64).context("a number")?;
+                for tried in tries(constant, step) {
+                    let other = with(&table, place, tried)?;
+                    let lost = loss(&Costs::deserialize(&other)?)?;
+                    if lost < least {
+                        (table, least) = (other, lost);
+                        progress.set_message(format!("loss {least:.3}"));
                         break;
                     }
                 }
             }
             if least > 0.999 * before {
+                progress.inc(((ROUNDS - round - 1) * places.len()) as u64);
                 break;
             }
         }
     }
+    progress.finish_and_clear();
+    let costs = Costs::deserialize(&table)?;
     report(&calls, limits, &costs, "fitted")?;
     say!("\nThe table, as host/src/plan/costs.rs has it:\n\n{costs:#?}")?;
     Ok(())

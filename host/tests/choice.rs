@@ -91,8 +91,8 @@ fn plans_are_about_the_fastest() {
     let expected: Vec<_> = held_out.iter().filter(|record| record.is_as_expected()).collect();
     // Those of models, which the fit counts for more, come first in the file.
     let (models, random) = fit.split_at(MODELS);
-    hold("of models, fitted to", &models.iter().collect::<Vec<_>>(), (1.008, 0.02));
-    hold("fitted to", &random.iter().collect::<Vec<_>>(), (1.042, 1.0));
-    hold("not fitted to", &held_out.iter().collect::<Vec<_>>(), (1.045, 0.16));
-    hold("not fitted to, as expected", &expected, (1.025, 0.09));
+    hold("of models, fitted to", &models.iter().collect::<Vec<_>>(), (1.006, 0.0));
+    hold("fitted to", &random.iter().collect::<Vec<_>>(), (1.035, 0.13));
+    hold("not fitted to", &held_out.iter().collect::<Vec<_>>(), (1.035, 0.14));
+    hold("not fitted to, as expected", &expected, (1.017, 0.06));
 }

@@ -9,7 +9,7 @@ use crate::measure::{Candidates, Measured, Times, time};
 use crate::models::Op;
 use crate::print::say;
 use anyhow::Context;
-use cases::Case;
+pub use cases::{Case, of_models};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::Backend;
 use moe_lora::cuda::{Device, Options, Stream, TileKind};
@@ -145,7 +145,7 @@ fn bench_models(
             && args.op.is_none_or(|op| op == case.op)
             && args.rank.is_none_or(|rank| rank == case.workload.rank)
     };
-    let cases = cases::of_models(args.dtype.into(), args.split)?;
+    let cases = of_models(args.dtype.into(), args.split)?;
     for (seed, case) in (0..).zip(cases).filter(|(_, case)| wanted(case)) {
         let Candidates { options, streams, .. } = Candidates::new(device, options, &case.workload)?;
         let measured = measure(&streams, &case, seed, args.record.is_none())?;
