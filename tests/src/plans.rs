@@ -33,6 +33,16 @@ pub fn kernels(options: Options, case: &Case) -> BTreeSet<&'static str> {
     plans.flat_map(|plan| plan.launches().map(|launch| launch.kernel).collect::<Vec<_>>()).collect()
 }
 
+/// Whether blocks share K in each call that a check of `case` makes once: split-K of the generic form.
+///
+/// # Panics
+/// When the case is of no legal call.
+pub fn splits_k(options: Options, case: &Case) -> bool {
+    let once = plans_of(options, case).into_iter().filter(|(calls, _)| *calls == Calls::Once);
+    let mut texts = once.filter_map(|(_, plan)| plan).map(|plan| plan.to_string());
+    texts.all(|text| text.contains("K in ") && !text.contains("K in 1 splits"))
+}
+
 /// Which checks make a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Calls {

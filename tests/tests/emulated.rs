@@ -2,11 +2,11 @@
 //! as the planner chooses, and with every form, tile and index width forced.
 
 use moe_lora::emulated::Emulated;
-use moe_lora::plan::{Form as PlanForm, IndexWidth, Options};
+use moe_lora::plan::{Form as PlanForm, IndexWidth, Options, TileKind};
 use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
-use moe_lora_tests::plans::{distinct, kernels};
+use moe_lora_tests::plans::{distinct, kernels, splits_k};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
 use moe_lora_tests::tier::amount;
@@ -152,6 +152,22 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     let tally = small.plus(check_repeated(&others)).plus(check_all(&wide(), &prefills()));
     tally.log();
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
+}
+
+/// Small K is not worth splitting: the calls of the table's test and most random ones run whole.
+#[test]
+fn blocks_of_shrink_share_k() {
+    let long = Case { in_dim: 520, out_dim: 72, max_rank: 24, slices: 2, ..Case::default() };
+    let cases = [
+        Case { accumulate: false, loras: Loras::Random, ..long.clone() },
+        Case { dtype: DType::F16, x_rows: XRows::Pair, ranks: Ranks::Mixed, ..long },
+    ];
+    let forces_tile = |way: &Options| way.tile.is_some_and(|tile| tile != TileKind::Any);
+    let ways: Vec<_> = Options::every().into_iter().filter(forces_tile).collect();
+    for (way, case) in ways.iter().flat_map(|way| cases.iter().map(move |case| (way, case))) {
+        assert!(splits_k(*way, case), "{}: {}", way.name("emulated"), case.command());
+    }
+    check_all(&cases, &ways).log();
 }
 
 #[test]
