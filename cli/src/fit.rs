@@ -157,6 +157,7 @@ pub fn fit(path: &Path, ordinal: u32) -> Result<()> {
         devices.push(record.device.clone());
         calls.push(Call::new(record, &of_models).with_context(at)?);
     }
+    anyhow::ensure!(!calls.is_empty(), "{} has no call to fit to", path.display());
     devices.dedup();
     anyhow::ensure!(devices.len() == 1, "{} is not of one device: {devices:?}", path.display());
     let limits = &limits_of(&devices[0], ordinal)?;

@@ -1,14 +1,13 @@
 //! Any call that the contract allows.
 
-use std::panic::resume_unwind;
-use std::sync::Mutex;
-use std::thread;
-
 use moe_lora::{Backend, DType, ExpertWeights, Projection, XRows};
 use moe_lora_verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestError, TestRunner};
+use std::panic::resume_unwind;
+use std::sync::Mutex;
+use std::thread;
 
 /// Elements of 16 bytes.
 const VECTOR: usize = 8;

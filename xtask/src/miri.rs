@@ -9,8 +9,8 @@ use crate::shell::{read, run as run_command, target_dir, workspace_root};
 /// What is run: the host's own code on small calls, without a driver.
 const TESTS: [&str; 6] = ["-p", "moe-lora", "--no-default-features", "--lib", "--test", "small"];
 
-/// What Miri leaves out: plans, which are made by the thousand and without unsafe code, and a system call
-/// that it does not know (`renameat2`).
+/// What Miri leaves out: the planner's own tests, which make plans by the thousand and without unsafe code,
+/// and a test of a system call that it does not know (`renameat2`).
 const NOT_IN_MIRI: [&str; 5] = ["--", "--skip", "plan::", "--skip", "whole_file::"];
 
 /// Random inputs of each property under Miri, which is a thousand times as slow.

@@ -250,10 +250,11 @@ impl Costs {
         },
     };
 
-    /// An H100: an H200's with three factors, fitted by hand to rows that are older than this table. They are
-    /// 46 calls of models as they were planned then (docs/bench/h100-80gb-hbm3.jsonl), and 11 calls both in
-    /// `decode` and in `prefill` (docs/notes/064-planner-cost-model.md). Predictions of single calls are 11
-    /// and 7 % off in the mean, of all together 1 and 2 %.
+    /// An H100: an H200's with three factors, fitted by hand to rows that are older than this table.
+    ///
+    /// They are 45 calls of models as they were planned then (docs/bench/h100-80gb-hbm3.jsonl), and 11 calls
+    /// in `decode` and in `prefill` (docs/notes/064-planner-cost-model.md). A predicted time is 11 and 7 % off
+    /// in the mean, too long by 0.4 and 1.7 %.
     pub const H100: Self = Costs {
         decode_m8: Self::H200.decode_m8.on_h100(),
         decode_m16: Self::H200.decode_m16.on_h100(),
