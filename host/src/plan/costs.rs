@@ -252,8 +252,8 @@ impl Costs {
 
     /// An H100: an H200's with three factors, fitted by hand to rows that are older than this table.
     ///
-    /// They are 45 calls of models as they were planned then (docs/bench/h100-80gb-hbm3.jsonl), and 11 calls
-    /// in `decode` and in `prefill` (docs/notes/064-planner-cost-model.md). A predicted time is 11 and 7 % off
+    /// They are 45 calls of models as they were planned then (docs/bench/h100-80gb-hbm3.jsonl), and 11 in
+    /// `decode` and in `prefill` (docs/notes/064-planner-cost-model.md). A predicted time is 11 and 7 % off
     /// in the mean, too long by 0.4 and 1.7 %.
     pub const H100: Self = Costs {
         decode_m8: Self::H200.decode_m8.on_h100(),
