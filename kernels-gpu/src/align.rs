@@ -42,6 +42,7 @@ mod kernel {
     use crate::arch::cluster;
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
+    use crate::ids::ExpertId;
     use crate::memory::Global;
     use crate::params::AlignParams;
     use crate::scan::scan;
@@ -132,7 +133,7 @@ mod kernel {
                 // SAFETY: the pair is one of P, its token one of T.
                 unsafe {
                     slots[i] = p.token_lora.at(p.top_k.quotient(pair)).load();
-                    ids[i] = p.topk_ids.at(pair).load();
+                    ids[i] = ExpertId::of(p.topk_ids, p.ids_kind, pair).load_if(true);
                 }
             }
         });

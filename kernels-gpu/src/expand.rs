@@ -38,10 +38,11 @@ mod kernel {
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::memory::{Global, Index};
-    use crate::params::{ExpandParams, Tile, count};
+    use crate::params::{ExpandParams, Matrix, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, Panel, weight_row};
-    use crate::tile::{Assignment, GROUP, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{Assignment, GROUP, TileShape, select_slice, unroll};
+    use core::marker::PhantomData;
 
     /// Which columns of which slice this block takes.
     #[derive(Clone, Copy)]
@@ -49,6 +50,18 @@ mod kernel {
         slice: u32,
         first: u32,
         end: u32,
+    }
+
+    impl Run {
+        /// That of the block of this number among those that a part's columns are shared by.
+        #[inline(always)]
+        fn of(p: &ExpandParams, number: u32) -> Self {
+            let [_, second, third, fourth] = p.first_blocks;
+            let past = |first: u32| (number >= first) as u32;
+            let slice = past(second) + past(third) + past(fourth);
+            let first = (number - select_slice(p.first_blocks, slice)) * p.columns_per_block;
+            Run { slice, first, end: p.weights.out_dim(slice).min(first + p.columns_per_block) }
+        }
     }
 
     /// This thread's rows of the tile: where each begins in `out` at the slice's column 0, and its weight.
@@ -59,29 +72,60 @@ mod kernel {
     }
 
     impl<const M: usize> OutRows<M> {
+        /// Those of pairs that have a row of x, or of those that have none, as is `wanted`.
+        ///
         /// # Safety
         /// The tile must be one of `p`'s.
         #[inline(always)]
-        unsafe fn new<I: Index>(p: &ExpandParams, tile: &Tile, warp_row: u32, slice: u32) -> Self {
-            let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[1.0; 2]; M] };
+        unsafe fn new<I: Index>(
+            p: &ExpandParams,
+            tile: &Tile,
+            warp_row: u32,
+            slice: u32,
+            wanted: bool,
+        ) -> Self {
+            // SAFETY: as the caller promises.
+            let scaling = unsafe { p.weights.scaling(tile, slice) };
+            let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[scaling; 2]; M] };
             unroll::<M>(|m| {
                 unroll::<2>(|half| {
                     let row = warp_row + row_of(m, half);
                     if row < tile.rows {
                         // SAFETY: `first` + `rows` pairs are in the list, and each is below P.
                         let pair = unsafe { p.pairs.at(tile.first + row).load() };
-                        let offset = I::from_u32(pair).times(I::from_u64(p.out_stride));
-                        rows.start[m][half] =
-                            p.out.at(offset.plus(I::from_u32(slice).times(I::from_u32(p.out_dim))));
+                        // SAFETY: as above.
+                        if let Some(row) = unsafe { p.rows.out(pair, wanted) } {
+                            let offset = I::from_u32(row).times(I::from_u64(p.out_stride));
+                            let column = I::from_u32(p.weights.first_column(slice));
+                            rows.start[m][half] = p.out.at(offset.plus(column));
+                        }
                         // An inactive pair's weight may be anything; its zeros stay zeros.
                         if !p.topk_weights.is_null() && tile.rank > 0 {
                             // SAFETY: as above.
-                            rows.weight[m][half] = unsafe { p.topk_weights.at(pair).load() };
+                            rows.weight[m][half] *= unsafe { p.topk_weights.at(pair).load() };
                         }
                     }
                 });
             });
             rows
+        }
+    }
+
+    impl<const M: usize> OutRows<M> {
+        /// Stores zeros in every `step`-th column from `first` on, up to `end`.
+        #[inline(always)]
+        fn clear(&self, p: &ExpandParams, (first, end): (u32, u32), step: u32) {
+            let mut column = first;
+            while column < end {
+                unroll::<M>(|m| {
+                    unroll::<2>(|half| {
+                        let start = self.start[m][half];
+                        // SAFETY: the column is inside the row.
+                        unsafe { start.at(column * p.column_stride).store_if(0, !start.is_null()) };
+                    });
+                });
+                column += step;
+            }
         }
     }
 
@@ -117,15 +161,15 @@ mod kernel {
                 // SAFETY: `first` + `rows` pairs are in the list.
                 let pair = unsafe { p.pairs.at(tile.first + row).load() };
                 let h_row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
-                source = h_row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank));
+                source = h_row.times(I::from_u32(p.weights.max_rank)).plus(I::from_u32(rank));
             } else {
                 elements = 0;
             }
             if FAST && p.splits > 1 {
                 let mut sum = [0.0f32; 8];
                 if elements > 0 {
-                    let part =
-                        I::from_u32(p.slices).times(I::from_u32(p.pair_count)).times(I::from_u32(p.max_rank));
+                    let rows = I::from_u32(p.weights.slices).times(I::from_u32(p.pair_count));
+                    let part = rows.times(I::from_u32(p.weights.max_rank));
                     let mut split = 0;
                     while split < p.splits {
                         let at = p.partial.at(source);
@@ -158,7 +202,8 @@ mod kernel {
         }
     }
 
-    /// Eight columns of one row: adds the old values if asked to, and stores.
+    /// Eight columns of one row: adds the old values if asked to, and stores. In a fast kernel they are side by
+    /// side, in another `stride` apart.
     ///
     /// # Safety
     /// `at` must be valid for reads and writes of `columns` (1 ..= 8) elements.
@@ -167,7 +212,7 @@ mod kernel {
         at: Global<u16>,
         values: [f32; 8],
         old: [u32; 4],
-        columns: u32,
+        (columns, stride): (u32, u32),
         accumulate: bool,
     ) {
         if FAST {
@@ -181,7 +226,7 @@ mod kernel {
         } else {
             unroll::<8>(|i| {
                 if (i as u32) < columns {
-                    let at = at.at(i as u32);
+                    let at = at.at(i as u32 * stride);
                     // SAFETY: as the caller promises.
                     unsafe {
                         let old = if accumulate { E::unpack(at.load() as u32)[0] } else { 0.0 };
@@ -194,30 +239,29 @@ mod kernel {
 
     /// b of a tile and a slice, [N, R], and where its panels go.
     struct Weights<I> {
-        b: Global<u16>,
-        /// Row of `b` that the tile's matrix begins with.
-        matrix: I,
+        b: Matrix,
         rank: u32,
-        max_rank: u32,
         /// Column after the block's last.
         end: u32,
         tile_columns: u32,
         /// Where the stages begin, after h.
         stages: Shared,
+        index: PhantomData<I>,
     }
 
     impl<I: Index> Weights<I> {
+        /// # Safety
+        /// The tile must be one of `p`'s, with the rank of the slice.
         #[inline(always)]
-        fn new(p: &ExpandParams, tile: &Tile, run: Run, rows: u32, tile_columns: u32) -> Self {
-            Weights {
-                b: select_slice(p.b, run.slice),
-                matrix: tile.matrix::<I>(p.b_experts).times(I::from_u32(p.out_dim)),
-                rank: tile.rank,
-                max_rank: p.max_rank,
-                end: run.end,
-                tile_columns,
-                stages: Shared::base().offset(panels(p.max_rank) * rows * TileShape::ROW_BYTES),
+        unsafe fn new(p: &ExpandParams, tile: &Tile, run: Run, rows: u32, tile_columns: u32) -> Self {
+            let mut b = Matrix { start: Global::NULL, max_rank: 0 };
+            if tile.rank > 0 {
+                // SAFETY: as the caller promises.
+                b = unsafe { p.weights.b::<I>(tile, run.slice) };
             }
+            let h = panels(p.weights.max_rank) * rows * TileShape::ROW_BYTES;
+            let stages = Shared::base().offset(h);
+            Weights { b, rank: tile.rank, end: run.end, tile_columns, stages, index: PhantomData }
         }
 
         /// A stage: one row a column.
@@ -246,8 +290,8 @@ mod kernel {
                 if column + row >= self.end {
                     elements = 0;
                 }
-                let offset = self.matrix.plus(I::from_u32(column + row)).times(I::from_u32(self.max_rank));
-                let source = self.b.at(offset.plus(I::from_u32(rank)));
+                let offset = I::from_u32(column + row).times(I::from_u32(self.b.max_rank));
+                let source = self.b.start.at(offset.plus(I::from_u32(rank)));
                 let (target, row) = (self.panel(stage), weight_row(row));
                 // SAFETY: `elements` ranks are left in the row, none when the column is past the run.
                 unsafe {
@@ -289,10 +333,10 @@ mod kernel {
         #[inline(always)]
         unsafe fn add_and_store<E: Element, const G: usize, const FAST: bool>(
             &self,
+            p: &ExpandParams,
             (first, end): (u32, u32),
             sum: &Accumulator<M, G>,
             old: &Old<M, G>,
-            accumulate: bool,
         ) {
             unroll::<M>(|m| {
                 unroll::<2>(|half| {
@@ -301,11 +345,11 @@ mod kernel {
                         if !self.start[m][half].is_null() && at < end {
                             let weight = self.weight[m][half];
                             let values = sum.columns(m, half, g).map(|value| value * weight);
-                            let (place, columns) = (self.start[m][half].at(at), (end - at).min(8));
-                            // SAFETY: `columns` columns from `at` are inside the row.
-                            unsafe {
-                                store::<E, FAST>(place, values, old[m][half][g], columns, accumulate);
-                            }
+                            let (stride, old) = (p.column_stride, old[m][half][g]);
+                            let place = self.start[m][half].at(if FAST { at } else { at * stride });
+                            let columns = ((end - at).min(8), stride);
+                            // SAFETY: the columns from `at` on are inside the row.
+                            unsafe { store::<E, FAST>(place, values, old, columns, p.accumulate != 0) };
                         }
                     });
                 });
@@ -331,10 +375,8 @@ mod kernel {
         // Prologue: which columns of which part of which tile.
         let rows = 16 * M as u32 * (TileShape::THREADS / 32 / COLUMN_WARPS);
         let tile_columns = 32 * G as u32 * COLUMN_WARPS;
-        let assignment = Assignment::of_this_block(p.slices * p.blocks_per_slice, p.tile_parts);
-        let slice = quotient(assignment.number, p.blocks_per_slice);
-        let first = (assignment.number - slice * p.blocks_per_slice) * p.columns_per_block;
-        let run = Run { slice, first, end: p.out_dim.min(first + p.columns_per_block) };
+        let assignment = Assignment::of_this_block(p.column_blocks, p.tile_parts);
+        let run = Run::of(&p, assignment.number);
         grid::launch_dependents();
         if p.route_is_old == 0 {
             grid::wait();
@@ -343,17 +385,21 @@ mod kernel {
         let count = p.counts.at(if accumulate { count::ACTIVE } else { count::ALL });
         // SAFETY: `counts` has `count::LEN` elements; the route is old, or the launch before this one has
         // ended.
-        let Some(tile) = (unsafe { assignment.load(p.tiles, count, rows) }) else {
+        let mut tile = unsafe { assignment.load(p.tiles, count, rows) }.unwrap_or(Tile::EMPTY);
+        // SAFETY: the tile is one of p's.
+        tile.rank = unsafe { p.weights.rank(&tile, run.slice) };
+        if tile.rows == 0 || accumulate && tile.rank == 0 {
             // Without any tile nobody would wait, this launch could end before the one before it, and the
             // next would then change what that one reads.
             if thread::block() == 0 {
                 grid::wait();
             }
             return;
-        };
+        }
 
         // The stages are filled before h is there: b does not depend on the launch before this one.
-        let weights = Weights::<I>::new(&p, &tile, run, rows, tile_columns);
+        // SAFETY: the tile is one of p's, with the rank of the slice.
+        let weights = unsafe { Weights::<I>::new(&p, &tile, run, rows, tile_columns) };
         let depth = panels(tile.rank);
         let (mut next_column, mut next_panel, mut next_stage) = (run.first, 0, 0);
         let mut load_next = || {
@@ -384,7 +430,7 @@ mod kernel {
         let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
         let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
         // SAFETY: the tile is one of p's.
-        let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice) };
+        let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice, true) };
 
         // Main loop: one tile of columns after another, each with a product over all ranks and its own
         // epilogue.
@@ -417,8 +463,17 @@ mod kernel {
                 panel += 1;
             }
             // SAFETY: the columns are the slice's.
-            unsafe { out.add_and_store::<E, G, FAST>((first, run.end), &sum, &old, accumulate) };
+            unsafe { out.add_and_store::<E, G, FAST>(&p, (first, run.end), &sum, &old) };
             column += tile_columns;
+        }
+
+        // Epilogue: rows of pairs that have no row of x.
+        if p.rows.may_clear(p.accumulate) {
+            // SAFETY: the tile is one of p's.
+            let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice, false) };
+            // Threads that have the same rows take turns with the columns.
+            let own = thread::warp() % COLUMN_WARPS * 4 + thread::lane() % 4;
+            out.clear(&p, (run.first + own, run.end), 4 * COLUMN_WARPS);
         }
     }
 }

@@ -3,13 +3,54 @@
 //! Everything here is branch-free, predicated instructions and selections, so that loads overlap.
 
 use crate::memory::Global;
-use crate::params::RouteParams;
+use crate::params::{RouteParams, expert_ids};
+
+/// Where the expert id of a pair is, if there is one.
+#[derive(Clone, Copy)]
+pub struct ExpertId {
+    /// Its lower half, or all of it.
+    low: Global<u32>,
+    kind: u32,
+}
+
+impl ExpertId {
+    /// Of pair `pair` in `topk_ids` of this kind.
+    #[inline(always)]
+    pub fn of(topk_ids: Global<u32>, kind: u32, pair: u32) -> Self {
+        ExpertId { low: topk_ids.at(pair << (kind == expert_ids::I64) as u32), kind }
+    }
+
+    /// Brings it into L2: see [`Global::ask_for`].
+    #[inline(always)]
+    pub fn ask_for(self) {
+        self.low.ask_for();
+    }
+
+    /// The id: 0 where there are none, a number that does not exist where the pair does not or where the id
+    /// is wider than 32 bits.
+    ///
+    /// # Safety
+    /// If the pair exists, there must be such an id.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn load_if(self, exists: bool) -> u32 {
+        let other = if self.kind == expert_ids::NONE { 0 } else { u32::MAX };
+        // SAFETY: as the caller promises.
+        let [low, high] = unsafe {
+            [
+                self.low.load_or(other, exists & (self.kind != expert_ids::NONE)),
+                self.low.at(1u32).load_or(0, exists & (self.kind == expert_ids::I64)),
+            ]
+        };
+        if high == 0 { low } else { u32::MAX }
+    }
+}
 
 /// Where the ids of a pair are, if it exists: found before they may be read.
 #[derive(Clone, Copy)]
 pub struct Ids {
     slot: Global<u32>,
-    expert: Global<u32>,
+    expert: ExpertId,
     exist: bool,
 }
 
@@ -17,7 +58,8 @@ impl Ids {
     /// Of pair `pair`, one of P if it exists.
     #[inline(always)]
     pub fn of(p: &RouteParams, pair: u32, exists: bool) -> Self {
-        Ids { slot: p.token_lora.at(p.top_k.quotient(pair)), expert: p.topk_ids.at(pair), exist: exists }
+        let expert = ExpertId::of(p.topk_ids, p.ids_kind, pair);
+        Ids { slot: p.token_lora.at(p.top_k.quotient(pair)), expert, exist: exists }
     }
 
     /// Slot and global expert; numbers that do not exist, if the pair does not.
@@ -28,7 +70,7 @@ impl Ids {
     #[track_caller]
     pub unsafe fn load(self) -> [u32; 2] {
         // SAFETY: as the caller promises; the token of an existing pair is one of T.
-        unsafe { [self.slot.load_or(u32::MAX, self.exist), self.expert.load_or(u32::MAX, self.exist)] }
+        unsafe { [self.slot.load_or(u32::MAX, self.exist), self.expert.load_if(self.exist)] }
     }
 }
 

@@ -38,7 +38,7 @@ mod kernel {
     use crate::params::{ShrinkParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, CHUNKS, Panel, weight_row};
-    use crate::tile::{Assignment, GROUP, TileShape, quotient, select_slice, unroll};
+    use crate::tile::{Assignment, GROUP, TileShape, quotient, unroll};
 
     /// Rows that the block's threads copy in one sweep: eight threads a row.
     const SWEEP: u32 = TileShape::THREADS / CHUNKS;
@@ -75,11 +75,11 @@ mod kernel {
         #[inline(always)]
         fn new<const FAST: bool>(p: &ShrinkParams, tile: &Tile, first: u32, most: u32) -> Self {
             let ranks = match (p.write_all != 0, FAST) {
-                (true, _) => p.max_rank,
+                (true, _) => p.weights.max_rank,
                 (false, true) => tile.rank.next_multiple_of(CHUNK),
                 (false, false) => tile.rank,
             };
-            Columns { first, count: (p.slices * ranks).saturating_sub(first).min(most), ranks }
+            Columns { first, count: (p.weights.slices * ranks).saturating_sub(first).min(most), ranks }
         }
     }
 
@@ -134,7 +134,7 @@ mod kernel {
             let mut loader = Loader {
                 x: [Global::NULL; 4],
                 a: [Global::NULL; 8],
-                in_dim: p.in_dim,
+                in_dim: p.weights.in_dim,
                 rows,
                 tile_columns,
                 columns: columns.count,
@@ -146,19 +146,22 @@ mod kernel {
                 if i as u32 * SWEEP < rows && row < tile.rows {
                     // SAFETY: `first` + `rows` pairs are in the list.
                     let pair = unsafe { p.pairs.at(tile.first + row).load() };
-                    let offset = I::from_u32(p.x_row.quotient(pair)).times(I::from_u64(p.x_stride));
+                    // SAFETY: the pair is one of P.
+                    let offset = I::from_u32(unsafe { p.rows.x(pair) }).times(I::from_u64(p.x_stride));
                     loader.x[i] = p.x.at(offset.plus(I::from_u32(loader.chunk * CHUNK)));
                 }
             });
-            let matrix = tile.matrix::<I>(p.a_experts).times(I::from_u32(p.max_rank));
             unroll::<8>(|i| {
                 let number = i as u32 * SWEEP + loader.sweep_row;
                 if (i as u32 * SWEEP) < tile_columns && number < columns.count {
                     let Column { slice, rank } = Column::new(columns.first + number, columns.ranks);
-                    if rank < tile.rank {
-                        let offset = matrix.plus(I::from_u32(rank)).times(I::from_u32(p.in_dim));
-                        loader.a[i] =
-                            select_slice(p.a, slice).at(offset.plus(I::from_u32(loader.chunk * CHUNK)));
+                    // SAFETY: the tile is one of p's, and has ranks where it is read.
+                    unsafe {
+                        if rank < p.weights.rank(tile, slice) {
+                            let offset = I::from_u32(rank).times(I::from_u32(p.weights.in_dim));
+                            let chunk = I::from_u32(loader.chunk * CHUNK);
+                            loader.a[i] = p.weights.a::<I>(tile, slice).start.at(offset.plus(chunk));
+                        }
                     }
                 }
             });
@@ -236,7 +239,9 @@ mod kernel {
         grid::launch_dependents();
         let count = p.counts.at(if p.write_all != 0 { count::ALL } else { count::ACTIVE });
         // SAFETY: `counts` has `count::LEN` elements; the launch before this one has ended.
-        let Some(tile) = (unsafe { assignment.load(p.tiles, count, rows) }) else { return };
+        let Some(mut tile) = (unsafe { assignment.load(p.tiles, count, rows) }) else { return };
+        // SAFETY: the tile is one of p's.
+        tile.rank = unsafe { p.weights.largest_rank(&tile) };
         let columns = Columns::new::<FAST>(&p, &tile, column_block * tile_columns, tile_columns);
         if columns.count == 0 {
             return;
@@ -245,7 +250,7 @@ mod kernel {
         let loader = unsafe { Loader::new::<I>(&p, &tile, rows, tile_columns, &columns) };
         let stages = Stages { rows, column_room: p.column_room };
         let first_step = split * p.steps_per_split;
-        let all_steps = if tile.rank == 0 { 0 } else { p.in_dim.div_ceil(TileShape::DEPTH) };
+        let all_steps = if tile.rank == 0 { 0 } else { p.weights.in_dim.div_ceil(TileShape::DEPTH) };
         let steps = all_steps.saturating_sub(first_step).min(p.steps_per_split);
         let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
         let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
@@ -310,19 +315,13 @@ mod kernel {
                 if row < tile.rows {
                     // SAFETY: `first` + `rows` pairs are in the list.
                     let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                    // SAFETY: the pair is one of P.
+                    let is_active = unsafe { p.rows.x.has(pair) };
                     unroll::<G>(|g| {
                         let column = warp_column + 32 * g as u32 + column_of();
+                        let values = if is_active { sum.columns(m, half, g) } else { [0.0; 8] };
                         // SAFETY: as the caller promises; the pair is one of P.
-                        unsafe {
-                            store_eight::<E, I, FAST>(
-                                p,
-                                columns,
-                                split,
-                                pair,
-                                column,
-                                sum.columns(m, half, g),
-                            )
-                        };
+                        unsafe { store_eight::<E, I, FAST>(p, columns, split, pair, column, values) };
                     });
                 }
             });
@@ -346,7 +345,7 @@ mod kernel {
         let place = |number: u32| {
             let Column { slice, rank } = Column::new(columns.first + number, columns.ranks);
             let row = I::from_u32(slice).times(I::from_u32(p.pair_count)).plus(I::from_u32(pair));
-            row.times(I::from_u32(p.max_rank)).plus(I::from_u32(rank))
+            row.times(I::from_u32(p.weights.max_rank)).plus(I::from_u32(rank))
         };
         if FAST && column < columns.count {
             let [a, b, c, d, e, f, g, h] = values;
@@ -356,8 +355,8 @@ mod kernel {
                     let packed = [E::pack(a, b), E::pack(c, d), E::pack(e, f), E::pack(g, h)];
                     p.h.at(place(column)).store16(packed);
                 } else {
-                    let rows = I::from_u32(p.slices).times(I::from_u32(p.pair_count));
-                    let part = I::from_u32(split).times(rows).times(I::from_u32(p.max_rank));
+                    let rows = I::from_u32(p.weights.slices).times(I::from_u32(p.pair_count));
+                    let part = I::from_u32(split).times(rows).times(I::from_u32(p.weights.max_rank));
                     let at = p.partial.at(part.plus(place(column)));
                     at.store16([a, b, c, d].map(f32::to_bits));
                     at.at(4u32).store16([e, f, g, h].map(f32::to_bits));

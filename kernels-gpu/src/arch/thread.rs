@@ -52,6 +52,23 @@ pub fn index_anew() -> u32 {
     }
 }
 
+/// The same number, as if it were read anew: what follows from a parameter of a launch is then not computed
+/// before a loop, and takes no register through it.
+#[inline(always)]
+pub fn anew(value: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let copy: u32;
+        // SAFETY: copies a register.
+        unsafe { asm!("mov.u32 {}, {};", out(reg32) copy, in(reg32) value, options(nomem, nostack)) };
+        copy
+    }
+    #[cfg(feature = "emulate")]
+    {
+        value
+    }
+}
+
 /// Number of this thread in its warp.
 #[inline(always)]
 pub fn lane() -> u32 {

@@ -1,6 +1,6 @@
 //! Parameters of `decode`.
 
-use super::{Divider, MAX_SLICES, RouteParams};
+use super::{Divider, PairRows, RouteParams, WeightParams};
 use crate::decode::segments::Room;
 use crate::memory::Global;
 #[cfg(not(target_arch = "nvptx64"))]
@@ -16,11 +16,9 @@ pub struct DecodeParams {
     pub route: RouteParams,
     /// `[T or P, K]`.
     pub x: Global<u16>,
-    /// S of `[L, E or 1, R, K]`.
-    pub a: [Global<u16>; MAX_SLICES],
-    /// S of `[L, E or 1, N, R]`.
-    pub b: [Global<u16>; MAX_SLICES],
-    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    /// The adapters.
+    pub weights: WeightParams,
+    /// `[P, ≥ offset + ΣN]`, moved on by `offset`.
     pub out: Global<u16>,
     /// `[P]`, or null for 1.
     pub topk_weights: Global<f32>,
@@ -28,24 +26,14 @@ pub struct DecodeParams {
     pub x_stride: u64,
     /// Elements from one row of `out` to the next.
     pub out_stride: u64,
-    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
-    pub x_row: Divider,
-    /// K.
-    pub in_dim: u32,
-    /// N.
-    pub out_dim: u32,
-    /// S.
-    pub slices: u32,
+    /// Which rows belong to a pair.
+    pub rows: PairRows,
     /// The number of a work item over S gives its part of a tile.
     pub over_slices: Divider,
     /// Parts that a tile of the route is taken in.
     pub tile_parts: u32,
     /// The number of a part over these gives its tile.
     pub over_parts: Divider,
-    /// Matrices of `a` in a slot: E or 1.
-    pub a_experts: u32,
-    /// Matrices of `b` in a slot: E or 1.
-    pub b_experts: u32,
     /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
     pub accumulate: u32,
     /// 1: every block finds the segments itself. 0: `route` or `adopt` has left them.
@@ -62,6 +50,8 @@ pub struct DecodeParams {
     /// the slices where all tiles are listed, over the clusters where a cluster lists those of its work
     /// items.
     pub over_listed: Divider,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
 }
 
 impl DecodeParams {
@@ -69,13 +59,13 @@ impl DecodeParams {
     #[inline(always)]
     pub fn work_items(&self, [active, all]: [u32; 2]) -> u32 {
         let tiles = if self.accumulate != 0 { active } else { all };
-        tiles * self.tile_parts * self.slices
+        tiles * self.tile_parts * self.weights.slices
     }
 
     /// Tile, or part of one, and slice of a work item: which of all of the launch.
     #[inline(always)]
     pub fn tile_and_slice(&self, item: u32) -> [u32; 2] {
         let tile = self.over_slices.quotient(item);
-        [tile, item - tile * self.slices]
+        [tile, item - tile * self.weights.slices]
     }
 }

@@ -1,6 +1,6 @@
 //! Parameters of the generic form: `shrink`, then `expand`.
 
-use super::{Divider, MAX_SLICES, Tile};
+use super::{MAX_SLICES, PairRows, Tile, WeightParams};
 use crate::memory::Global;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
@@ -12,8 +12,8 @@ use bytemuck::{Pod, Zeroable};
 pub struct ShrinkParams {
     /// `[T or P, K]`.
     pub x: Global<u16>,
-    /// S of `[L, E or 1, R, K]`.
-    pub a: [Global<u16>; MAX_SLICES],
+    /// The adapters.
+    pub weights: WeightParams,
     /// `[S, P, R]` out, when `splits` is 1.
     pub h: Global<u16>,
     /// `[splits, S, P, R]` out, when `splits` is more than 1.
@@ -26,18 +26,10 @@ pub struct ShrinkParams {
     pub counts: Global<u32>,
     /// Elements from one row of `x` to the next.
     pub x_stride: u64,
-    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
-    pub x_row: Divider,
+    /// Which rows belong to a pair.
+    pub rows: PairRows,
     /// P.
     pub pair_count: u32,
-    /// K.
-    pub in_dim: u32,
-    /// R.
-    pub max_rank: u32,
-    /// S.
-    pub slices: u32,
-    /// Matrices of `a` in a slot: E or 1.
-    pub a_experts: u32,
     /// Blocks that share a tile's columns.
     pub column_blocks: u32,
     /// Columns that a stage has room for.
@@ -63,9 +55,9 @@ pub struct ExpandParams {
     pub h: Global<u16>,
     /// `[splits, S, P, R]`, when `splits` is more than 1.
     pub partial: Global<f32>,
-    /// S of `[L, E or 1, N, R]`.
-    pub b: [Global<u16>; MAX_SLICES],
-    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    /// The adapters.
+    pub weights: WeightParams,
+    /// `[P, ≥ offset + ΣN]`, moved on by `offset`.
     pub out: Global<u16>,
     /// `[P]`, or null for 1.
     pub topk_weights: Global<f32>,
@@ -77,20 +69,19 @@ pub struct ExpandParams {
     pub counts: Global<u32>,
     /// Elements from one row of `out` to the next.
     pub out_stride: u64,
+    /// Which rows belong to a pair.
+    pub rows: PairRows,
+    /// For each slice, the number of the first block of a part that takes it; after the last, of all blocks.
+    pub first_blocks: [u32; MAX_SLICES],
+    /// Blocks that a part's columns are shared by.
+    pub column_blocks: u32,
     /// P.
     pub pair_count: u32,
-    /// N.
-    pub out_dim: u32,
-    /// R.
-    pub max_rank: u32,
-    /// S.
-    pub slices: u32,
-    /// Matrices of `b` in a slot: E or 1.
-    pub b_experts: u32,
-    /// Blocks that share a slice's columns.
-    pub blocks_per_slice: u32,
-    /// Columns that each of them takes, a multiple of the tile's.
+    /// Columns that each block takes, a multiple of the tile's.
     pub columns_per_block: u32,
+    /// Elements of `out` from one column of a slice to the next: 1, or S where slices are interleaved, which
+    /// tile `any` alone takes.
+    pub column_stride: u32,
     /// Partial sums of `h`.
     pub splits: u32,
     /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
@@ -100,6 +91,4 @@ pub struct ExpandParams {
     pub route_is_old: u32,
     /// Parts that a tile of the route is taken in.
     pub tile_parts: u32,
-    /// Keeps the block a multiple of 8 bytes.
-    pub reserved: u32,
 }

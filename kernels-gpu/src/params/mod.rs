@@ -6,8 +6,9 @@ mod decode;
 mod generic;
 mod prefill;
 mod route;
+mod rows;
+mod weights;
 
-use crate::memory::Index;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
@@ -15,6 +16,10 @@ pub use decode::DecodeParams;
 pub use generic::{ExpandParams, ShrinkParams};
 pub use prefill::{PrefillParams, products};
 pub use route::{AdoptParams, AlignParams, RouteParams};
+pub use rows::{PairRows, RowParams};
+pub use weights::{AdapterEntry, WeightParams};
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+pub use weights::Matrix;
 
 /// Most slices of a projection.
 pub const MAX_SLICES: usize = 4;
@@ -106,13 +111,16 @@ impl Tile {
         let skipped = part * rows;
         Tile { first: self.first + skipped, rows: self.rows.saturating_sub(skipped).min(rows), ..self }
     }
+}
 
-    /// Number of the tile's matrix in `[L, experts, …]` weights, of which a slot has E or one.
-    #[inline(always)]
-    pub fn matrix<I: Index>(&self, experts: u32) -> I {
-        let expert = if experts == 1 { 0 } else { self.expert };
-        I::from_u32(self.slot).times(I::from_u32(experts)).plus(I::from_u32(expert))
-    }
+/// How `topk_ids` is stored.
+pub mod expert_ids {
+    /// No tensor: every pair is of expert 0.
+    pub const NONE: u32 = 0;
+    /// One 32-bit integer a pair.
+    pub const I32: u32 = 1;
+    /// One 64-bit integer a pair.
+    pub const I64: u32 = 2;
 }
 
 /// How `adapter_enabled` is stored.

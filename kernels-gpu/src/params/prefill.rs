@@ -1,6 +1,8 @@
 //! Parameters of `prefill`.
 
-use super::{Divider, MAX_SLICES, Split, Tile};
+use super::{Divider, PairRows, Split, Tile, WeightParams};
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use crate::arch::thread::anew;
 use crate::memory::Global;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
@@ -22,8 +24,8 @@ pub mod products {
 pub struct PrefillParams {
     /// `[T or P, K]`.
     pub x: Global<u16>,
-    /// S of `[L, E or 1, R, K]`.
-    pub a: [Global<u16>; MAX_SLICES],
+    /// The adapters.
+    pub weights: WeightParams,
     /// `[S, P, R]`: out of [`products::SHRINK`], in of [`products::EXPAND`]; null of both.
     pub h: Global<u16>,
     /// Split-K workspace, `[passes, warps of a tile, columns of h / 16, 32, 4]`: h of passes that blocks
@@ -34,9 +36,7 @@ pub struct PrefillParams {
     pub sums: Global<u32>,
     /// Split-K workspace, `[passes, warps of a tile, 2]`: how far the warps that share a pass have come.
     pub counters: Global<u32>,
-    /// S of `[L, E or 1, N, R]`.
-    pub b: [Global<u16>; MAX_SLICES],
-    /// `[P, ≥ offset + S·N]`, moved on by `offset`.
+    /// `[P, ≥ offset + ΣN]`, moved on by `offset`.
     pub out: Global<u16>,
     /// `[P]`, or null for 1.
     pub topk_weights: Global<f32>,
@@ -52,22 +52,10 @@ pub struct PrefillParams {
     pub x_stride: u64,
     /// Elements from one row of `out` to the next.
     pub out_stride: u64,
-    /// Row of `x` of a pair: the pair over this (k, or 1 when `x` has a row a pair).
-    pub x_row: Divider,
+    /// Which rows belong to a pair.
+    pub rows: PairRows,
     /// P.
     pub pair_count: u32,
-    /// K.
-    pub in_dim: u32,
-    /// N.
-    pub out_dim: u32,
-    /// R.
-    pub max_rank: u32,
-    /// S.
-    pub slices: u32,
-    /// Matrices of `a` in a slot: E or 1.
-    pub a_experts: u32,
-    /// Matrices of `b` in a slot: E or 1.
-    pub b_experts: u32,
     /// 1: add to `out`. 0: overwrite, zeros for inactive pairs.
     pub accumulate: u32,
     /// Parts that a tile of the route is taken in.
@@ -96,4 +84,19 @@ pub struct PrefillParams {
     pub ahead: u32,
     /// Keeps the block a multiple of 8 bytes.
     pub reserved: u32,
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+impl PrefillParams {
+    /// Whether blocks share passes.
+    #[inline(always)]
+    pub fn shares_passes(&self) -> bool {
+        anew(self.split_k.count) > 0
+    }
+
+    /// What the launch computes: one of [`products`].
+    #[inline(always)]
+    pub fn computed(&self) -> u32 {
+        anew(self.products)
+    }
 }

@@ -10,7 +10,7 @@ use bytemuck::{Pod, Zeroable};
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct RouteParams {
-    /// `[P]` global expert ids.
+    /// `[P]` global expert ids, of the kind that `ids_kind` names.
     pub topk_ids: Global<u32>,
     /// `[T]` adapter slots.
     pub token_lora: Global<u32>,
@@ -60,8 +60,8 @@ pub struct RouteParams {
     pub window: u32,
     /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
     pub exchange_room: u32,
-    /// Keeps the block a multiple of 8 bytes.
-    pub reserved: u32,
+    /// One of [`expert_ids`](super::expert_ids).
+    pub ids_kind: u32,
 }
 
 /// Parameters of `align`.
@@ -69,7 +69,7 @@ pub struct RouteParams {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct AlignParams {
-    /// `[P]` global expert ids.
+    /// `[P]` global expert ids, of the kind that `ids_kind` names.
     pub topk_ids: Global<u32>,
     /// `[T]` adapter slots.
     pub token_lora: Global<u32>,
@@ -105,8 +105,8 @@ pub struct AlignParams {
     pub max_blocks: u32,
     /// One of [`enabled`](super::enabled).
     pub enabled_kind: u32,
-    /// Keeps the block a multiple of 8 bytes.
-    pub reserved: u32,
+    /// One of [`expert_ids`](super::expert_ids).
+    pub ids_kind: u32,
 }
 
 /// Parameters of `adopt`.

@@ -20,14 +20,19 @@ pub use shape::{GROUP, TileShape};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use unroll::unroll;
 
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use core::hint::select_unpredictable;
+
 /// The tensor of slice `slice`. A parameter block that is indexed at run time would be copied to local
 /// memory; a choice among registers is not.
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 #[inline(always)]
 pub fn select_slice<T: Copy>(tensors: [T; crate::params::MAX_SLICES], slice: u32) -> T {
-    let low = if slice == 0 { tensors[0] } else { tensors[1] };
-    let high = if slice == 2 { tensors[2] } else { tensors[3] };
-    if slice < 2 { low } else { high }
+    // Not branches: the compiler would choose among addresses, and load then.
+    let [first, second, third, fourth] = tensors;
+    let low = select_unpredictable(slice == 0, first, second);
+    let high = select_unpredictable(slice == 2, third, fourth);
+    select_unpredictable(slice < 2, low, high)
 }
 
 /// `n / divisor`. The host never sends a divisor of 0; saying so here keeps the check, and the panic that

@@ -95,14 +95,18 @@ pub(super) struct OutRows {
 }
 
 impl OutRows {
+    /// Those of pairs that have a row of x, or of those that have none, as is `wanted`.
+    ///
     /// # Safety
     /// The segments must be ready, and the tensors of the call be as their fields say.
     #[inline(always)]
-    pub unsafe fn new<C: Config>(context: &Context<'_>, item: &WorkItem) -> Self {
+    pub unsafe fn new<C: Config>(context: &Context<'_>, item: &WorkItem, wanted: bool) -> Self {
         let (p, tile) = (context.p, &item.tile);
+        // SAFETY: the tensors are as their fields say.
+        let scaling = unsafe { p.weights.scaling(tile, item.slice) };
         let in_quad = thread::lane() % 4;
         let mut start = [[Global::<u16>::NULL; 2]; MAX_FRAGMENTS];
-        let mut weight = [[1.0; 2]; MAX_FRAGMENTS];
+        let mut weight = [[scaling; 2]; MAX_FRAGMENTS];
         each_fragment::<C>(|f| {
             unroll::<2>(|i| {
                 let row = 8 * f as u32 + 2 * in_quad + i as u32;
@@ -110,10 +114,10 @@ impl OutRows {
                     // SAFETY: the tile has so many pairs, and each is below P.
                     unsafe {
                         let pair = context.pair(tile, row);
-                        start[f][i] = context.out_row::<C::Index>(item, pair);
+                        start[f][i] = context.out_row::<C::Index>(item, pair, wanted);
                         // An inactive pair's weight may be anything; its zeros stay zeros.
                         if !p.topk_weights.is_null() && tile.rank > 0 {
-                            weight[f][i] = p.topk_weights.at(pair).load();
+                            weight[f][i] *= p.topk_weights.at(pair).load();
                         }
                     }
                 }
@@ -127,7 +131,13 @@ impl OutRows {
     fn store_if(&self, f: usize, i: usize, column: u32, values: u32, wanted: bool) {
         let place = Global::<u32>::new(self.start[f][i].at(column).address());
         // SAFETY: two columns are inside the row; sizes are multiples of 8.
-        unsafe { place.store_if(values, wanted & !self.start[f][i].is_null()) };
+        unsafe { place.store_if(values, wanted & self.has(f, i)) };
+    }
+
+    /// Whether the row is there.
+    #[inline(always)]
+    fn has(&self, f: usize, i: usize) -> bool {
+        !self.start[f][i].is_null()
     }
 
     /// Stores zeros in the block's columns.
@@ -178,21 +188,25 @@ impl<'m> Columns<'m> {
         self.first(chain) < self.count
     }
 
-    /// Loads the old values, if they are `wanted`. They come first: what is added to them takes longer.
+    /// Loads the old values of these rows, if they are `wanted`. They come first: what is added to them takes
+    /// longer.
     ///
     /// # Safety
-    /// The stage must be full, and have `rows` rows of old values, if they are wanted.
+    /// The stage must be full, and have the rows' old values, if they are wanted.
     #[inline(always)]
-    pub unsafe fn load_old<C: Config>(&self, stage: Shared, rows: u32, wanted: bool) -> Old {
+    pub unsafe fn load_old<C: Config>(&self, stage: Shared, out: &OutRows, wanted: bool) -> Old {
         let mut old = [[[0; 2]; MAX_FRAGMENTS]; CHAINS];
         unroll::<CHAINS>(|chain| {
+            // Past the last column its neighbours' are loaded, and never stored: a row's own condition is
+            // the same in every stage.
+            let column = self.first(chain).min(self.count - 2);
             each_fragment::<C>(|f| {
                 unroll::<2>(|i| {
                     let row = 8 * f as u32 + 2 * self.me.in_quad + i as u32;
-                    let at = B_STAGE + row * old_row_bytes(self.count) + 2 * self.first(chain);
-                    let wanted = wanted & (row < rows) & self.exist(chain);
+                    let at = B_STAGE + row * old_row_bytes(self.count);
+                    let wanted = wanted & out.has(f, i);
                     // SAFETY: as the caller promises.
-                    old[chain][f][i] = unsafe { stage.offset(at).load_if(wanted) };
+                    old[chain][f][i] = unsafe { stage.offset(at).offset(2 * column).load_if(wanted) };
                 });
             });
         });

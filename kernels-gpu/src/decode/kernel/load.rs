@@ -15,12 +15,6 @@ use crate::params::Tile;
 /// Elements of b that a lane copies at a time, where ranks are not used whole.
 const PIECE: u32 = 8;
 
-/// Number of the first row of the matrix of a or b, of `rows` rows, that a tile uses.
-#[inline(always)]
-pub(super) fn first_row<I: Index>(tile: &Tile, experts: u32, rows: u32) -> I {
-    tile.matrix::<I>(experts).times(I::from_u32(rows))
-}
-
 /// Says that the B loader may start.
 #[inline(always)]
 pub(super) fn say_a_started() {
@@ -68,8 +62,8 @@ pub(super) unsafe fn x_row<C: Config>(context: &Context<'_>, tile: &Tile) -> Glo
         return Global::NULL;
     }
     // SAFETY: the tile has so many pairs.
-    let pair = unsafe { context.pair(tile, row) };
-    p.x.at(C::Index::from_u32(p.x_row.quotient(pair)).times(C::Index::from_u64(p.x_stride)))
+    let row = unsafe { p.rows.x(context.pair(tile, row)) };
+    p.x.at(C::Index::from_u32(row).times(C::Index::from_u64(p.x_stride)))
 }
 
 /// Loads a stage's x: `rows` rows of `length` elements, this lane's from `source` on.

@@ -15,12 +15,11 @@ use super::{A_LOADER, EXPAND, GROUP, STAGE_K, X_LOADER};
 use crate::arch::{barrier, cluster, thread};
 use crate::memory::{Global, Index};
 use crate::params::DecodeParams;
-use crate::tile::select_slice;
 use barriers::{a_started, item_count, segments_ready};
 use consumer::{NO_SUMS, Position};
 use context::Context;
 use expand::{Columns, OutRows, receive};
-use load::{first_row, load_a_stage, load_b_stage, load_x_stage, say_a_started, x_row};
+use load::{load_a_stage, load_b_stage, load_x_stage, say_a_started, x_row};
 use pipeline::Pipeline;
 use shrink::{multiply_stage, send, store_sums};
 use start::{Search, Start};
@@ -100,16 +99,17 @@ unsafe fn load_a<C: Config>(context: &Context<'_>, mut pipeline: Pipeline, start
     let (mut loaded, stages) = (0, pipeline.stages);
     loop {
         let WorkItem { tile, slice } = item;
-        if tile.rows > 0 {
+        if tile.rows > 0 && tile.rank > 0 {
             part.change(context, tile.rank);
-            let matrix = first_row::<C::Index>(&tile, p.a_experts, p.route.max_rank);
-            let a = select_slice(p.a, slice);
+            let in_dim = p.weights.in_dim;
+            // SAFETY: the tile has ranks.
+            let a = unsafe { p.weights.a::<C::Index>(&tile, slice) };
             part.each_stage(context, |group, k, length| {
                 let ranks = (tile.rank - GROUP * group).min(GROUP);
-                let row = matrix.plus(C::Index::from_u32(GROUP * group));
-                let source = a.at(row.times(C::Index::from_u32(p.in_dim))).at(k);
-                // SAFETY: the rows are inside the tensor, and elements come in eights.
-                unsafe { load_a_stage(&mut pipeline, source, p.in_dim, ranks, length) };
+                let row = C::Index::from_u32(GROUP * group).times(C::Index::from_u32(in_dim));
+                let source = a.start.at(row).at(k);
+                // SAFETY: the rows are inside the matrix, and elements come in eights.
+                unsafe { load_a_stage(&mut pipeline, source, in_dim, ranks, length) };
                 loaded += 1;
                 if loaded == stages {
                     say_a_started();
@@ -201,8 +201,8 @@ unsafe fn shrink<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
 /// As for [`load_x`].
 #[inline(always)]
 unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
-    let (p, max_rank) = (context.p, context.p.route.max_rank);
-    let mut part = ExpandPart::new(context);
+    let p = context.p;
+    let mut part = ExpandPart::NONE;
     // Whether stages were filled without the copy engine.
     let mut stored = false;
     // Expand has nothing to do before shrink has: the first copies of a must not wait for those of b.
@@ -210,22 +210,26 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
     unsafe { a_started().wait(0) };
     let load = |item: WorkItem| {
         let WorkItem { tile, slice } = item;
-        part.change(tile.rank);
+        if tile.rank == 0 {
+            return;
+        }
+        part.change(context, tile.rank, slice);
         let ranks = part.rank;
-        let matrix = first_row::<C::Index>(&tile, p.b_experts, p.out_dim);
-        let b = select_slice(p.b, slice);
-        let wants_old = p.accumulate != 0 && thread::lane() < tile.rows;
+        // SAFETY: the tile has ranks.
+        let b = unsafe { p.weights.b::<C::Index>(&tile, slice) };
         let mut out = Global::<u16>::NULL;
-        if wants_old {
+        if p.accumulate != 0 && thread::lane() < tile.rows {
             // SAFETY: the tile has so many pairs.
-            out = context.out_row::<C::Index>(&item, unsafe { context.pair(&tile, thread::lane()) });
+            out = unsafe {
+                context.out_row::<C::Index>(&item, context.pair(&tile, thread::lane()), true)
+            };
         }
         part.each_stage(|at, count| {
-            let row = matrix.plus(C::Index::from_u32(at));
-            let source = b.at(row.times(C::Index::from_u32(max_rank)));
-            let old = wants_old.then_some(out.at(at));
+            let row = C::Index::from_u32(at).times(C::Index::from_u32(b.max_rank));
+            let source = (b.start.at(row), b.max_rank);
+            let old = (!out.is_null()).then_some(out.at(at));
             // SAFETY: the columns are the slice's, and elements come in eights.
-            unsafe { load_b_stage(&mut pipeline, &mut stored, (source, max_rank), old, ranks, count) };
+            unsafe { load_b_stage(&mut pipeline, &mut stored, source, old, ranks, count) };
         });
     };
     // SAFETY: as the caller promises.
@@ -239,13 +243,18 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
 #[inline(always)]
 unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
     let mut sent = ShrinkPart::NONE;
-    let mut part = ExpandPart::new(context);
+    let mut part = ExpandPart::NONE;
     // Work items whose h was received.
     let mut received = 0;
     let expand = |item: WorkItem| {
         let tile = item.tile;
+        part.change(context, tile.rank, item.slice);
+        if context.p.rows.may_clear(context.p.accumulate) {
+            // SAFETY: the segments are ready.
+            unsafe { OutRows::new::<C>(context, &item, false) }.clear::<C>(&part);
+        }
         // SAFETY: the segments are ready.
-        let out = unsafe { OutRows::new::<C>(context, &item) };
+        let out = unsafe { OutRows::new::<C>(context, &item, true) };
         if tile.rank == 0 {
             // Inactive pairs: untouched, or overwritten by zeros.
             if context.p.accumulate == 0 {
@@ -254,7 +263,6 @@ unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
             return;
         }
         sent.change(context, tile.rank);
-        part.change(tile.rank);
         // SAFETY: all blocks of the cluster send their parts.
         let h = unsafe { receive::<C>(context, &sent, tile.rows, received) };
         received += 1;
@@ -264,7 +272,7 @@ unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
             unsafe {
                 let stage = pipeline.wait();
                 Columns::each_group(&me, count, |columns| {
-                    let old = columns.load_old::<C>(stage, tile.rows, context.p.accumulate != 0);
+                    let old = columns.load_old::<C>(stage, &out, context.p.accumulate != 0);
                     let sums = columns.multiply::<C>(stage, &h, tile.rows, sent.rank, part.rank);
                     columns.add_and_store::<C>(&out, at, &sums, &old);
                 });

@@ -109,7 +109,8 @@ impl<'c, 'p> Search<'c, 'p> {
         }
         // SAFETY: the warp has done its part of the search.
         unsafe { publish(context, by_block, &counts) };
-        Start { item: WorkItem { tile, slice: first_slice }, part }
+        // SAFETY: as the caller promises.
+        Start { item: unsafe { WorkItem::new(p, tile, first_slice) }, part }
     }
 }
 

@@ -5,14 +5,28 @@ use super::context::Context;
 use crate::arch::thread;
 use crate::decode::config::Config;
 use crate::decode::{B_STAGE, GROUP, MAX_COLUMNS, RUN, STAGE_K};
-use crate::params::Tile;
+use crate::params::{DecodeParams, Tile};
 use crate::tile::pieces;
 
 /// A tile of pairs and a slice.
 #[derive(Clone, Copy)]
 pub(super) struct WorkItem {
+    /// The tile, with the rank of its slot's slice.
     pub tile: Tile,
     pub slice: u32,
+}
+
+impl WorkItem {
+    /// Of a tile with the rank that the route knows.
+    ///
+    /// # Safety
+    /// The tile and the slice must be of the call.
+    #[inline(always)]
+    pub unsafe fn new(p: &DecodeParams, tile: Tile, slice: u32) -> Self {
+        // SAFETY: as the caller promises.
+        let rank = unsafe { p.weights.rank(&tile, slice) };
+        WorkItem { tile: Tile { rank, ..tile }, slice }
+    }
 }
 
 impl Context<'_> {
@@ -60,7 +74,8 @@ impl Context<'_> {
                 tile.part(part - whole * p.tile_parts, C::ROWS)
             }
         };
-        WorkItem { tile, slice }
+        // SAFETY: as the caller promises.
+        unsafe { WorkItem::new(p, tile, slice) }
     }
 }
 
@@ -85,8 +100,8 @@ impl ShrinkPart {
         let groups = pieces::<GROUP>(rank);
         let group_stride = groups.next_power_of_two().min(blocks);
         let shift = log2(group_stride);
-        let (first, end) = split(pieces::<RUN>(p.in_dim), block >> shift, blocks >> shift);
-        let k = (RUN * first, p.in_dim.min(RUN * end));
+        let (first, end) = split(pieces::<RUN>(p.weights.in_dim), block >> shift, blocks >> shift);
+        let k = (RUN * first, p.weights.in_dim.min(RUN * end));
         ShrinkPart { rank, group_stride, k }
     }
 
@@ -149,25 +164,24 @@ pub(super) struct ExpandPart {
     pub rank: u32,
     /// Columns of a stage: a power of two.
     pub stage_columns: u32,
+    /// Columns of the slice.
+    out_dim: u32,
 }
 
 impl ExpandPart {
-    /// Of no rank.
-    #[inline(always)]
-    pub fn new(context: &Context<'_>) -> Self {
-        let &Context { p, block, blocks, .. } = context;
-        let (first, end) = split(pieces::<GROUP>(p.out_dim), block, blocks);
-        ExpandPart {
-            first: GROUP * first,
-            end: p.out_dim.min(GROUP * end),
-            rank: 0,
-            stage_columns: MAX_COLUMNS,
-        }
-    }
+    /// Of no columns.
+    pub const NONE: Self = ExpandPart { first: 0, end: 0, rank: 0, stage_columns: MAX_COLUMNS, out_dim: 0 };
 
-    /// That of work items of another rank.
+    /// That of work items of another rank, and of another slice.
     #[inline(always)]
-    pub fn change(&mut self, rank: u32) {
+    pub fn change(&mut self, context: &Context<'_>, rank: u32, slice: u32) {
+        let &Context { p, block, blocks, .. } = context;
+        let out_dim = p.weights.out_dim(slice);
+        // Most slices are as wide as the one before.
+        if out_dim != self.out_dim {
+            let (first, end) = split(pieces::<GROUP>(out_dim), block, blocks);
+            (self.first, self.end, self.out_dim) = (GROUP * first, out_dim.min(GROUP * end), out_dim);
+        }
         self.rank = rank.next_multiple_of(8);
         self.stage_columns = ((B_STAGE / 2) >> log2(self.rank.next_power_of_two())).min(MAX_COLUMNS);
     }

@@ -1,14 +1,14 @@
 //! The second product: `out (+)= weight · h · bᵀ` of a work tile's pairs, and the store to `out`.
 
-use super::h::{H, NO_PAIR, drop_slice};
+use super::h::{H, NO_PAIR, drop_slice, own_pairs};
 use super::pipeline::{PingPong, Stage};
 use super::steps::{PANEL_COLUMNS, PRODUCT_K, expand_panels, panels_n};
-use super::work_tile::{Slices, WorkTile};
+use super::work_tile::{Slice, Slices, WorkTile};
 use super::{Consumer, Position};
 use crate::arch::mma::Element;
 use crate::arch::wgmma::{self, Matrix, Sums};
 use crate::memory::{Global, Index};
-use crate::params::PrefillParams;
+use crate::params::{PrefillParams, Tile};
 use crate::prefill::PRODUCT_PANELS;
 use crate::prefill::config::Config;
 use crate::tile::panel::{CHUNK, Panel};
@@ -23,36 +23,47 @@ type Delta = [f32; PRODUCT_PANELS * PANEL_SUMS];
 /// Old values of a thread's columns of a panel: of either 32 columns, of its two rows.
 type Old = [[[u32; 4]; 2]; 2];
 
-/// Writes the columns of `slices`, which have `1 << shift` columns of h each, one slice after another.
+/// Writes the columns of `slices` of work tile `number`, which have `1 << shift` columns of h each, one slice
+/// after another.
 ///
 /// # Safety
-/// The route must be written and the barriers be ready; the pairs must be those of the work tile; the whole
-/// consumer must come here.
+/// The route must be written and the barriers be ready; the whole consumer must come here.
 #[inline(always)]
 #[track_caller]
 pub(super) unsafe fn expand<C: Config>(
     consumer: &mut Consumer<C>,
     p: &PrefillParams,
-    work: &WorkTile,
+    number: u32,
     mut slices: Slices,
     shift: u32,
-    pairs: [u32; 2],
     mut h: H,
 ) {
     let Consumer { pipeline, order, position } = consumer;
-    let rank = work.tile.rank;
-    let panels = expand_panels::<C>(rank);
-    let first = slices.next * p.out_dim + position.chunk * CHUNK;
-    // SAFETY: the pairs are of one of p's tiles.
-    let mut out = unsafe { OutRows::new::<C>(p, pairs, rank > 0, first) };
     while slices.next < slices.end {
-        let (mut column, end_of_columns) = work.columns(p);
-        while column < end_of_columns {
+        // Read again for each slice: what is known of a work tile would take registers from the products.
+        // SAFETY: there is such a work tile, and it has pairs.
+        let (work, slice, pairs) = unsafe {
+            let work = WorkTile::number(p, C::SHAPE, number);
+            let slice = work.slice(p, slices.next);
+            let pairs = own_pairs(p, &work.tile, work.tile.rows, position.row);
+            (work, slice, pairs)
+        };
+        let rows = |wanted| {
+            // SAFETY: the pairs are the tile's.
+            unsafe { OutRows::new::<C>(p, &work.tile, pairs, slices.next, wanted, position.chunk * CHUNK) }
+        };
+        if p.rows.may_clear(p.accumulate) {
+            rows(false).clear(&slice, position);
+        }
+        let out = rows(true);
+        let panels = expand_panels::<C>(slice.rank);
+        let mut column = slice.first;
+        while column < slice.end {
             // SAFETY: as the caller promises.
             let stage = unsafe { pipeline.consumer_wait() };
             let mut first = 0;
-            while first < panels && column + panels_n(first) < p.out_dim {
-                let product = Product { column, first, panels, rank };
+            while first < panels && column + panels_n(first) < slice.end {
+                let product = Product { column, first, panels, slice };
                 // SAFETY: the step has landed and is left alone until it is released.
                 unsafe { product.run(&h, order, &stage, p, &out, position) };
                 first += C::SHAPE.product_panels();
@@ -61,7 +72,6 @@ pub(super) unsafe fn expand<C: Config>(
             unsafe { pipeline.consumer_release() };
             column += panels_n(panels);
         }
-        out.next_slice(p);
         drop_slice::<C>(&mut h, shift);
         slices.next += 1;
     }
@@ -75,8 +85,8 @@ struct Product {
     first: u32,
     /// Panels of the step.
     panels: u32,
-    /// The tile's rank.
-    rank: u32,
+    /// The slice.
+    slice: Slice,
 }
 
 impl Product {
@@ -104,16 +114,16 @@ impl Product {
             wgmma::commit();
             order.arrive();
         }
-        let old = |i: usize| match self.place::<C>(p, i) {
+        let old = |i: usize| match self.place::<C>(i) {
             // SAFETY: where they are added to, old values were loaded for every row that is stored.
-            Some((panel, at)) => unsafe { out.old(p, stage.row_panel(panel), at, position) },
+            Some((panel, at)) => unsafe { out.old(p, self.slice.end, stage.row_panel(panel), at, position) },
             None => Old::default(),
         };
         // The first panel's while the products run.
         let first_old = old(0);
         delta.wait::<0>();
         unroll::<PRODUCT_PANELS>(|i| {
-            if let Some((_, at)) = self.place::<C>(p, i) {
+            if let Some((_, at)) = self.place::<C>(i) {
                 let mut own = [0.0; PANEL_SUMS];
                 unroll::<16>(|j| {
                     own[2 * j] = delta[PANEL_SUMS * i + 2 * j];
@@ -121,17 +131,17 @@ impl Product {
                 });
                 let old = if i == 0 { first_old } else { old(i) };
                 // SAFETY: the rows are p's.
-                unsafe { out.add::<C::Element>(p, &own, old, at, position.chunk) };
+                unsafe { out.add::<C::Element>(self.slice.end, &own, old, at, position.chunk) };
             }
         });
     }
 
     /// Panel `i` of the product, if it has columns: its number in the step, and its first column.
     #[inline(always)]
-    fn place<C: Config>(&self, p: &PrefillParams, i: usize) -> Option<(u32, u32)> {
+    fn place<C: Config>(&self, i: usize) -> Option<(u32, u32)> {
         let panel = self.first + i as u32;
         let at = self.column + panels_n(panel);
-        ((i as u32) < C::SHAPE.product_panels() && panel < self.panels && at < p.out_dim)
+        ((i as u32) < C::SHAPE.product_panels() && panel < self.panels && at < self.slice.end)
             .then_some((panel, at))
     }
 
@@ -151,7 +161,7 @@ impl Product {
                 multiply!($delta, 3);
             };
             ($delta:ident, $group:literal) => {
-                let ranks = self.rank.saturating_sub($group * TileShape::DEPTH);
+                let ranks = self.slice.rank.saturating_sub($group * TileShape::DEPTH);
                 let b = stage.b_panel(self.panels, $group);
                 let b = Matrix::swizzled(b.chunk(self.first * PANEL_COLUMNS, 0));
                 // All at once, or as many as there are: a condition ahead of each takes as long as the
@@ -183,52 +193,88 @@ impl Product {
     }
 }
 
-/// This thread's two rows of its warpgroup's pairs: where each begins in `out`, at its column of the first
-/// slice, and its weight. A row past the tile's end is null.
+/// This thread's two rows of its warpgroup's pairs: where each begins in `out`, at its column of a slice, and its
+/// weight. A row that is not there is null.
 struct OutRows {
     start: [Global<u16>; 2],
     weight: [f32; 2],
 }
 
 impl OutRows {
+    /// Those of pairs that have a row of x, or of those that have none, as is `wanted`.
+    ///
     /// # Safety
-    /// The pairs must be those of a tile of `p`, of rank 0 or not as `is_active` says.
+    /// The pairs must be those of the tile, one of `p`'s.
     #[inline(always)]
-    unsafe fn new<C: Config>(p: &PrefillParams, pairs: [u32; 2], is_active: bool, own_column: u32) -> Self {
-        let mut rows = OutRows { start: [Global::NULL; 2], weight: [1.0; 2] };
+    unsafe fn new<C: Config>(
+        p: &PrefillParams,
+        tile: &Tile,
+        pairs: [u32; 2],
+        slice: u32,
+        wanted: bool,
+        own_column: u32,
+    ) -> Self {
+        let first = p.weights.first_column(slice) + own_column;
+        // SAFETY: as the caller promises.
+        let scaling = unsafe { p.weights.scaling(tile, slice) };
+        let mut rows = OutRows { start: [Global::NULL; 2], weight: [scaling; 2] };
         unroll::<2>(|half| {
             let pair = pairs[half];
             if pair != NO_PAIR {
-                let start = C::Index::from_u32(pair).times(C::Index::from_u64(p.out_stride));
-                rows.start[half] = p.out.at(start.plus(C::Index::from_u32(own_column)));
+                // SAFETY: pairs are below P.
+                if let Some(row) = unsafe { p.rows.out(pair, wanted) } {
+                    let start = C::Index::from_u32(row).times(C::Index::from_u64(p.out_stride));
+                    rows.start[half] = p.out.at(start.plus(C::Index::from_u32(first)));
+                }
                 // An inactive pair's weight may be anything; its zeros stay zeros.
-                if !p.topk_weights.is_null() && is_active {
+                if !p.topk_weights.is_null() && tile.rank > 0 {
                     // SAFETY: pairs are below P.
-                    rows.weight[half] = unsafe { p.topk_weights.at(pair).load() };
+                    rows.weight[half] *= unsafe { p.topk_weights.at(pair).load() };
                 }
             }
         });
         rows
     }
 
-    /// Whether row `half` is there, and 16 bytes of its columns from `column` on.
+    /// Whether row `half` is there, and `column` before the `end` of those to be written.
     #[inline(always)]
-    fn has(&self, p: &PrefillParams, half: usize, column: u32) -> bool {
-        !self.start[half].is_null() && column < p.out_dim
+    fn has(&self, end: u32, half: usize, column: u32) -> bool {
+        !self.start[half].is_null() && column < end
     }
 
-    /// These rows' old values of the columns of panel `old`, the first of which is `first`.
+    /// Stores zeros in a work tile's columns of a slice.
+    #[inline(always)]
+    fn clear(&self, slice: &Slice, position: &Position) {
+        let mut column = slice.first;
+        while column < slice.end {
+            unroll::<2>(|half| {
+                let wanted = self.has(slice.end, half, column + position.chunk * CHUNK);
+                // SAFETY: columns come in eights, so all of them are inside the row.
+                unsafe { self.start[half].at(column).store16_if([0; 4], wanted) };
+            });
+            column += 4 * CHUNK;
+        }
+    }
+
+    /// These rows' old values of the columns of panel `old`, the first of which is `first`, before `end`.
     ///
     /// # Safety
     /// If `p.accumulate`, the panel must hold the old values.
     #[inline(always)]
     #[track_caller]
-    unsafe fn old(&self, p: &PrefillParams, old: Panel, first: u32, position: &Position) -> Old {
+    unsafe fn old(
+        &self,
+        p: &PrefillParams,
+        end: u32,
+        old: Panel,
+        first: u32,
+        position: &Position,
+    ) -> Old {
         let mut values = [[[0; 4]; 2]; 2];
         unroll::<2>(|group| {
             unroll::<2>(|half| {
                 let chunk = 4 * group as u32 + position.chunk;
-                let wanted = p.accumulate != 0 && self.has(p, half, first + chunk * CHUNK);
+                let wanted = p.accumulate != 0 && self.has(end, half, first + chunk * CHUNK);
                 // SAFETY: as the caller promises.
                 values[group][half] =
                     unsafe { old.chunk(position.row + 8 * half as u32, chunk).load16_if(wanted) };
@@ -237,7 +283,8 @@ impl OutRows {
         values
     }
 
-    /// Adds a product's columns, the first of which is `first`, to these rows' old values, and stores them.
+    /// Adds a product's columns, the first of which is `first`, to these rows' old values, and stores those
+    /// before `end`.
     ///
     /// # Safety
     /// The rows must be of `p`.
@@ -245,7 +292,7 @@ impl OutRows {
     #[track_caller]
     unsafe fn add<E: Element>(
         &self,
-        p: &PrefillParams,
+        end: u32,
         delta: &[f32; PANEL_SUMS],
         old: Old,
         first: u32,
@@ -262,20 +309,10 @@ impl OutRows {
                     let weight = self.weight[half];
                     packed[i] = E::pack(delta[place] * weight + low, delta[place + 1] * weight + high);
                 });
-                let wanted = self.has(p, half, at + own_chunk * CHUNK);
+                let wanted = self.has(end, half, at + own_chunk * CHUNK);
                 // SAFETY: columns come in eights, so all of them are inside the row.
                 unsafe { self.start[half].at(at).store16_if(packed, wanted) };
             });
-        });
-    }
-
-    /// Goes on to the next slice.
-    #[inline(always)]
-    fn next_slice(&mut self, p: &PrefillParams) {
-        unroll::<2>(|half| {
-            if !self.start[half].is_null() {
-                self.start[half] = self.start[half].at(p.out_dim);
-            }
         });
     }
 }

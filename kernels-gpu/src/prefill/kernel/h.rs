@@ -96,15 +96,18 @@ pub(super) fn drop_slice<C: Config>(h: &mut H, shift: u32) {
 #[inline(always)]
 pub(super) unsafe fn store_h<C: Config>(p: &PrefillParams, h: &H, pairs: [u32; 2], pass: Pass, shift: u32) {
     let Pass { first, end } = pass;
+    let max_rank = p.weights.max_rank;
     let own_chunk = thread::index_anew() % 4;
     let rank_room = 1 << shift;
     let index = C::Index::from_u32;
     let rows = pairs.map(|pair| {
         let pair = if pair == NO_PAIR { 0 } else { pair };
         let row = index(first).times(index(p.pair_count)).plus(index(pair));
-        p.h.at(row.times(index(p.max_rank)))
+        p.h.at(row.times(index(max_rank)))
     });
-    let slice_stride = index(p.pair_count).times(index(p.max_rank)).wide();
+    // SAFETY: pairs are below P.
+    let is_active = pairs.map(|pair| pair != NO_PAIR && unsafe { p.rows.x.has(pair) });
+    let slice_stride = index(p.pair_count).times(index(max_rank)).wide();
 
     // The fragment's slice, and this thread's first rank of it.
     let (mut slice, mut rank) = (first, 2 * own_chunk);
@@ -114,10 +117,10 @@ pub(super) unsafe fn store_h<C: Config>(p: &PrefillParams, h: &H, pairs: [u32; 2
             unroll::<2>(|i| {
                 // Registers 2i and 2i + 1 are two columns of either row (see `wgmma`).
                 let further = 8 * i as u32;
-                if slice < end && pairs[half] != NO_PAIR && rank + further < p.max_rank {
+                if slice < end && pairs[half] != NO_PAIR && rank + further < max_rank {
                     let place = Global::<u32>::new(places[half].at(further).address());
                     // SAFETY: R is even, so both ranks are inside the row.
-                    unsafe { place.store(h[fragment][2 * i + half]) };
+                    unsafe { place.store(if is_active[half] { h[fragment][2 * i + half] } else { 0 }) };
                 }
             });
             places[half] = places[half].at(PRODUCT_K);
@@ -136,7 +139,7 @@ pub(super) unsafe fn store_h<C: Config>(p: &PrefillParams, h: &H, pairs: [u32; 2
     for _ in first..end {
         unroll::<2>(|half| {
             let mut rank = rank_room + CHUNK * own_chunk;
-            while pairs[half] != NO_PAIR && rank < p.max_rank {
+            while pairs[half] != NO_PAIR && rank < max_rank {
                 // SAFETY: R is a multiple of eight, so all of them are inside the row.
                 unsafe { next[half].at(rank).store16([0; 4]) };
                 rank += 4 * CHUNK;

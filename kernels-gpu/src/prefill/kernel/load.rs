@@ -9,7 +9,7 @@ use super::steps::{
     MAX_SWEEPS, MOST_PANELS, PRODUCT_K, each_sweep, expand_panels, panels_k, panels_n, rank_shift,
     shrink_panels,
 };
-use super::work_tile::{Slices, WorkTile};
+use super::work_tile::{Slice, Slices, WorkTile};
 use crate::arch::async_copy::{AHEAD, ALONE, AROUND, copy16, copy16_or_zeros, copy16_whole};
 use crate::arch::shared::Shared;
 use crate::arch::thread;
@@ -18,7 +18,7 @@ use crate::params::{PrefillParams, Tile};
 use crate::prefill::WARPGROUP;
 use crate::prefill::config::Config;
 use crate::tile::panel::{CHUNK, CHUNKS, weight_row};
-use crate::tile::{TileShape, select_slice, unroll};
+use crate::tile::{TileShape, unroll};
 
 /// Rows that the warpgroup copies at a time, a chunk a thread: a sweep.
 const SWEEP: u32 = WARPGROUP / CHUNKS;
@@ -96,7 +96,9 @@ impl Pairs {
     fn x<C: Config>(&self, p: &PrefillParams, own: OwnChunk) -> Rows {
         let mut rows = [Global::NULL; MAX_SWEEPS];
         each_sweep::<C>(|i| {
-            let row = C::Index::from_u32(p.x_row.quotient(self.0[i])).times(C::Index::from_u64(p.x_stride));
+            // SAFETY: pairs are below P.
+            let row = unsafe { p.rows.x(self.0[i]) };
+            let row = C::Index::from_u32(row).times(C::Index::from_u64(p.x_stride));
             rows[i] = p.x.at(row.plus(C::Index::from_u32(own.element())));
         });
         rows
@@ -107,22 +109,33 @@ impl Pairs {
     fn h<C: Config>(&self, p: &PrefillParams) -> Rows {
         let mut rows = [Global::NULL; MAX_SWEEPS];
         each_sweep::<C>(|i| {
-            let row = C::Index::from_u32(self.0[i]).times(C::Index::from_u32(p.max_rank));
+            let row = C::Index::from_u32(self.0[i]).times(C::Index::from_u32(p.weights.max_rank));
             rows[i] = p.h.at(row);
         });
         rows
     }
 
-    /// Where this thread's chunks of their rows of `out` begin, in slice `slice`.
+    /// Where this thread's chunks of their rows of `out` begin.
     #[inline(always)]
-    fn out<C: Config>(&self, p: &PrefillParams, own: OwnChunk, slice: u32) -> Rows {
-        let mut rows = [Global::NULL; MAX_SWEEPS];
+    fn out<C: Config>(&self, p: &PrefillParams, tile: &Tile, own: OwnChunk) -> OutRows {
+        let mut out = OutRows { rows: [Global::NULL; MAX_SWEEPS], exist: 0 };
         each_sweep::<C>(|i| {
-            let row = C::Index::from_u32(self.0[i]).times(C::Index::from_u64(p.out_stride));
-            rows[i] = p.out.at(row.plus(C::Index::from_u32(slice * p.out_dim + own.element())));
+            // SAFETY: pairs are below P.
+            let row = unsafe { p.rows.out(self.0[i], true) };
+            out.exist |= ((row.is_some() && own.is_in(tile, i)) as u32) << i;
+            let row = C::Index::from_u32(row.unwrap_or(0)).times(C::Index::from_u64(p.out_stride));
+            out.rows[i] = p.out.at(row.plus(C::Index::from_u32(own.element())));
         });
-        rows
+        out
     }
+}
+
+/// Rows of `out`.
+#[derive(Clone, Copy)]
+struct OutRows {
+    rows: Rows,
+    /// Which of them there are: a bit a sweep.
+    exist: u32,
 }
 
 /// Loads the rows of x and `a` of a work tile: all of K, or its split. Of `a` these are, of every slice of
@@ -140,11 +153,9 @@ pub(super) unsafe fn shrink<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillPa
     // SAFETY: as the caller promises.
     let mut x = unsafe { Pairs::of::<C>(p, tile, own) }.x::<C>(p, own);
     each_sweep::<C>(|i| x[i] = x[i].at(begin));
-    let index = C::Index::from_u32;
-    let first = tile.matrix::<C::Index>(p.a_experts).times(index(p.max_rank)).times(index(p.in_dim));
-    let first = first.plus(index(own.row * p.in_dim + own.element()));
+    let in_dim = p.weights.in_dim;
     let shift = rank_shift(tile.rank);
-    let stride = SWEEP * p.in_dim * ELEMENT_BYTES;
+    let stride = SWEEP * in_dim * ELEMENT_BYTES;
 
     let mut steps = |columns: u32| {
         let panels = shrink_panels::<C>(columns);
@@ -152,7 +163,7 @@ pub(super) unsafe fn shrink<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillPa
         while place < end_of_k {
             // SAFETY: as the caller promises.
             let stage = unsafe { pipeline.producer_acquire() };
-            let is_inside = |panel: u32| own.element() + place + panels_k(panel) < p.in_dim;
+            let is_inside = |panel: u32| own.element() + place + panels_k(panel) < in_dim;
             let target = stage.row_panel(0).chunk(own.row, own.chunk);
             each_sweep::<C>(|i| {
                 let is_there = own.is_in(tile, i);
@@ -184,8 +195,15 @@ pub(super) unsafe fn shrink<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillPa
             let mut column = 0;
             while column < columns {
                 let slice = pass.first + (column >> shift);
-                let ranks = if slice < pass.end { tile.rank } else { 0 };
-                let mut row = select_slice(p.a, slice).at(first).at(place);
+                let (mut ranks, mut row) = (0, Global::NULL);
+                if slice < pass.end {
+                    // SAFETY: the tile is one of p's, and has ranks.
+                    let a = unsafe {
+                        ranks = p.weights.rank(tile, slice);
+                        p.weights.a::<C::Index>(tile, slice)
+                    };
+                    row = a.start.at(own.row * in_dim + own.element()).at(place);
+                }
                 let end = column + (1 << shift);
                 let mut rank = own.row;
                 while column < end {
@@ -217,14 +235,18 @@ pub(super) unsafe fn h<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillParams,
     let stage = unsafe { pipeline.producer_acquire() };
     // SAFETY: as the caller promises.
     let rows = unsafe { Pairs::of::<C>(p, tile, own) }.h::<C>(p);
-    let slice_stride = C::Index::from_u32(p.pair_count).times(C::Index::from_u32(p.max_rank));
+    let slice_stride = C::Index::from_u32(p.pair_count).times(C::Index::from_u32(p.weights.max_rank));
     let mut panel = 0;
     while panel * TileShape::DEPTH < pass.columns(tile.rank) {
         let column = panel * TileShape::DEPTH + own.element();
         let slice = pass.first + (column >> shift);
         let rank = column & ((1 << shift) - 1);
-        let left = if slice < pass.end { tile.rank.saturating_sub(rank).min(CHUNK) } else { 0 };
-        let offset = C::Index::from_u32(slice.min(p.slices - 1)).times(slice_stride);
+        let mut left = 0;
+        if slice < pass.end {
+            // SAFETY: the tile is one of p's.
+            left = unsafe { p.weights.rank(tile, slice) }.saturating_sub(rank).min(CHUNK);
+        }
+        let offset = C::Index::from_u32(slice.min(p.weights.slices - 1)).times(slice_stride);
         let offset = offset.plus(C::Index::from_u32(rank));
         let target = stage.row_panel(panel).chunk(own.row, own.chunk);
         each_sweep::<C>(|i| {
@@ -246,20 +268,19 @@ pub(super) unsafe fn h<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillParams,
 /// As for [`shrink`].
 #[inline(always)]
 pub(super) unsafe fn expand<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillParams, work: &WorkTile) {
-    let WorkTile { tile, pass, .. } = work;
+    let tile = &work.tile;
     let own = OwnChunk::of_this_thread(CHUNKS.ilog2());
     // SAFETY: as the caller promises.
-    let mut out = unsafe { Pairs::of::<C>(p, tile, own) }.out::<C>(p, own, pass.first);
+    let out = unsafe { Pairs::of::<C>(p, tile, own) }.out::<C>(p, tile, own);
     let Slices { next: mut slice, end } = work.slices_to_expand();
     while slice < end {
         // SAFETY: as the caller promises.
         unsafe { expand_slice(pipeline, p, work, out, slice) };
-        each_sweep::<C>(|i| out[i] = out[i].at(p.out_dim));
         slice += 1;
     }
 }
 
-/// Loads the old values of a slice's columns, whose rows begin at `out`, and as many ranks of `b` as are
+/// Loads the old values of a slice's columns, in these rows of `out`, and as many ranks of `b` as are
 /// multiplied.
 ///
 /// # Safety
@@ -269,31 +290,34 @@ unsafe fn expand_slice<C: Config>(
     pipeline: &mut Pipeline<C>,
     p: &PrefillParams,
     work: &WorkTile,
-    mut out: Rows,
-    slice: u32,
+    mut out: OutRows,
+    number: u32,
 ) {
-    let tile = &work.tile;
     let own = OwnChunk::of_this_thread(CHUNKS.ilog2());
-    let (mut column, end) = work.columns(p);
-    each_sweep::<C>(|i| out[i] = out[i].at(column));
-    let panels = expand_panels::<C>(tile.rank);
-    let b = B::new::<C>(p, tile, slice);
-    let is_whole = tile.rank.is_multiple_of(CHUNK) && tile.rank + UNWANTED > p.max_rank;
-    while column < end {
+    // SAFETY: as the caller promises.
+    let slice = unsafe { work.slice(p, number) };
+    let first = p.weights.first_column(number) + slice.first;
+    each_sweep::<C>(|i| out.rows[i] = out.rows[i].at(first));
+    let panels = expand_panels::<C>(slice.rank);
+    // SAFETY: as the caller promises.
+    let b = unsafe { B::new::<C>(p, &work.tile, number, &slice) };
+    let is_whole = slice.rank.is_multiple_of(CHUNK) && slice.rank + UNWANTED > b.max_rank;
+    let mut column = slice.first;
+    while column < slice.end {
         // SAFETY: as the caller promises.
         unsafe {
             pipeline.producer_wait(p.under_way);
             let stage = pipeline.producer_acquire();
             if p.accumulate != 0 {
-                copy_old(&stage, p, tile, own, &mut out, column, panels);
+                copy_old(&stage, own, &mut out, slice.end, column, panels);
             }
             let mut group = 0;
-            while group * TileShape::DEPTH < tile.rank {
+            while group * TileShape::DEPTH < slice.rank {
                 let target = stage.b_panel(panels, group).chunk(0, 0);
                 if is_whole {
-                    b.copy::<true>(p, tile, target, group, column, panels_n(panels));
+                    b.copy::<true>(&slice, target, group, column, panels_n(panels));
                 } else {
-                    b.copy::<false>(p, tile, target, group, column, panels_n(panels));
+                    b.copy::<false>(&slice, target, group, column, panels_n(panels));
                 }
                 group += 1;
             }
@@ -303,17 +327,17 @@ unsafe fn expand_slice<C: Config>(
     }
 }
 
-/// Copies a step's old values of `out`, from column `column` on, and moves `out` on by the step.
+/// Copies a step's old values of `out`, from column `column` on, before column `end`, and moves `out` on by
+/// the step.
 ///
 /// # Safety
 /// As for [`shrink`]; the stage must be empty.
 #[inline(always)]
 unsafe fn copy_old<C: Config>(
     stage: &Stage<C>,
-    p: &PrefillParams,
-    tile: &Tile,
     own: OwnChunk,
-    out: &mut Rows,
+    out: &mut OutRows,
+    end: u32,
     column: u32,
     panels: u32,
 ) {
@@ -322,34 +346,42 @@ unsafe fn copy_old<C: Config>(
         let target = target.offset(i as u32 * SWEEP_BYTES);
         unroll::<MOST_PANELS>(|panel| {
             let panel = panel as u32;
-            let is_inside = panel < panels && own.element() + column + panels_n(panel) < p.out_dim;
-            if own.is_in(tile, i) && is_inside {
+            let is_inside = panel < panels && own.element() + column + panels_n(panel) < end;
+            if out.exist >> i & 1 != 0 && is_inside {
                 let target = panel_of(target, panel, C::SHAPE.rows);
                 // SAFETY: columns come in eights, so the chunk is inside the row.
-                unsafe { copy16_whole::<_, AROUND>(target, out[i].at(panels_n(panel))) };
+                unsafe { copy16_whole::<_, AROUND>(target, out.rows[i].at(panels_n(panel))) };
             }
         });
-        out[i] = out[i].at(panels_n(panels));
+        out.rows[i] = out.rows[i].at(panels_n(panels));
     });
 }
 
 /// A slice's matrix `b`, from this thread's chunk of its first row on.
 struct B {
     rows: Global<u16>,
+    /// The rank that it is allocated for.
+    max_rank: u32,
     own: OwnChunk,
     /// Rows that the warpgroup copies at a time: more than [`SWEEP`] where a row has few chunks.
     sweep: u32,
 }
 
 impl B {
+    /// # Safety
+    /// The tile must be one of `p`'s.
     #[inline(always)]
-    fn new<C: Config>(p: &PrefillParams, tile: &Tile, slice: u32) -> Self {
-        let log = (rank_shift(tile.rank) - CHUNK.ilog2()).min(CHUNKS.ilog2());
+    unsafe fn new<C: Config>(p: &PrefillParams, tile: &Tile, number: u32, slice: &Slice) -> Self {
+        let log = (rank_shift(slice.rank) - CHUNK.ilog2()).min(CHUNKS.ilog2());
         let own = OwnChunk::of_this_thread(log);
-        let index = C::Index::from_u32;
-        let first = tile.matrix::<C::Index>(p.b_experts).times(index(p.out_dim)).times(index(p.max_rank));
-        let first = first.plus(index(own.row * p.max_rank + own.element()));
-        B { rows: select_slice(p.b, slice).at(first), own, sweep: WARPGROUP >> log }
+        let (mut rows, mut max_rank) = (Global::NULL, 0);
+        if slice.rank > 0 {
+            // SAFETY: as the caller promises.
+            let b = unsafe { p.weights.b::<C::Index>(tile, number) };
+            max_rank = b.max_rank;
+            rows = b.start.at(own.row * max_rank + own.element());
+        }
+        B { rows, max_rank, own, sweep: WARPGROUP >> log }
     }
 
     /// Copies ranks 64·`group` .. of `columns` columns from `column` on, to the panels at `target`: those of
@@ -363,32 +395,31 @@ impl B {
     #[inline(always)]
     unsafe fn copy<const WHOLE: bool>(
         &self,
-        p: &PrefillParams,
-        tile: &Tile,
+        slice: &Slice,
         target: Shared,
         group: u32,
         column: u32,
         columns: u32,
     ) {
         let first = group * TileShape::DEPTH + self.own.element();
-        if first >= tile.rank.next_multiple_of(PRODUCT_K) {
+        if first >= slice.rank.next_multiple_of(PRODUCT_K) {
             return;
         }
-        let left = tile.rank.saturating_sub(first).min(CHUNK);
-        let rows = self.rows.at(column as u64 * p.max_rank as u64 + (group * TileShape::DEPTH) as u64);
+        let left = slice.rank.saturating_sub(first).min(CHUNK);
+        let rows = self.rows.at(column as u64 * self.max_rank as u64 + (group * TileShape::DEPTH) as u64);
         // Two rows at a time: where they lie in a panel is the same for the two after them.
         let places = [0, self.sweep].map(|more| {
             let row = weight_row(self.own.row + more);
             row * TileShape::ROW_BYTES + ((self.own.chunk ^ (row % CHUNKS)) * 16)
         });
-        let stride = self.sweep * p.max_rank * ELEMENT_BYTES;
+        let stride = self.sweep * self.max_rank * ELEMENT_BYTES;
         let (mut row, mut begins) = (rows, 0);
         while begins < columns {
             unroll::<2>(|i| {
                 let i = i as u32;
                 let target = target.offset(places[i as usize] + begins * TileShape::ROW_BYTES);
                 let source = forward(row, i, stride);
-                let is_inside = column + begins + i * self.sweep + self.own.row < p.out_dim;
+                let is_inside = column + begins + i * self.sweep + self.own.row < slice.end;
                 // SAFETY: `left` ranks are left in the row, if it is there.
                 unsafe {
                     if WHOLE {

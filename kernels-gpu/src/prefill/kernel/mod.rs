@@ -34,6 +34,7 @@ use scheduler::TileScheduler;
 use shrink::shrink;
 use split_k::SplitK;
 use steps::rank_shift;
+use work_tile::WorkTile;
 
 /// The kernel.
 ///
@@ -112,7 +113,7 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
             // A work tile that does not expand has no slices left here, but goes on: ptxas must see that all
             // warps come to the products.
             let slices = work.slices_to_expand();
-            let shares_h = C::SHAPE.may_split() && p.split_k.count > 0 && work.tile.rank > 0;
+            let shares_h = C::SHAPE.may_split() && p.shares_passes() && work.tile.rank > 0;
 
             // The first product.
             let mut sums = C::Accumulators::zero();
@@ -121,9 +122,6 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
             if gives_h {
                 SplitK::new::<C>(p, &work).give::<C>(&sums, p, &work, columns);
             }
-            // A split of K needs no pairs, and does not wait for any.
-            let rows = if gives_h { 0 } else { work.tile.rows };
-            let pairs = own_pairs(p, &work.tile, rows, consumer.position.row);
 
             // h, whoever computed it.
             let mut h = from_sums::<C>(&sums);
@@ -132,14 +130,19 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
             } else if work.takes_h(p) {
                 read_h(&mut consumer, &mut h, columns);
             }
-            if p.products == products::SHRINK {
+            if p.computed() == products::SHRINK {
+                let pairs = own_pairs(p, &work.tile, work.tile.rows, consumer.position.row);
                 store_h::<C>(p, &h, pairs, work.pass, shift);
             }
 
             // The second product, and the store.
-            expand(&mut consumer, p, &work, slices, shift, pairs, h);
-            if shares_h && work.products & products::EXPAND != 0 {
-                SplitK::new::<C>(p, &work).forget::<C>(p);
+            let number = work.number;
+            expand(&mut consumer, p, number, slices, shift, h);
+            if C::SHAPE.may_split() && p.shares_passes() {
+                let work = WorkTile::number(p, C::SHAPE, number);
+                if work.tile.rank > 0 && work.products & products::EXPAND != 0 {
+                    SplitK::new::<C>(p, &work).forget::<C>(p);
+                }
             }
         }
     }
@@ -189,7 +192,7 @@ impl Position {
 /// will be read.
 #[inline(always)]
 fn prefetch_x(p: &PrefillParams, threads: u32) {
-    let rows = p.x_row.quotient(p.pair_count - 1) + 1;
+    let rows = p.rows.x.count;
     // Neighbouring rows by different blocks.
     let mut row = thread::index_anew() * p.blocks + thread::block();
     while p.ahead > 0 && row < rows {

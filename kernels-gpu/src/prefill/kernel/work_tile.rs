@@ -1,13 +1,16 @@
 //! A work tile: a pass over the pairs of a tile of the route; where blocks share passes, a split of one.
 
 use super::steps::rank_shift;
+use crate::arch::thread::anew;
 use crate::params::{PrefillParams, Tile, products};
 use crate::prefill::{MIN_COLUMNS, Shape};
 
 /// What a block does between two calls of the scheduler.
 pub(super) struct WorkTile {
-    /// The tile; of no pairs when there is no more work.
+    /// The tile, with the largest rank of its slices; of no pairs when there is no more work.
     pub tile: Tile,
+    /// Its number in the launch.
+    pub number: u32,
     /// Its slices.
     pub pass: Pass,
     /// The pass's number in the launch.
@@ -21,7 +24,7 @@ pub(super) struct WorkTile {
 impl WorkTile {
     /// No work.
     pub const NONE: Self =
-        WorkTile { tile: Tile::EMPTY, pass: Pass::NONE, pass_number: 0, products: 0, split: 0 };
+        WorkTile { tile: Tile::EMPTY, number: 0, pass: Pass::NONE, pass_number: 0, products: 0, split: 0 };
 
     /// Work tile `number` of a launch with this many passes; of no pairs where a tile or its slices end
     /// before it.
@@ -33,28 +36,30 @@ impl WorkTile {
     /// The tensors of `p` must be as their fields say, and the route be written; the number must be below the
     /// launch's.
     #[inline(always)]
-    pub unsafe fn number(p: &PrefillParams, shape: Shape, mut number: u32) -> Self {
-        let (mut products, mut splits) = (p.products, p.split_n.count);
-        if p.split_k.count > 0 {
+    pub unsafe fn number(p: &PrefillParams, shape: Shape, number: u32) -> Self {
+        let (mut products, mut splits, mut before) = (p.computed(), p.split_n.count, 0);
+        if p.shares_passes() {
             // SAFETY: as the caller promises.
             let (passes, splits_of_k) = unsafe { (passes(p), SplitsOfK::new(p).count(p)) };
             products = products::EXPAND;
             if number < passes * splits_of_k {
                 (products, splits) = (products::SHRINK, splits_of_k);
             } else {
-                number -= passes * splits_of_k;
+                before = passes * splits_of_k;
             }
         }
-        let pass_number = number.checked_div(splits).unwrap_or(0);
-        let split = number - pass_number * splits;
+        let pass_number = (number - before).checked_div(splits).unwrap_or(0);
+        let split = number - before - pass_number * splits;
         let part = p.over_passes.quotient(pass_number);
         let tile_number = p.over_parts.quotient(part);
         // SAFETY: the tile is one of those counted.
         let tile = unsafe { p.tiles.at(tile_number).load_tile() };
-        let tile = tile.part(part - tile_number * p.tile_parts, shape.rows);
+        let mut tile = tile.part(part - tile_number * p.tile_parts, shape.rows);
+        // SAFETY: the tile is one of p's.
+        tile.rank = unsafe { p.weights.largest_rank(&tile) };
         let pass = Pass::of(p, tile.rank, pass_number - part * p.passes, shape.width);
-        let mut work = WorkTile { tile, pass, pass_number, products, split };
-        if work.pass.first >= p.slices {
+        let mut work = WorkTile { tile, number, pass, pass_number, products, split };
+        if work.pass.first >= p.weights.slices {
             work.tile.rows = 0;
         }
         work
@@ -69,7 +74,7 @@ impl WorkTile {
     /// Whether h comes from an earlier call.
     #[inline(always)]
     pub fn takes_h(&self, p: &PrefillParams) -> bool {
-        p.products == products::EXPAND && self.tile.rank > 0
+        p.computed() == products::EXPAND && self.tile.rank > 0
     }
 
     /// The slices whose columns are written: the pass's, or none.
@@ -85,20 +90,41 @@ impl WorkTile {
     /// The route must be written.
     #[inline(always)]
     pub unsafe fn k(&self, p: &PrefillParams) -> (u32, u32) {
-        if p.split_k.count == 0 {
-            (0, p.in_dim)
-        } else {
+        if p.shares_passes() {
             // SAFETY: as the caller promises.
             let splits = unsafe { SplitsOfK::new(p) };
-            range_of(self.split, p.split_k.each << splits.shift, p.in_dim)
+            range_of(self.split, p.split_k.each << splits.shift, p.weights.in_dim)
+        } else {
+            (0, p.weights.in_dim)
         }
     }
 
-    /// Columns of a slice that are written: the first, and the end.
+    /// What is written of a slice.
+    ///
+    /// # Safety
+    /// The tile must be one of `p`'s.
     #[inline(always)]
-    pub fn columns(&self, p: &PrefillParams) -> (u32, u32) {
-        range_of(self.split, p.split_n.each, p.out_dim)
+    pub unsafe fn slice(&self, p: &PrefillParams, slice: u32) -> Slice {
+        // SAFETY: as the caller promises.
+        let rank = unsafe { p.weights.rank(&self.tile, slice) };
+        let out_dim = p.weights.out_dim(slice);
+        let (first, mut end) = range_of(self.split, p.split_n.each, out_dim);
+        if p.accumulate != 0 && rank == 0 {
+            end = first;
+        }
+        Slice { rank, first, end }
     }
+}
+
+/// A slice, and its columns that a work tile writes.
+#[derive(Clone, Copy)]
+pub(super) struct Slice {
+    /// Its rank.
+    pub rank: u32,
+    /// The first of the work tile's.
+    pub first: u32,
+    /// The one after their last: the slice's end, or a multiple of what a step takes.
+    pub end: u32,
 }
 
 /// What split `split` has of `length` elements, `each` a split: the first, and the end.
@@ -143,7 +169,7 @@ impl Pass {
     fn of(p: &PrefillParams, rank: u32, number: u32, width: u32) -> Self {
         let shift = rank_shift(rank);
         let first = number * (width >> shift);
-        let slices = (width >> shift).min(p.slices.saturating_sub(first));
+        let slices = (width >> shift).min(p.weights.slices.saturating_sub(first));
         Pass { first, end: first + slices }
     }
 
@@ -205,6 +231,6 @@ impl SplitsOfK {
     /// Splits of a pass; 0 where blocks do not share passes.
     #[inline(always)]
     pub fn count(self, p: &PrefillParams) -> u32 {
-        (p.split_k.count + (1 << self.shift) - 1) >> self.shift
+        (anew(p.split_k.count) + (1 << self.shift) - 1) >> self.shift
     }
 }

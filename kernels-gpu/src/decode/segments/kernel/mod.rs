@@ -9,7 +9,7 @@ use crate::arch::shared::Shared;
 use crate::arch::{barrier, thread, warp};
 use crate::decode::config::{Config, tiles_of};
 use crate::decode::{A_LOADER, LANES, THREADS};
-use crate::ids::{Ids, bucket, local_expert};
+use crate::ids::{ExpertId, Ids, bucket, local_expert};
 use crate::params::{RouteParams, Tile, count};
 use crate::scan::inclusive;
 use crate::slots::State;
@@ -54,7 +54,7 @@ impl Segments {
     pub fn prefetch_ids(p: &RouteParams) {
         let pair = LINE * thread::lane();
         if pair < p.pair_count {
-            p.topk_ids.at(pair).ask_for();
+            ExpertId::of(p.topk_ids, p.ids_kind, pair).ask_for();
             p.token_lora.at(p.top_k.quotient(pair)).ask_for();
         }
         if thread::lane() == 0 {
