@@ -202,7 +202,6 @@ unsafe fn shrink<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
 #[inline(always)]
 unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
     let p = context.p;
-    let mut part = ExpandPart::NONE;
     // Whether stages were filled without the copy engine.
     let mut stored = false;
     // Expand has nothing to do before shrink has: the first copies of a must not wait for those of b.
@@ -213,7 +212,7 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
         if tile.rank == 0 {
             return;
         }
-        part.change(context, tile.rank, slice);
+        let part = ExpandPart::new(context, &item);
         let ranks = part.rank;
         // SAFETY: the tile has ranks.
         let b = unsafe { p.weights.b::<C::Index>(&tile, slice) };
@@ -243,12 +242,11 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
 #[inline(always)]
 unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
     let mut sent = ShrinkPart::NONE;
-    let mut part = ExpandPart::NONE;
     // Work items whose h was received.
     let mut received = 0;
     let expand = |item: WorkItem| {
         let tile = item.tile;
-        part.change(context, tile.rank, item.slice);
+        let part = ExpandPart::new(context, &item);
         if context.p.rows.may_clear(context.p.accumulate) {
             // SAFETY: the segments are ready.
             unsafe { OutRows::new::<C>(context, &item, false) }.clear::<C>(&part);

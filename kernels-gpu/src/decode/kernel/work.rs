@@ -164,26 +164,21 @@ pub(super) struct ExpandPart {
     pub rank: u32,
     /// Columns of a stage: a power of two.
     pub stage_columns: u32,
-    /// Columns of the slice.
-    out_dim: u32,
 }
 
 impl ExpandPart {
-    /// Of no columns.
-    pub const NONE: Self = ExpandPart { first: 0, end: 0, rank: 0, stage_columns: MAX_COLUMNS, out_dim: 0 };
-
-    /// That of work items of another rank, and of another slice.
     #[inline(always)]
-    pub fn change(&mut self, context: &Context<'_>, rank: u32, slice: u32) {
+    pub fn new(context: &Context<'_>, item: &WorkItem) -> Self {
         let &Context { p, block, blocks, .. } = context;
-        let out_dim = p.weights.out_dim(slice);
-        // Most slices are as wide as the one before.
-        if out_dim != self.out_dim {
-            let (first, end) = split(pieces::<GROUP>(out_dim), block, blocks);
-            (self.first, self.end, self.out_dim) = (GROUP * first, out_dim.min(GROUP * end), out_dim);
+        let out_dim = p.weights.out_dim(item.slice);
+        let (first, end) = split(pieces::<GROUP>(out_dim), block, blocks);
+        let rank = item.tile.rank.next_multiple_of(8);
+        ExpandPart {
+            first: GROUP * first,
+            end: out_dim.min(GROUP * end),
+            rank,
+            stage_columns: ((B_STAGE / 2) >> log2(rank.next_power_of_two())).min(MAX_COLUMNS),
         }
-        self.rank = rank.next_multiple_of(8);
-        self.stage_columns = ((B_STAGE / 2) >> log2(self.rank.next_power_of_two())).min(MAX_COLUMNS);
     }
 
     /// Calls `body` with each stage that the part takes: the first column, and how many. Without ranks there
