@@ -36,7 +36,7 @@
  * Version of this interface. It grows with each function, status or field that is added; nothing is taken
  * away or changes its meaning.
  */
-#define MOE_LORA_ABI_VERSION 2
+#define MOE_LORA_ABI_VERSION 3
 
 /**
  * Length of the arrays of per-slice tensors: no projection has more slices.
@@ -321,6 +321,11 @@ typedef struct {
      * N: width of one slice of the output, at least 1.
      */
     size_t out_dim;
+    /**
+     * N of each slice, where slices have widths of their own; 0: `out_dim`. Zero past the last slice. (From
+     * version 3 on.)
+     */
+    size_t out_dims[MOE_LORA_MAX_SLICES];
 } moe_lora_projection;
 
 /**

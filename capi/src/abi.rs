@@ -5,7 +5,7 @@ use std::ffi::c_void;
 
 /// Version of this interface. It grows with each function, status or field that is added; nothing is taken
 /// away or changes its meaning.
-pub const MOE_LORA_ABI_VERSION: u32 = 2;
+pub const MOE_LORA_ABI_VERSION: u32 = 3;
 
 /// Length of the arrays of per-slice tensors: no projection has more slices.
 pub const MOE_LORA_MAX_SLICES: usize = 4;
@@ -161,6 +161,9 @@ pub struct Projection {
     pub in_dim: usize,
     /// N: width of one slice of the output, at least 1.
     pub out_dim: usize,
+    /// N of each slice, where slices have widths of their own; 0: `out_dim`. Zero past the last slice. (From
+    /// version 3 on.)
+    pub out_dims: [usize; MOE_LORA_MAX_SLICES],
 }
 
 /// Who goes where: the tensors that routing reads. All ids are untrusted: a pair with one that is out of

@@ -54,11 +54,11 @@ pub struct Forward<'a, S: Space, T> {
     pub x: Rows<'a, S, T>,
     /// S tensors `[L, E or 1, R, K]`.
     pub a: &'a [View<'a, S, T>],
-    /// S tensors `[L, E or 1, N, R]`.
+    /// S tensors `[L, E or 1, N_s, R]`.
     pub b: &'a [View<'a, S, T>],
     /// `[T, k]`: multiplies each pair's delta; `None` for 1 (`mul_routed_weight` off).
     pub topk_weights: Option<View<'a, S, f32>>,
-    /// `[T, k, ≥ offset + S·N]`.
+    /// `[T, k, ≥ offset + Σ N_s]`.
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
@@ -91,11 +91,11 @@ pub struct Expand<'a, S: Space, T> {
     pub routing: Routing<'a, S>,
     /// `[S, P, R]`, as [`Shrink`] leaves it.
     pub h: View<'a, S, T>,
-    /// S tensors `[L, E or 1, N, R]`.
+    /// S tensors `[L, E or 1, N_s, R]`.
     pub b: &'a [View<'a, S, T>],
     /// `[T, k]`: multiplies each pair's delta; `None` for 1.
     pub topk_weights: Option<View<'a, S, f32>>,
-    /// `[T, k, ≥ offset + S·N]`.
+    /// `[T, k, ≥ offset + Σ N_s]`.
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
@@ -126,13 +126,13 @@ fn check_slices<S: Space, T: Pod>(
     tensor: &'static str,
     slices: &[View<'_, S, T>],
     projection: &Projection,
-    shape: [usize; 4],
+    shape: impl Fn(usize) -> [usize; 4],
 ) -> Result<()> {
-    let expected = projection.sizes().slices;
+    let expected = projection.slices();
     if slices.len() != expected {
         return Err(Error::SliceCount { tensor, expected, got: slices.len() });
     }
-    slices.iter().try_for_each(|slice| check_view(tensor, slice, &shape))
+    slices.iter().enumerate().try_for_each(|(s, slice)| check_view(tensor, slice, &shape(s)))
 }
 
 fn check_dtype<T: Element>(projection: &Projection, tensor: &'static str) -> Result<()> {
@@ -172,12 +172,13 @@ impl<S: Space> Routing<'_, S> {
 
 fn check_a<S: Space, T: Element>(projection: &Projection, a: &[View<'_, S, T>]) -> Result<()> {
     let s = projection.sizes();
-    check_slices("a", a, projection, [s.slots, projection.a_experts(), s.max_rank, s.in_dim])
+    check_slices("a", a, projection, |_| [s.slots, projection.a_experts(), s.max_rank, s.in_dim])
 }
 
 fn check_b<S: Space, T: Element>(projection: &Projection, b: &[View<'_, S, T>]) -> Result<()> {
     let s = projection.sizes();
-    check_slices("b", b, projection, [s.slots, projection.b_experts(), s.out_dim, s.max_rank])
+    let shape = |slice| [s.slots, projection.b_experts(), s.out_dims.get(slice), s.max_rank];
+    check_slices("b", b, projection, shape)
 }
 
 fn check_x<S: Space, T: Element>(
@@ -198,7 +199,7 @@ fn check_out<S: Space, T: Element>(
     let width = projection
         .out_width()
         .checked_add(offset)
-        .ok_or_else(|| Error::SizeOverflow { tensor: "out", shape: format!("[.., {offset} + S·N]") })?;
+        .ok_or_else(|| Error::SizeOverflow { tensor: "out", shape: format!("[.., {offset} + Σ N_s]") })?;
     let extent = (out.data.address(), align_of::<T>(), out.data.len());
     check_rows("out", extent, out.stride, pairs, width)
 }
@@ -216,7 +217,7 @@ fn check_weights<S: Space>(
 
 fn check_h(projection: &Projection, (address, len): (u64, usize), pairs: usize) -> Result<()> {
     let s = projection.sizes();
-    let shape = [s.slices, pairs, s.max_rank];
+    let shape = [projection.slices(), pairs, s.max_rank];
     check_extent("h", address, 2, len, elements("h", &shape)?, || format!("{shape:?}"))
 }
 

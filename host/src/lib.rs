@@ -34,6 +34,7 @@ mod launch;
 #[cfg(all(doctest, feature = "cuda"))]
 mod misuse;
 pub mod operator;
+mod out_dims;
 pub mod plan;
 pub mod projection;
 pub mod reference;
@@ -51,6 +52,6 @@ pub use call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use operator::{Call, Operator, OperatorBuilder};
-pub use projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+pub use projection::{ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
 pub use route::Route;
 pub use tensor::{Cuda, Host, Rows, RowsMut, Space, View, ViewMut};

@@ -290,7 +290,10 @@ mod tests {
     fn a_route_is_taken_as_it_was_found() {
         let sizes =
             ProjectionSizes { top_k: 1, experts: 2, slots: 1, max_rank: 1, ..ProjectionSizes::down(1, 1) };
-        assert_eq!((sizes.slices, sizes.x_rows, sizes.a_experts), (1, XRows::Pair, ExpertWeights::PerExpert));
+        assert_eq!(
+            (sizes.out_dims.len(), sizes.x_rows, sizes.a_experts),
+            (1, XRows::Pair, ExpertWeights::PerExpert)
+        );
         let [operator] = Operator::builder(&Cpu).max_tokens(2).build([sizes]).unwrap();
         let (x, w, ids, loras) = ([bf16::ONE; 2], [bf16::ONE; 2], [0, 1], [0, -1]);
         let mut out = [bf16::ZERO; 2];

@@ -37,7 +37,7 @@ impl Target {
 pub struct Expected {
     /// For each pair its weights; `None` when the pair is inactive.
     pub targets: Vec<Option<Target>>,
-    /// `[P, S·N]` what is added to `out`, or `[S, P, R]` what `h` becomes; zero for inactive pairs.
+    /// `[P, Σ N_s]` what is added to `out`, or `[S, P, R]` what `h` becomes; zero for inactive pairs.
     pub values: Vec<f64>,
 }
 
@@ -132,7 +132,7 @@ fn index_below(id: i32, limit: usize) -> Option<usize> {
     usize::try_from(id).ok().filter(|&index| index < limit)
 }
 
-/// `[P, S·N]`: weight · b · (a · x).
+/// `[P, Σ N_s]`: weight · b · (a · x).
 ///
 /// # Errors
 /// As [`Forward::check`]; [`Error::StaleRoute`] for a call without routing tensors.
@@ -164,7 +164,7 @@ pub fn shrink<T: Element>(projection: &Projection, call: &Shrink<'_, Host, T>) -
     Ok(Expected { targets, values })
 }
 
-/// `[P, S·N]`: weight · b · h.
+/// `[P, Σ N_s]`: weight · b · h.
 ///
 /// # Errors
 /// As [`Expand::check`]; [`Error::StaleRoute`] for a call without routing tensors.
@@ -179,7 +179,7 @@ pub fn expand<T: Element>(projection: &Projection, call: &Expand<'_, Host, T>) -
     Ok(Expected { targets, values })
 }
 
-/// `delta[p, s·N + n]` = weight\[p\] · Σ_q h\[q\] · b\[s\]\[l, e, n, q\], with h as `hidden(s, p, …)` gives
+/// `delta[p, Σ_{i<s} N_i + n]` = weight\[p\] · Σ_q h\[q\] · b\[s\]\[l, e, n, q\], with h as `hidden(s, p, …)` gives
 /// it.
 fn delta<T: Element>(
     projection: &Projection,
@@ -194,9 +194,12 @@ fn delta<T: Element>(
     delta.par_chunks_mut(width).zip(targets).enumerate().for_each(|(pair, (delta, target))| {
         let Some(target) = *target else { return };
         let weight = topk_weights.map_or(1.0, |weights| f64::from(weights.as_slice()[pair]));
-        for (s, delta) in delta.chunks_mut(sizes.out_dim).enumerate() {
+        let mut rest = delta;
+        for (s, &out_dim) in sizes.out_dims.as_slice().iter().enumerate() {
+            let (delta, next) = rest.split_at_mut(out_dim);
+            rest = next;
             let h = hidden(s, pair, target);
-            let first_row = target.matrix(sizes.experts, sizes.b_experts) * sizes.out_dim;
+            let first_row = target.matrix(sizes.experts, sizes.b_experts) * out_dim;
             for (n, delta) in delta.iter_mut().enumerate() {
                 *delta =
                     weight * dot(&b[s].as_slice()[(first_row + n) * sizes.max_rank..][..target.rank], &h);

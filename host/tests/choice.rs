@@ -33,7 +33,7 @@ impl Record {
         let layout = Layout {
             tokens: self.tokens,
             x_stride: sizes.in_dim,
-            out_stride: sizes.slices * sizes.out_dim,
+            out_stride: sizes.out_dims.total(),
             offset: 0,
             aligned: true,
             ranked: self.rank < sizes.max_rank,

@@ -17,7 +17,6 @@ fn sizes(x_rows: XRows, shared: ExpertWeights) -> ProjectionSizes {
         experts: 3,
         slots: 2,
         max_rank: 3,
-        slices: 2,
         x_rows,
         a_experts: shared,
         ..ProjectionSizes::gate_up(5, 4)
@@ -45,7 +44,7 @@ fn calls(projection: &Projection, routing: Routing<'_, Host>) {
     let s = projection.sizes();
     let (x, weights) = (values(projection.x_rows(TOKENS).unwrap() * s.in_dim), [0.5f32; 6]);
     let a = values(s.slots * projection.a_experts() * s.max_rank * s.in_dim);
-    let b = values(s.slots * projection.b_experts() * s.out_dim * s.max_rank);
+    let b = values(s.slots * projection.b_experts() * s.out_dims.max() * s.max_rank);
     let (a, b) = ([a[..].into(), a[..].into()], [b[..].into(), b[..].into()]);
     let mut workspace = Cpu.workspace(&[*projection], TOKENS).unwrap();
     let mut out = Cpu.upload(&vec![bf16::ZERO; projection.out_elements(TOKENS).unwrap()]).unwrap();

@@ -9,7 +9,7 @@ use crate::tensor::{Dim, Tensor, Type};
 use half::{bf16, f16};
 use moe_lora::cuda;
 use moe_lora::{
-    Backend, BlockShape, Cuda, DType, Element, Error, Expand, ExpertWeights, Forward, Projection,
+    Backend, BlockShape, Cuda, DType, Element, Error, Expand, ExpertWeights, Forward, OutDims, Projection,
     ProjectionSizes, Route, Routing as CallRouting, Shrink, XRows,
 };
 use pyo3::prelude::*;
@@ -186,9 +186,8 @@ impl Part {
             experts,
             slots,
             max_rank,
-            slices,
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, slices),
             x_rows: first.map_or(Ok(XRows::Token), |first| x_rows(&first.x, tokens, top_k, in_dim))?,
             a_experts: weights(a)?,
             b_experts: weights(b)?,

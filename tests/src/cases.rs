@@ -1,6 +1,6 @@
 //! Any call that the contract allows.
 
-use moe_lora::{Backend, DType, ExpertWeights, Projection, XRows};
+use moe_lora::{Backend, DType, ExpertWeights, OutDims, Projection, XRows};
 use moe_lora_verify::{Case, Experts, Failure, Flags, Form, Loras, Ranks, check};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -78,9 +78,8 @@ pub fn cases() -> impl Strategy<Value = Case> {
             global_experts,
             slots,
             max_rank,
-            slices,
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, slices),
             x_rows,
             a_experts,
             b_experts,
@@ -108,7 +107,7 @@ fn align(case: Case) -> Case {
     Case {
         max_rank: up(case.max_rank),
         in_dim: up(case.in_dim),
-        out_dim: up(case.out_dim),
+        out_dims: case.out_dims.map(up),
         offset: up(case.offset),
         x_padding: up(case.x_padding),
         out_padding: up(case.out_padding),
@@ -124,7 +123,7 @@ pub fn small_cases() -> impl Strategy<Value = Case> {
         top_k: case.top_k % 8 + 1,
         max_rank: case.max_rank.min(96),
         in_dim: case.in_dim.min(264),
-        out_dim: case.out_dim.min(264),
+        out_dims: case.out_dims.map(|width| width.min(264)),
         ..case
     })
 }

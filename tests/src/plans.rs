@@ -97,7 +97,7 @@ fn layout<T: Element>(case: &Case) -> Layout {
         unsafe { View::from_raw(address, isize::MAX as usize / size_of::<T>()) }
     }
     let ids = || view::<i32>(case.misaligned);
-    let weights = || vec![view::<T>(case.misaligned); case.slices];
+    let weights = || vec![view::<T>(case.misaligned); case.out_dims.len()];
     let routing = RoutingTensors {
         topk_ids: ids(),
         token_lora: ids(),

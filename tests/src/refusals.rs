@@ -3,8 +3,9 @@
 use bytemuck::Pod;
 use half::bf16;
 use moe_lora::{
-    Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Forward, Projection, ProjectionSizes,
-    Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, Space, View, ViewMut, XRows,
+    Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Forward, OutDims, Projection,
+    ProjectionSizes, Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, Space, View, ViewMut,
+    XRows,
 };
 
 /// Which call.
@@ -64,9 +65,8 @@ pub const GOOD: ProjectionSizes = ProjectionSizes {
     experts: 4,
     slots: 2,
     max_rank: 8,
-    slices: 2,
     in_dim: 16,
-    out_dim: 8,
+    out_dims: OutDims::uniform(8, 2),
     x_rows: XRows::Token,
     a_experts: ExpertWeights::PerExpert,
     b_experts: ExpertWeights::PerExpert,
@@ -219,7 +219,7 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
     let overlap = |tensor, expected| Error::RowStride { tensor, expected, got: expected - 1 };
     let overflow = |tensor, shape: String| Error::SizeOverflow { tensor, shape };
     let tokens = |limit| Error::SizeTooLarge { what: "tokens", limit, got: limit + 1 };
-    let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + S·N]", usize::MAX));
+    let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + Σ N_s]", usize::MAX));
     let room = |limit| Error::WorkspaceTooSmall { what: "pairs", limit, got: 6 };
     type Row = (&'static str, &'static [Stage], fn(&mut Call), Error);
     #[rustfmt::skip]
@@ -281,8 +281,8 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
         on: None,
         flags: Tensor::FlagsI32,
         memory,
-        slices_a: GOOD.slices,
-        slices_b: GOOD.slices,
+        slices_a: GOOD.out_dims.len(),
+        slices_b: GOOD.out_dims.len(),
         x_stride: None,
         out_stride: None,
         offset: OFFSET,

@@ -6,7 +6,7 @@ use moe_lora::cpu::Cpu;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
 use moe_lora::{
-    Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, Projection,
+    Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, OutDims, Projection,
     ProjectionSizes, Routing, SortedTensors, View, ViewMut, XRows, reference,
 };
 use moe_lora_tests::cases::check_some;
@@ -39,7 +39,7 @@ fn routes() -> impl Strategy<Value = Case> {
             global_experts: mapped.then_some(experts + more_experts),
             max_rank: 8,
             in_dim: 8,
-            out_dim: 8,
+            out_dims: OutDims::uniform(8, 1),
             block_size: Some(block_size),
             routing,
             loras,
@@ -220,9 +220,8 @@ impl Wild {
             experts,
             slots,
             max_rank: MAX_RANK,
-            slices: 1,
             in_dim: 8,
-            out_dim: 8,
+            out_dims: OutDims::uniform(8, 1),
             x_rows: XRows::Token,
             a_experts: per_expert,
             b_experts: per_expert,

@@ -4,7 +4,7 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::reference::{self, Target};
 use moe_lora::{
-    Backend, DType, Enabled, Expand, ExpertWeights, Forward, Projection, ProjectionSizes, Routing,
+    Backend, DType, Enabled, Expand, ExpertWeights, Forward, OutDims, Projection, ProjectionSizes, Routing,
     RoutingTensors, Rows, Shrink, View, ViewMut, XRows,
 };
 
@@ -22,9 +22,8 @@ fn a_call_of_two_tokens_by_hand() {
         experts: 2,
         slots: 2,
         max_rank: 2,
-        slices: 2,
         in_dim: 2,
-        out_dim: 2,
+        out_dims: OutDims::uniform(2, 2),
         x_rows: XRows::Token,
         a_experts: ExpertWeights::PerExpert,
         b_experts: ExpertWeights::Shared,

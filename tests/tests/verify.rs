@@ -4,8 +4,8 @@ use bytemuck::Pod;
 use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::{
-    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, Routing,
-    RoutingTensors, Shrink, XRows,
+    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, OutDims, Projection, Result, Route,
+    Routing, RoutingTensors, Shrink, XRows,
 };
 use moe_lora_tests::faults::caught;
 use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
@@ -51,7 +51,7 @@ fn case() -> Case {
         tokens: 200,
         global_experts: Some(9),
         slots: 5,
-        slices: 2,
+        out_dims: OutDims::uniform(64, 2),
         x_rows: XRows::Pair,
         routed_weight: true,
         enabled: Flags::U8,

@@ -1,6 +1,6 @@
 use moe_lora::dtype::DType;
 use moe_lora::error::Result;
-use moe_lora::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+use moe_lora::projection::{ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -24,12 +24,10 @@ pub struct Case {
     pub slots: usize,
     /// R.
     pub max_rank: usize,
-    /// S.
-    pub slices: usize,
     /// K.
     pub in_dim: usize,
-    /// N.
-    pub out_dim: usize,
+    /// N of each of the S slices.
+    pub out_dims: OutDims,
     /// What a row of `x` belongs to.
     pub x_rows: XRows,
     /// Whether `a` has a matrix an expert.
@@ -52,7 +50,7 @@ pub struct Case {
     pub offset: usize,
     /// Row stride of `x` less K.
     pub x_padding: usize,
-    /// Row stride of `out` less offset + S·N.
+    /// Row stride of `out` less offset + Σ N_s.
     pub out_padding: usize,
     /// One call, or the two halves.
     pub form: Form,
@@ -143,9 +141,8 @@ impl Default for Case {
             global_experts: None,
             slots: 2,
             max_rank: 16,
-            slices: 1,
             in_dim: 64,
-            out_dim: 64,
+            out_dims: OutDims::uniform(64, 1),
             x_rows: XRows::Token,
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
@@ -178,9 +175,8 @@ impl Case {
             experts: self.experts,
             slots: self.slots,
             max_rank: self.max_rank,
-            slices: self.slices,
             in_dim: self.in_dim,
-            out_dim: self.out_dim,
+            out_dims: self.out_dims,
             x_rows: self.x_rows,
             a_experts: self.a_experts,
             b_experts: self.b_experts,
@@ -192,9 +188,9 @@ impl Case {
         self.in_dim + self.x_padding
     }
 
-    /// Columns of a row of `out` up to the last one written: offset + S·N.
+    /// Columns of a row of `out` up to the last one written: offset + Σ N_s.
     pub fn out_width(&self) -> usize {
-        self.offset + self.slices * self.out_dim
+        self.offset + self.out_dims.total()
     }
 
     /// Elements from one row of `out` to the next.
@@ -211,9 +207,9 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Case { dtype, tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = self;
+        let Case { dtype, tokens, top_k, experts, slots, max_rank, in_dim, out_dims, .. } = self;
         write!(f, "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank}")?;
-        write!(f, " S={slices} K={in_dim} N={out_dim}")?;
+        write!(f, " S={} K={in_dim} N={out_dims}", out_dims.len())?;
         if let Some(global_experts) = self.global_experts {
             write!(f, " of {global_experts} experts")?;
         }

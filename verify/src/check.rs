@@ -298,11 +298,11 @@ impl<'d, T: Element> Trial<'d, T> {
         // Choices of one token may share their row of `x` and their weights: they count once. Of fewer
         // elements of K, or fewer columns, than ranks the values are products of few numbers, whose roundings
         // are no more independent than these.
-        let most = self.case.in_dim.min(self.case.out_dim);
+        let most = self.case.in_dim.min(self.case.out_dims.max());
         let ranks = targets
             .chunks(self.case.top_k)
             .map(|choices| choices.iter().flatten().map(|target| target.rank.min(most)).max().unwrap_or(0));
-        let roundings = self.case.slices * ranks.sum::<usize>();
+        let roundings = self.case.out_dims.len() * ranks.sum::<usize>();
         if roundings >= MEASURED_ROUNDINGS && error > meter.tolerance {
             return Err(Fault::Inaccurate { tensor: meter.tensor.name(), error, tolerance: meter.tolerance });
         }

@@ -180,7 +180,7 @@ impl<T: Element> CaseData<T> {
             a: Vec::new(),
             b: Vec::new(),
             topk_weights: topk_weights.as_ref().map(|weights| Tensor::new("topk_weights", weights, odd)),
-            h: Tensor::poisoned("h", [case.slices * pairs, case.max_rank, case.max_rank], odd),
+            h: Tensor::poisoned("h", [case.out_dims.len() * pairs, case.max_rank, case.max_rank], odd),
             out: Tensor::filled("out", [pairs, case.out_stride(), case.out_width()], out_fill, odd),
         };
 
@@ -196,9 +196,9 @@ impl<T: Element> CaseData<T> {
             });
         }
         let targets = reference::targets(&projection, case.tokens, &data.routing())?;
-        for _ in 0..case.slices {
+        for &out_dim in case.out_dims.as_slice() {
             data.a.push(weights_a(case, &targets, &normals, rng.next_u64()));
-            data.b.push(weights_b(case, &targets, &normals, rng.next_u64()));
+            data.b.push(weights_b(case, out_dim, &targets, &normals, rng.next_u64()));
         }
         data.poison_inactive(case, &targets);
         Ok(data)
@@ -432,16 +432,21 @@ fn weights_a<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Norm
 }
 
 /// One slice of `b`.
-fn weights_b<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Normals, seed: u64) -> Tensor<T> {
+fn weights_b<T: Element>(
+    case: &Case,
+    out_dim: usize,
+    targets: &[Option<Target>],
+    normals: &Normals,
+    seed: u64,
+) -> Tensor<T> {
     let ranks = ranks_in_use(case, targets, case.b_experts);
-    let matrix = case.out_dim * case.max_rank;
-    let mut b =
-        Tensor::poisoned("b", [ranks.len() * case.out_dim, case.max_rank, case.max_rank], case.misaligned);
+    let matrix = out_dim * case.max_rank;
+    let mut b = Tensor::poisoned("b", [ranks.len() * out_dim, case.max_rank, case.max_rank], case.misaligned);
     b.elements_mut().par_chunks_mut(matrix).zip(ranks).enumerate().for_each(|(i, (matrix, rank))| {
         let rank = rank.unwrap_or(0);
         let scale = 1.0 / (rank.max(1) as f32).sqrt();
         for (n, row) in matrix.chunks_mut(case.max_rank).enumerate() {
-            normals.fill(&mut row[..rank], scale, seed ^ (i * case.out_dim + n) as u64);
+            normals.fill(&mut row[..rank], scale, seed ^ (i * out_dim + n) as u64);
         }
     });
     b

@@ -2,7 +2,7 @@
 
 use crate::case::{Case, Experts, Flags, Form, Loras, Ranks};
 use moe_lora::dtype::DType;
-use moe_lora::projection::{ExpertWeights, XRows};
+use moe_lora::projection::{ExpertWeights, OutDims, XRows};
 
 const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 const FORMS: [Form; 2] = [Form::Forward, Form::Split];
@@ -42,7 +42,13 @@ pub fn quick_grid() -> Vec<Case> {
     let mut cases = Vec::new();
     for form in FORMS {
         for dtype in DTYPES {
-            cases.extend(modes(&Case { form, dtype, tokens: 40, slices: 2, ..Case::default() }));
+            cases.extend(modes(&Case {
+                form,
+                dtype,
+                tokens: 40,
+                out_dims: OutDims::uniform(64, 2),
+                ..Case::default()
+            }));
         }
     }
     cases
@@ -51,7 +57,7 @@ pub fn quick_grid() -> Vec<Case> {
 /// Every mode in both forms on a small call, with one type and then the other: half of [`quick_grid`], for a
 /// back end that is slow.
 pub fn short_grid() -> Vec<Case> {
-    let call = Case { tokens: 40, slices: 2, ..Case::default() };
+    let call = Case { tokens: 40, out_dims: OutDims::uniform(64, 2), ..Case::default() };
     let forms = FORMS.into_iter().enumerate();
     let cases = forms.flat_map(|(i, form)| {
         modes(&call).into_iter().zip(DTYPES.into_iter().cycle().skip(i)).map(move |(mode, dtype)| Case {
@@ -86,9 +92,8 @@ pub fn full_grid() -> Vec<Case> {
         experts,
         slots,
         max_rank,
-        slices,
         in_dim,
-        out_dim,
+        out_dims: OutDims::uniform(out_dim, slices),
         ..Case::default()
     };
     let mut cases = Vec::new();
@@ -124,9 +129,8 @@ pub fn vllm_grid() -> Vec<Case> {
                             experts: 64,
                             slots,
                             max_rank,
-                            slices,
                             in_dim: 2048,
-                            out_dim: 1408,
+                            out_dims: OutDims::uniform(1408, slices),
                             seed: cases.len() as u64,
                             ..Case::default()
                         });

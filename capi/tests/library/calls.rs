@@ -8,7 +8,7 @@ use crate::functions::{Context, Functions};
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Buffer, Enabled, ProjectionSizes, RoutingTensors, View, ViewMut};
+use moe_lora::{Backend, Buffer, Enabled, OutDims, ProjectionSizes, RoutingTensors, View, ViewMut};
 use moe_lora_tests::refusals::GOOD;
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -30,12 +30,13 @@ pub const PROJECTION: Projection = Projection {
     experts: SIZES.experts,
     slots: SIZES.slots,
     max_rank: SIZES.max_rank,
-    slices: SIZES.slices,
+    slices: 1,
     in_dim: SIZES.in_dim,
-    out_dim: SIZES.out_dim,
+    out_dim: 8,
+    out_dims: [0; MOE_LORA_MAX_SLICES],
 };
 
-const SIZES: ProjectionSizes = ProjectionSizes { slices: 1, ..GOOD };
+const SIZES: ProjectionSizes = ProjectionSizes { out_dims: OutDims::uniform(8, 1), ..GOOD };
 
 /// Buffers of a call of [`TOKENS`] tokens on [`PROJECTION`].
 pub struct Operands<B: Backend> {

@@ -81,7 +81,7 @@ impl Backend for Cpu {
         }
         let x = X::new(projection, call.x.data, layout.x_stride);
         let epilogue = Epilogue::new(call.topk_weights, call.offset, call.accumulate);
-        let out_dim = projection.sizes().out_dim;
+        let out_dims = projection.sizes().out_dims;
         let out_rows = (projection.pairs(call.tokens)?, layout.out_stride);
         let inactive = segments.for_each_tile(
             call.out.data.into_slice(),
@@ -94,8 +94,8 @@ impl Backend for Cpu {
                     multiply(x_rows, Matrix::a(tile, projection, a), weights, |i, q, sum| {
                         h.row_mut(i)[q] = sum;
                     });
-                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
-                        epilogue.write(pairs[i], out[i], s * out_dim + n, d);
+                    multiply(h, Matrix::b(tile, projection, s, b), weights, |i, n, d| {
+                        epilogue.write(pairs[i], out[i], out_dims.first_column(s) + n, d);
                     });
                 }
             },
@@ -145,7 +145,7 @@ impl Backend for Cpu {
             return Ok(route);
         }
         let epilogue = Epilogue::new(call.topk_weights, call.offset, call.accumulate);
-        let &ProjectionSizes { out_dim, max_rank, .. } = projection.sizes();
+        let &ProjectionSizes { out_dims, max_rank, .. } = projection.sizes();
         let rows = projection.pairs(call.tokens)?;
         let hidden = call.h.as_slice();
         let inactive = segments.for_each_tile(
@@ -157,8 +157,8 @@ impl Backend for Cpu {
                     for (i, pair) in pairs.iter().enumerate() {
                         T::widen(&hidden[(s * rows + pair) * max_rank..][..tile.rank], h.row_mut(i));
                     }
-                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
-                        epilogue.write(pairs[i], out[i], s * out_dim + n, d);
+                    multiply(h, Matrix::b(tile, projection, s, b), weights, |i, n, d| {
+                        epilogue.write(pairs[i], out[i], out_dims.first_column(s) + n, d);
                     });
                 }
             },

@@ -105,12 +105,12 @@ impl<'a, T: Element> Matrix<'a, T> {
         Matrix { data, rows: tile.rank, stride: s.in_dim }
     }
 
-    /// `[N, R]`: the segment's `b`, of whose rows the first `rank` columns are in use.
-    pub fn b(tile: &Tile, projection: &Projection, b: View<'a, Host, T>) -> Self {
-        let s = projection.sizes();
-        let first = tile.matrix(s.experts, s.b_experts) * s.out_dim * s.max_rank;
-        let data = &b.as_slice()[first..][..s.out_dim * s.max_rank];
-        Matrix { data, rows: s.out_dim, stride: s.max_rank }
+    /// `[N_s, R]`: the segment's `b`, of whose rows the first `rank` columns are in use.
+    pub fn b(tile: &Tile, projection: &Projection, slice: usize, b: View<'a, Host, T>) -> Self {
+        let (s, out_dim) = (projection.sizes(), projection.sizes().out_dims.get(slice));
+        let first = tile.matrix(s.experts, s.b_experts) * out_dim * s.max_rank;
+        let data = &b.as_slice()[first..][..out_dim * s.max_rank];
+        Matrix { data, rows: out_dim, stride: s.max_rank }
     }
 }
 

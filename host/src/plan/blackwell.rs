@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::dtype::DType;
-use crate::projection::{ExpertWeights, ProjectionSizes, XRows};
+use crate::projection::{ExpertWeights, OutDims, ProjectionSizes, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
 
@@ -53,12 +53,11 @@ fn projections() -> impl Iterator<Item = Projection> {
         a_experts: ExpertWeights::PerExpert,
         b_experts: ExpertWeights::PerExpert,
         top_k,
-        slices: if is_w2 { 1 } else { 2 },
         max_rank,
         experts,
         slots,
         in_dim: if is_w2 { inner } else { hidden },
-        out_dim: if is_w2 { hidden } else { inner },
+        out_dims: OutDims::uniform(if is_w2 { hidden } else { inner }, if is_w2 { 1 } else { 2 }),
     };
     let each = move |model| {
         [false, true].into_iter().flat_map(move |is_w2| {
@@ -84,7 +83,7 @@ fn plan(
     let layout = Layout {
         tokens,
         x_stride: sizes.in_dim,
-        out_stride: sizes.slices * sizes.out_dim,
+        out_stride: projection.out_width(),
         offset: 0,
         aligned: true,
         ranked: false,
@@ -154,12 +153,11 @@ fn decode_is_planned_where_shared_memory_has_room() {
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
             top_k,
-            slices: 2,
             max_rank: rank,
             experts,
             slots: 2,
             in_dim: hidden,
-            out_dim: inner,
+            out_dims: OutDims::uniform(inner, 2),
         };
         let projection = Projection::new(sizes).expect("sizes as a model has them");
         let plan = plan(&projection, 4, Stage::Forward, RouteSource::Made, &Options::default(), chip);

@@ -2,12 +2,12 @@
 
 use libtest_mimic::Failed;
 use moe_lora::cuda::{self, Device, Options, TileKind};
-use moe_lora::{Align, Backend, BlockShape, Buffer, Cuda, Enabled, RoutingTensors, SortedTensors};
+use moe_lora::{Align, Backend, BlockShape, Buffer, Cuda, Enabled, OutDims, RoutingTensors, SortedTensors};
 use moe_lora_verify::{Case, CaseData, Experts, Flags, Form, Loras, Ranks, check_each};
 
 /// Narrow matrices: what counts is who goes where.
 fn narrow() -> Case {
-    Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() }
+    Case { in_dim: 8, out_dims: OutDims::uniform(8, 1), max_rank: 8, loras: Loras::Random, ..Case::default() }
 }
 
 fn check(device: &Device, case: &Case) -> Result<(), Failed> {
