@@ -18,7 +18,7 @@ struct Call {
 pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
     use Status::*;
     type Row = (fn(&mut Call), Status, &'static str);
-    let table: [Row; 21] = [
+    let table: [Row; 23] = [
         (|call| call.projection.max_rank = 0, ZeroSize, "max_rank is 0, expected at least 1"),
         (|call| call.projection.top_k = 65, SizeTooLarge, "top_k is 65, expected at most 64"),
         (
