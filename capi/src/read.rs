@@ -7,7 +7,8 @@ use crate::abi::{
 use crate::fault::Fault;
 use bytemuck::Pod;
 use moe_lora::{
-    Element, Enabled, Error, OutDims, Route, RoutingTensors, Rows, RowsMut, Space, View, ViewMut,
+    Element, Enabled, Error, Factor, OutDims, Route, RoutingTensors, Rows, RowsMut, SliceOrder, Space,
+    TopkIds, View, ViewMut, Weights,
 };
 use std::mem::{MaybeUninit, offset_of};
 use std::ptr;
@@ -191,7 +192,7 @@ impl Routing {
         // SAFETY: as the caller promises.
         unsafe {
             Ok(RoutingTensors {
-                topk_ids: self.topk_ids.view(),
+                topk_ids: TopkIds::I32(self.topk_ids.view()),
                 token_lora: self.token_lora.view(),
                 adapter_enabled: match (flags.is_left_out(), self.adapter_enabled_bytes) {
                     (true, 0) => Enabled::All,
@@ -245,12 +246,12 @@ impl Forward {
             work(moe_lora::Forward {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
-                a: &a.0[..a.1],
-                b: &b.0[..b.1],
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
+                weights: Weights::Stacked { a: &a.0[..a.1], b: &b.0[..b.1] },
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
                 offset: self.offset,
+                order: SliceOrder::InOrder,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }
@@ -273,8 +274,8 @@ impl Shrink {
             work(moe_lora::Shrink {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
-                a: &a.0[..a.1],
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
+                a: Factor::Stacked(&a.0[..a.1]),
                 h: self.h.view(),
             })
         }
@@ -298,10 +299,11 @@ impl Expand {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
                 h: self.h.view(),
-                b: &b.0[..b.1],
+                b: Factor::Stacked(&b.0[..b.1]),
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
                 offset: self.offset,
+                order: SliceOrder::InOrder,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::adapter::LayerProjection;
 use moe_lora::{
     Buffer, DType, Element, ExpertWeights, Forward, OutDims, Projection, ProjectionSizes, RoutingTensors,
-    Space, View, ViewMut, reference,
+    SliceOrder, Space, View, ViewMut, reference,
 };
 use rand::rngs::StdRng;
 use rand::seq::index;
@@ -216,11 +216,11 @@ impl<S: Space, T: Element> Inputs<'_, S, T> {
             tokens: self.tokens,
             routing: RoutingTensors::new(topk_ids, self.token_lora).into(),
             x: self.x.into(),
-            a: &self.a,
-            b: &self.b,
+            weights: moe_lora::Weights::Stacked { a: &self.a, b: &self.b },
             topk_weights: self.topk_weights,
             out: out.into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: true,
         }
     }
@@ -275,7 +275,7 @@ impl<T: Element> Batch<T> {
         let mut out = batch.old.clone();
         let mut segments = 0;
         for topk_ids in &batch.topk_ids {
-            let routing = RoutingTensors::new(topk_ids[..].into(), inputs.token_lora);
+            let routing = RoutingTensors::new(&topk_ids[..], inputs.token_lora);
             let targets = reference::targets(projection, tokens, &routing)?;
             segments += targets.iter().flatten().map(|at| (at.slot, at.expert)).collect::<HashSet<_>>().len();
         }

@@ -9,7 +9,7 @@ use moe_lora::plan::{
 };
 use moe_lora::{
     BlockShape, Cuda, DType, Element, ExpertWeights, Forward, Layout, OutDims, Projection, ProjectionSizes,
-    RoutingTensors, Rows, RowsMut, View, ViewMut, XRows,
+    RoutingTensors, Rows, RowsMut, SliceOrder, View, ViewMut, Weights, XRows,
 };
 
 /// Plans for the call that `data` describes.
@@ -75,12 +75,12 @@ fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Resu
     let call = Forward {
         tokens: size(u)?,
         routing: RoutingTensors::new(ids, ids).into(),
-        x: Rows { data: view, stride: Some(size(u)?).filter(|&stride| stride > 0) },
-        a: &weights,
-        b: &weights,
+        x: Rows { data: view, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
+        weights: Weights::Stacked { a: &weights, b: &weights },
         topk_weights: None,
-        out: RowsMut { data: out, stride: Some(size(u)?).filter(|&stride| stride > 0) },
+        out: RowsMut { data: out, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
         offset: size(u)?,
+        order: *u.choose(&[SliceOrder::InOrder, SliceOrder::Reversed, SliceOrder::Interleaved])?,
         accumulate: u.arbitrary()?,
     };
     Ok(call.check(projection).ok())

@@ -3,7 +3,7 @@
 use bytemuck::Pod;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Options, Plan, RouteSource, Stage};
-use moe_lora::{BlockShape, DType, Element, Enabled, Layout, RoutingTensors, View, ViewMut};
+use moe_lora::{BlockShape, DType, Element, Enabled, Layout, RoutingTensors, TopkIds, View, ViewMut};
 use moe_lora_verify::{Case, Form, Operands, Ranks};
 use std::collections::BTreeSet;
 
@@ -99,7 +99,7 @@ fn layout<T: Element>(case: &Case) -> Layout {
     let ids = || view::<i32>(case.misaligned);
     let weights = || vec![view::<T>(case.misaligned); case.out_dims.len()];
     let routing = RoutingTensors {
-        topk_ids: ids(),
+        topk_ids: TopkIds::I32(ids()),
         token_lora: ids(),
         adapter_enabled: Enabled::All,
         ranks: (case.ranks != Ranks::Max).then(ids),

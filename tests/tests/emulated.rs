@@ -332,7 +332,7 @@ fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
             experts: EXPERTS,
             slots: 1,
             shape: BlockShape { block_size: BLOCK, max_padded: ROOM, max_blocks: ROOM / BLOCK },
-            topk_ids: topk_ids.view(),
+            topk_ids: topk_ids.view().into(),
             token_lora: token_lora.view(),
             adapter_enabled: Enabled::All,
             lora_ids: lora_ids.view(),

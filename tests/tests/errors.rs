@@ -1,7 +1,7 @@
 //! Each error comes from the input that it names, and then nothing is written.
 
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Error, OutDims, Projection, ProjectionSizes};
+use moe_lora::{Backend, Error, OutDims, Projection, ProjectionSizes, TopkIds};
 use moe_lora_tests::refusals::{GOOD, check_refusals};
 
 const MOST: usize = i32::MAX as usize;
@@ -98,7 +98,7 @@ fn what_a_view_names_is_checked_where_nothing_is_needed_too() {
             experts: 1,
             slots: 2,
             shape: BlockShape { block_size: 16, max_padded: 16, max_blocks: 1 },
-            topk_ids,
+            topk_ids: TopkIds::I32(topk_ids),
             token_lora: [][..].into(),
             adapter_enabled: Enabled::All,
             lora_ids: [0][..].into(),
@@ -121,14 +121,14 @@ fn the_reference_refuses_tensors_that_are_too_short() {
     use moe_lora::{BlockShape, Enabled, RoutingTensors, SortedTensors, reference};
     let projection = Projection::new(ProjectionSizes { top_k: 2, slots: 2, ..GOOD }).expect("legal sizes");
     let (ids, lora) = ([0; 5], [0; 3]);
-    let routing = RoutingTensors::new(ids[..].into(), lora[..].into());
+    let routing = RoutingTensors::new(&ids[..], lora[..].into());
     let too_short =
         |tensor| move |error: &Error| matches!(error, Error::TooShort { tensor: t, .. } if *t == tensor);
     assert!(reference::targets(&projection, 3, &routing).is_err_and(|error| too_short("topk_ids")(&error)));
     let ranks = [8];
     let ranked = RoutingTensors {
         ranks: Some(ranks[..].into()),
-        ..RoutingTensors::new([0; 6][..].into(), lora[..].into())
+        ..RoutingTensors::new(&[0i32; 6][..], lora[..].into())
     };
     assert!(reference::targets(&projection, 3, &ranked).is_err_and(|error| too_short("ranks")(&error)));
     let sorted = SortedTensors {

@@ -1,6 +1,8 @@
 use crate::case::{Case, Experts, Flags, Loras, Ranks};
 use bytemuck::Pod;
-use moe_lora::call::{Enabled, Expand, Forward, RoutingTensors, Shrink};
+use moe_lora::call::{
+    Enabled, Expand, Factor, Forward, RoutingTensors, Shrink, SliceOrder, TopkIds, Weights,
+};
 use moe_lora::dtype::Element;
 use moe_lora::error::Result;
 use moe_lora::projection::{ExpertWeights, XRows};
@@ -221,7 +223,7 @@ impl<T: Element> CaseData<T> {
 
     pub(crate) fn routing(&self) -> RoutingTensors<'_, Host> {
         RoutingTensors {
-            topk_ids: self.topk_ids.view(),
+            topk_ids: TopkIds::I32(self.topk_ids.view()),
             token_lora: self.token_lora.view(),
             adapter_enabled: match &self.enabled {
                 FlagTensor::All => Enabled::All,
@@ -266,12 +268,12 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
         Forward {
             tokens: case.tokens,
             routing: self.routing.into(),
-            x: Rows { data: self.x, stride: Some(case.x_stride()) },
-            a: &self.a,
-            b: &self.b,
+            x: Rows { data: self.x, stride: Some(case.x_stride()), index: None },
+            weights: Weights::Stacked { a: &self.a, b: &self.b },
             topk_weights: self.topk_weights,
-            out: RowsMut { data: out, stride: Some(case.out_stride()) },
+            out: RowsMut { data: out, stride: Some(case.out_stride()), index: None },
             offset: case.offset,
+            order: SliceOrder::InOrder,
             accumulate: case.accumulate,
         }
     }
@@ -281,8 +283,8 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
         Shrink {
             tokens: case.tokens,
             routing: self.routing.into(),
-            x: Rows { data: self.x, stride: Some(case.x_stride()) },
-            a: &self.a,
+            x: Rows { data: self.x, stride: Some(case.x_stride()), index: None },
+            a: Factor::Stacked(&self.a),
             h,
         }
     }
@@ -293,10 +295,11 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
             tokens: case.tokens,
             routing: self.routing.into(),
             h,
-            b: &self.b,
+            b: Factor::Stacked(&self.b),
             topk_weights: self.topk_weights,
-            out: RowsMut { data: out, stride: Some(case.out_stride()) },
+            out: RowsMut { data: out, stride: Some(case.out_stride()), index: None },
             offset: case.offset,
+            order: SliceOrder::InOrder,
             accumulate: case.accumulate,
         }
     }

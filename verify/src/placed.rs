@@ -4,7 +4,7 @@ use crate::data::{CaseData, FlagTensor, Operands, Tensor};
 use crate::fault::Fault;
 use bytemuck::Pod;
 use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Enabled, RoutingTensors};
+use moe_lora::call::{Enabled, RoutingTensors, TopkIds};
 use moe_lora::dtype::Element;
 use moe_lora::tensor::{View, ViewMut};
 use std::ops::Range;
@@ -158,7 +158,7 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
 
     pub fn routing(&self) -> RoutingTensors<'_, B::Space> {
         RoutingTensors {
-            topk_ids: self.topk_ids.view(),
+            topk_ids: TopkIds::I32(self.topk_ids.view()),
             token_lora: self.token_lora.view(),
             adapter_enabled: match &self.enabled {
                 PlacedFlags::All => Enabled::All,

@@ -79,15 +79,7 @@ fn plan(
     options: &Options,
     chip: &Chip,
 ) -> Plan {
-    let sizes = projection.sizes();
-    let layout = Layout {
-        tokens,
-        x_stride: sizes.in_dim,
-        out_stride: projection.out_width(),
-        offset: 0,
-        aligned: true,
-        ranked: false,
-    };
+    let layout = Layout::packed(projection, tokens);
     let plan = Plan::new(projection, &layout, stage, route, &chip.limits, options);
     let plan = plan.expect("no size is too large").expect("there are tokens");
     // Among others, that each launch fits the shared memory.
