@@ -1,6 +1,7 @@
 //! Lists of cases: a few seconds' worth, a few minutes' worth, and vLLM's own.
 
-use crate::case::{Case, Experts, Flags, Form, Loras, Ranks};
+use crate::case::{Case, Experts, Flags, Form, IdsKind, Indexed, Loras, Ranks};
+use moe_lora::call::SliceOrder;
 use moe_lora::dtype::DType;
 use moe_lora::projection::{ExpertWeights, OutDims, XRows};
 
@@ -35,6 +36,38 @@ fn modes(base: &Case) -> Vec<Case> {
         Case { x_padding: 3, out_padding: 5, offset: 1, accumulate: false, ..base.clone() },
         Case { misaligned: true, ..base },
     ]
+}
+
+/// Forms of a call beside the plainest, each in a case that differs from `base` in little else: slices of
+/// their own widths and in other orders, rows by an index, weights by address, other ids.
+pub fn new_forms(base: &Case) -> Vec<Case> {
+    let base = base.clone();
+    let dense = Case { experts: 1, top_k: 1, loras: Loras::Random, ..base.clone() };
+    let own_widths = OutDims::new(&[64, 24, 40]).expect("three slices");
+    let table = Case { table: true, loras: Loras::Random, ..base.clone() };
+    let permuted = Case { x_index: Indexed::Permuted, out_index: Indexed::Permuted, ..base.clone() };
+    let cases = vec![
+        Case { out_dims: own_widths, ..base.clone() },
+        Case { out_dims: own_widths, order: SliceOrder::Reversed, accumulate: false, ..base.clone() },
+        Case { order: SliceOrder::Interleaved, offset: 8, ..base.clone() },
+        Case { order: SliceOrder::Interleaved, accumulate: false, ranks: Ranks::OutOfRange, ..base.clone() },
+        Case { ids: IdsKind::None, out_dims: own_widths, ..dense.clone() },
+        Case { ids: IdsKind::None, lora_padding: 5, accumulate: false, ..dense },
+        Case { ids: IdsKind::I64, routing: Experts::OutOfRange, ..base.clone() },
+        Case { ids: IdsKind::I64, global_experts: Some(base.experts + 3), ..base.clone() },
+        permuted.clone(),
+        Case { x_rows: XRows::Pair, accumulate: false, routed_weight: true, ..permuted },
+        Case { x_index: Indexed::OutOfRange, routed_weight: true, ..base.clone() },
+        Case { x_index: Indexed::OutOfRange, accumulate: false, block_size: Some(16), ..base.clone() },
+        Case { out_index: Indexed::OutOfRange, out_padding: 3, ..base.clone() },
+        Case { out_index: Indexed::OutOfRange, accumulate: false, block_size: Some(16), ..base.clone() },
+        table.clone(),
+        Case { ranks: Ranks::Mixed, accumulate: false, ..table.clone() },
+        Case { a_experts: ExpertWeights::Shared, routed_weight: true, ..table.clone() },
+        Case { b_experts: ExpertWeights::Shared, ranks: Ranks::OutOfRange, ..table.clone() },
+        Case { out_dims: own_widths, x_index: Indexed::OutOfRange, out_index: Indexed::Permuted, ..table },
+    ];
+    cases
 }
 
 /// Every mode, in both forms, and both types, on a small call: seconds on a laptop.

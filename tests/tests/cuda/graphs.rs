@@ -56,6 +56,9 @@ impl Uploaded {
         Operands {
             routing: RoutingTensors::new(self.topk_ids.view(), self.token_lora.view()),
             x: self.x.view(),
+            x_index: None,
+            adapters: None,
+            out_index: None,
             a: self.a.iter().map(Buffer::view).collect(),
             b: self.b.iter().map(Buffer::view).collect(),
             topk_weights: Some(self.topk_weights.view()),
