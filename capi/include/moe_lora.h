@@ -36,7 +36,7 @@
  * Version of this interface. It grows with each function, status or field that is added; nothing is taken
  * away or changes its meaning.
  */
-#define MOE_LORA_ABI_VERSION 2
+#define MOE_LORA_ABI_VERSION 3
 
 /**
  * Length of the arrays of per-slice tensors: no projection has more slices.
@@ -175,6 +175,34 @@ enum moe_lora_status
      * An operation that no graph can hold was asked for during a capture. Not returned by this version.
      */
     MOE_LORA_STATUS_NOT_RECORDABLE = 27,
+    /**
+     * A size is no multiple of what it must be one of. Not returned by this version.
+     */
+    MOE_LORA_STATUS_NOT_MULTIPLE = 28,
+    /**
+     * A number is infinite or none. Not returned by this version.
+     */
+    MOE_LORA_STATUS_NOT_FINITE = 29,
+    /**
+     * Weights by address do not begin on a boundary of 16 bytes. Not returned by this version.
+     */
+    MOE_LORA_STATUS_OFF_BOUNDARY = 30,
+    /**
+     * Slices of different widths cannot be interleaved. Not returned by this version.
+     */
+    MOE_LORA_STATUS_UNEQUAL_SLICES = 31,
+    /**
+     * `topk_ids` is left out where tokens choose among experts. Not returned by this version.
+     */
+    MOE_LORA_STATUS_NO_TOPK_IDS = 32,
+    /**
+     * `expert_map` is given where `topk_ids` is left out. Not returned by this version.
+     */
+    MOE_LORA_STATUS_NOTHING_TO_MAP = 33,
+    /**
+     * The back end has no kernels for this form of a call.
+     */
+    MOE_LORA_STATUS_UNSUPPORTED = 34,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -321,6 +349,11 @@ typedef struct {
      * N: width of one slice of the output, at least 1.
      */
     size_t out_dim;
+    /**
+     * N of each slice, where slices have widths of their own; 0: `out_dim`. Zero past the last slice. (From
+     * version 3 on.)
+     */
+    size_t out_dims[MOE_LORA_MAX_SLICES];
 } moe_lora_projection;
 
 /**

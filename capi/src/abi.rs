@@ -5,7 +5,7 @@ use std::ffi::c_void;
 
 /// Version of this interface. It grows with each function, status or field that is added; nothing is taken
 /// away or changes its meaning.
-pub const MOE_LORA_ABI_VERSION: u32 = 2;
+pub const MOE_LORA_ABI_VERSION: u32 = 3;
 
 /// Length of the arrays of per-slice tensors: no projection has more slices.
 pub const MOE_LORA_MAX_SLICES: usize = 4;
@@ -80,6 +80,20 @@ pub enum Status {
     PartOfRoute = 26,
     /// An operation that no graph can hold was asked for during a capture. Not returned by this version.
     NotRecordable = 27,
+    /// A size is no multiple of what it must be one of. Not returned by this version.
+    NotMultiple = 28,
+    /// A number is infinite or none. Not returned by this version.
+    NotFinite = 29,
+    /// Weights by address do not begin on a boundary of 16 bytes. Not returned by this version.
+    OffBoundary = 30,
+    /// Slices of different widths cannot be interleaved. Not returned by this version.
+    UnequalSlices = 31,
+    /// `topk_ids` is left out where tokens choose among experts. Not returned by this version.
+    NoTopkIds = 32,
+    /// `expert_map` is given where `topk_ids` is left out. Not returned by this version.
+    NothingToMap = 33,
+    /// The back end has no kernels for this form of a call.
+    Unsupported = 34,
 }
 
 /// Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.
@@ -161,6 +175,9 @@ pub struct Projection {
     pub in_dim: usize,
     /// N: width of one slice of the output, at least 1.
     pub out_dim: usize,
+    /// N of each slice, where slices have widths of their own; 0: `out_dim`. Zero past the last slice. (From
+    /// version 3 on.)
+    pub out_dims: [usize; MOE_LORA_MAX_SLICES],
 }
 
 /// Who goes where: the tensors that routing reads. All ids are untrusted: a pair with one that is out of

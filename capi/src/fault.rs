@@ -71,6 +71,13 @@ impl Fault {
                 Error::OtherDevice { .. } => Status::OtherDevice,
                 Error::PartOfRoute { .. } => Status::PartOfRoute,
                 Error::NotRecordable { .. } => Status::NotRecordable,
+                Error::NotMultiple { .. } => Status::NotMultiple,
+                Error::NotFinite { .. } => Status::NotFinite,
+                Error::OffBoundary { .. } => Status::OffBoundary,
+                Error::UnequalSlices { .. } => Status::UnequalSlices,
+                Error::NoTopkIds { .. } => Status::NoTopkIds,
+                Error::NothingToMap => Status::NothingToMap,
+                Error::Unsupported { .. } => Status::Unsupported,
                 // An emulated kernel's: no emulated device is behind this interface.
                 _ => Status::Internal,
             },
@@ -155,6 +162,13 @@ mod tests {
             Error::Tuning { path: text(), reason: text() },
             Error::TunedElsewhere { tuned: text(), device: text() },
             Error::NotRecordable { what },
+            Error::NotMultiple { what, of: 2, got: 1 },
+            Error::NotFinite { what, got: text() },
+            Error::OffBoundary { tensor, expected: 16, address: 1 },
+            Error::UnequalSlices { out_dims: text() },
+            Error::NoTopkIds { experts: 2, top_k: 1 },
+            Error::NothingToMap,
+            Error::Unsupported { what },
             Error::DriverTooOld { version: text(), needed: "" },
             Error::Driver { call: "", code: 1, name: text(), reason: text() },
         ];
@@ -162,7 +176,7 @@ mod tests {
         let mut statuses: Vec<_> = errors.map(|error| Fault::from(error).status() as i32).into();
         statuses.sort_unstable();
         let of_arguments = [Status::NullArgument, Status::StructSize, Status::InvalidValue, Status::Internal];
-        let of_errors = (1..=27).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
+        let of_errors = (1..=34).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
         assert_eq!(statuses, of_errors.collect::<Vec<_>>());
     }
 

@@ -6,8 +6,11 @@ use crate::abi::{
 };
 use crate::fault::Fault;
 use bytemuck::Pod;
-use moe_lora::{Element, Enabled, Error, Route, RoutingTensors, Rows, RowsMut, Space, View, ViewMut};
-use std::mem::MaybeUninit;
+use moe_lora::{
+    Element, Enabled, Error, Factor, OutDims, Route, RoutingTensors, Rows, RowsMut, SliceOrder, Space,
+    TopkIds, View, ViewMut, Weights,
+};
+use std::mem::{MaybeUninit, offset_of};
 use std::ptr;
 
 const _: () = assert!(MOE_LORA_MAX_SLICES == moe_lora::Projection::MAX_SLICES);
@@ -15,21 +18,36 @@ const _: () = assert!(MOE_LORA_MAX_SLICES == moe_lora::Projection::MAX_SLICES);
 /// A struct that may grow: later versions add fields at its end, and their zero means what was before them.
 ///
 /// # Safety
-/// `repr(C)`, without padding; the first field is `size: usize`; every bit pattern is a value.
-pub unsafe trait Versioned: Copy {}
+/// `repr(C)`, without padding; the first field is `size: usize`; every bit pattern is a value. `FIRST` is at
+/// most its size.
+pub unsafe trait Versioned: Copy {
+    /// Its size in the first version.
+    const FIRST: usize;
+}
 
 // SAFETY: integers and pointers, of 8 bytes or in pairs of 4.
-unsafe impl Versioned for Projection {}
+unsafe impl Versioned for Projection {
+    const FIRST: usize = offset_of!(Projection, out_dims);
+}
 // SAFETY: as above.
-unsafe impl Versioned for Routing {}
+unsafe impl Versioned for Routing {
+    const FIRST: usize = size_of::<Routing>();
+}
 // SAFETY: as above.
-unsafe impl Versioned for Forward {}
+unsafe impl Versioned for Forward {
+    const FIRST: usize = size_of::<Forward>();
+}
 // SAFETY: as above.
-unsafe impl Versioned for Shrink {}
+unsafe impl Versioned for Shrink {
+    const FIRST: usize = size_of::<Shrink>();
+}
 // SAFETY: as above.
-unsafe impl Versioned for Expand {}
+unsafe impl Versioned for Expand {
+    const FIRST: usize = size_of::<Expand>();
+}
 
-/// A copy of the struct at `pointer`, of this version or of a later one that says nothing new.
+/// A copy of the struct at `pointer`: of this version, of an earlier one, or of a later one that says nothing
+/// new.
 ///
 /// # Safety
 /// `pointer` is null or points at a `size`, and at as many bytes as it says.
@@ -37,21 +55,23 @@ pub unsafe fn read<T: Versioned>(pointer: *const T, what: &'static str) -> Resul
     if pointer.is_null() {
         return Err(Fault::NullArgument { argument: what });
     }
-    let expected = size_of::<T>();
+    let known = size_of::<T>();
     // SAFETY: `size` is the first field.
     let got = unsafe { pointer.cast::<usize>().read_unaligned() };
     let unknown = |byte| {
         // SAFETY: within the struct.
         unsafe { pointer.cast::<u8>().add(byte).read() != 0 }
     };
-    if got < expected || (expected..got).any(unknown) {
+    if got < T::FIRST || (known..got).any(unknown) {
+        let expected = if got < T::FIRST { T::FIRST } else { known };
         return Err(Fault::StructSize { what, expected, got });
     }
-    let mut known = MaybeUninit::<T>::uninit();
+    // Zero is what a field means that the caller's version does not have.
+    let mut read = MaybeUninit::<T>::zeroed();
     // SAFETY: there are as many bytes, and whatever they are is a value.
     unsafe {
-        ptr::copy_nonoverlapping(pointer.cast::<u8>(), known.as_mut_ptr().cast::<u8>(), expected);
-        Ok(known.assume_init())
+        ptr::copy_nonoverlapping(pointer.cast::<u8>(), read.as_mut_ptr().cast::<u8>(), got.min(known));
+        Ok(read.assume_init())
     }
 }
 
@@ -89,11 +109,23 @@ impl Projection {
             experts: self.experts,
             slots: self.slots,
             max_rank: self.max_rank,
-            slices: self.slices,
             in_dim: self.in_dim,
-            out_dim: self.out_dim,
+            out_dims: self.out_dims()?,
         };
         Ok(moe_lora::Projection::new(sizes)?)
+    }
+
+    /// N of each slice: its own, or the one of all.
+    fn out_dims(&self) -> Result<OutDims, Fault> {
+        let slices = self.slices.min(MOE_LORA_MAX_SLICES);
+        if let Some(&got) = self.out_dims[slices..].iter().find(|&&width| width != 0) {
+            let (field, expected) = ("projection.out_dims", "0 past the last slice");
+            return Err(Fault::InvalidValue { field, expected, got: got as i128 });
+        }
+        let width = |&own: &usize| if own == 0 { self.out_dim } else { own };
+        let widths: Vec<usize> = self.out_dims[..slices].iter().map(width).collect();
+        // How many slices there are is checked with all other sizes.
+        Ok(OutDims::new(&widths).unwrap_or(OutDims::uniform(0, self.slices)))
     }
 }
 
@@ -160,7 +192,7 @@ impl Routing {
         // SAFETY: as the caller promises.
         unsafe {
             Ok(RoutingTensors {
-                topk_ids: self.topk_ids.view(),
+                topk_ids: TopkIds::I32(self.topk_ids.view()),
                 token_lora: self.token_lora.view(),
                 adapter_enabled: match (flags.is_left_out(), self.adapter_enabled_bytes) {
                     (true, 0) => Enabled::All,
@@ -214,12 +246,12 @@ impl Forward {
             work(moe_lora::Forward {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
-                a: &a.0[..a.1],
-                b: &b.0[..b.1],
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
+                weights: Weights::Stacked { a: &a.0[..a.1], b: &b.0[..b.1] },
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
                 offset: self.offset,
+                order: SliceOrder::InOrder,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }
@@ -242,8 +274,8 @@ impl Shrink {
             work(moe_lora::Shrink {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride) },
-                a: &a.0[..a.1],
+                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
+                a: Factor::Stacked(&a.0[..a.1]),
                 h: self.h.view(),
             })
         }
@@ -267,10 +299,11 @@ impl Expand {
                 tokens: self.tokens,
                 routing: Routing::of(self.routing, last)?,
                 h: self.h.view(),
-                b: &b.0[..b.1],
+                b: Factor::Stacked(&b.0[..b.1]),
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride) },
+                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
                 offset: self.offset,
+                order: SliceOrder::InOrder,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }

@@ -5,8 +5,8 @@ use half::{bf16, f16};
 use indicatif::{ProgressBar, ProgressStyle};
 use moe_lora::adapter::LayerProjection;
 use moe_lora::{
-    Buffer, DType, Element, ExpertWeights, Forward, Projection, ProjectionSizes, RoutingTensors, Space, View,
-    ViewMut, reference,
+    Buffer, DType, Element, ExpertWeights, Forward, OutDims, Projection, ProjectionSizes, RoutingTensors,
+    SliceOrder, Space, View, ViewMut, reference,
 };
 use rand::rngs::StdRng;
 use rand::seq::index;
@@ -157,9 +157,8 @@ fn projection(op: LayerProjection, rank: usize, dtype: DType) -> moe_lora::Resul
         experts: EXPERTS,
         slots: ADAPTERS,
         max_rank: rank,
-        slices: op.slices(),
         in_dim,
-        out_dim,
+        out_dims: OutDims::uniform(out_dim, op.slices()),
         x_rows: op.x_rows(),
         a_experts: ExpertWeights::PerExpert,
         b_experts: ExpertWeights::PerExpert,
@@ -177,7 +176,7 @@ struct Weights<T> {
 impl<T: Element> Weights<T> {
     fn random(op: LayerProjection, rank: usize) -> moe_lora::Result<Self> {
         let projection = projection(op, rank, T::DTYPE)?;
-        let &ProjectionSizes { in_dim, out_dim, .. } = projection.sizes();
+        let &ProjectionSizes { in_dim, out_dims, .. } = projection.sizes();
         // One over the root of what a sum runs over: then what is added has about the variance of x.
         let matrices = |elements: usize, width: usize, seed: u64| {
             let scale = 1.0 / (width as f32).sqrt();
@@ -185,7 +184,7 @@ impl<T: Element> Weights<T> {
             slices.map(|s| normal(ADAPTERS * EXPERTS * elements, scale, seed + s)).collect()
         };
         let a = matrices(rank * in_dim, in_dim, SEED_A);
-        let b = matrices(out_dim * rank, rank, SEED_B);
+        let b = matrices(out_dims.max() * rank, rank, SEED_B);
         Ok(Weights { op, projection, a, b })
     }
 }
@@ -217,11 +216,11 @@ impl<S: Space, T: Element> Inputs<'_, S, T> {
             tokens: self.tokens,
             routing: RoutingTensors::new(topk_ids, self.token_lora).into(),
             x: self.x.into(),
-            a: &self.a,
-            b: &self.b,
+            weights: moe_lora::Weights::Stacked { a: &self.a, b: &self.b },
             topk_weights: self.topk_weights,
             out: out.into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: true,
         }
     }
@@ -276,13 +275,13 @@ impl<T: Element> Batch<T> {
         let mut out = batch.old.clone();
         let mut segments = 0;
         for topk_ids in &batch.topk_ids {
-            let routing = RoutingTensors::new(topk_ids[..].into(), inputs.token_lora);
+            let routing = RoutingTensors::new(&topk_ids[..], inputs.token_lora);
             let targets = reference::targets(projection, tokens, &routing)?;
             segments += targets.iter().flatten().map(|at| (at.slot, at.expert)).collect::<HashSet<_>>().len();
         }
         let call = inputs.call(batch.topk_ids[0][..].into(), ViewMut::from(&mut out[..]));
         let delta = reference::forward(projection, &call)?.values;
-        let matrices = sizes.slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim);
+        let matrices = sizes.max_rank * (sizes.out_dims.len() * sizes.in_dim + sizes.out_dims.total());
         let elements = segments * matrices / BATCHES + batch.x.len() + 2 * batch.old.len();
         Ok(Batch { delta, bytes: (elements * DType::SIZE) as f64, ..batch })
     }

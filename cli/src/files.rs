@@ -18,7 +18,7 @@
 use half::{bf16, f16};
 use moe_lora::adapter::{Adapter, AdapterError, LayerProjection, Stack};
 use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Forward, RoutingTensors};
+use moe_lora::call::{Forward, RoutingTensors, SliceOrder, Weights};
 use moe_lora::dtype::{DType, Element};
 use moe_lora::error::Error as CallError;
 use moe_lora::projection::{Projection, XRows};
@@ -232,11 +232,14 @@ impl Run {
             }
             .into(),
             x: x.view().into(),
-            a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
-            b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),
+            weights: Weights::Stacked {
+                a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
+                b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),
+            },
             topk_weights: topk_weights.as_ref().map(Buffer::view),
             out: out.view_mut().into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate,
         };
         backend.forward(&mut workspace, &stack.projection, call)?;

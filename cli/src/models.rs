@@ -1,7 +1,7 @@
 //! The layers of well-known models.
 
 use clap::ValueEnum;
-use moe_lora::{DType, ExpertWeights, Projection, ProjectionSizes, XRows};
+use moe_lora::{DType, ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
 use std::fmt;
 
 /// A model's mixture-of-experts layer.
@@ -55,9 +55,8 @@ impl Model {
             experts,
             slots,
             max_rank: rank,
-            slices,
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, slices),
             x_rows,
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,

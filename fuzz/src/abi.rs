@@ -86,7 +86,8 @@ const fn words<T>() -> usize {
 use Kind::{Elements, Enums, Number, Pointer, Size, Struct};
 const SLICES: [Kind; 2 * MOE_LORA_MAX_SLICES] =
     [Pointer, Elements, Pointer, Elements, Pointer, Elements, Pointer, Elements];
-static PROJECTION: [Kind; words::<Projection>()] = kinds(&[&[Size, Enums, Enums], &[Number; 7]]);
+static PROJECTION: [Kind; words::<Projection>()] =
+    kinds(&[&[Size, Enums, Enums], &[Number; 7 + MOE_LORA_MAX_SLICES]]);
 static ROUTING: [Kind; words::<Routing>()] =
     kinds(&[&[Size], &TENSOR, &TENSOR, &TENSOR, &[Number], &TENSOR, &TENSOR]);
 static FORWARD: [Kind; words::<Forward>()] = kinds(&[
@@ -174,6 +175,7 @@ fn good_projection() -> Projection {
         slices: 1,
         in_dim: 16,
         out_dim: 8,
+        out_dims: [0; 4],
     }
 }
 

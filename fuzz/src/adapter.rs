@@ -44,8 +44,8 @@ fn check_stack<T: Element>(adapter: &[Adapter], projection: LayerProjection, exp
     let Ok(stack) = Stack::<T>::load(adapter, 0, projection, 2, experts) else { return };
     let sizes = stack.projection.sizes();
     let matrices = sizes.slots * sizes.experts;
-    assert_eq!((stack.a.len(), stack.b.len()), (sizes.slices, sizes.slices));
+    assert_eq!((stack.a.len(), stack.b.len()), (sizes.out_dims.len(), sizes.out_dims.len()));
     assert!(stack.a.iter().all(|a| a.len() == matrices * sizes.max_rank * sizes.in_dim));
-    assert!(stack.b.iter().all(|b| b.len() == matrices * sizes.out_dim * sizes.max_rank));
+    assert!(stack.b.iter().all(|b| b.len() == matrices * sizes.out_dims.max() * sizes.max_rank));
     assert_eq!(stack.projection.check_ranks(&stack.ranks), Ok(()));
 }

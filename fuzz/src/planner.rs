@@ -8,8 +8,8 @@ use moe_lora::plan::{
     DecodeRows, DeviceLimits, Form, IndexWidth, Options, Plan, PrefillTile, RouteSource, Stage, TileKind,
 };
 use moe_lora::{
-    BlockShape, Cuda, DType, Element, ExpertWeights, Forward, Layout, Projection, ProjectionSizes,
-    RoutingTensors, Rows, RowsMut, View, ViewMut, XRows,
+    BlockShape, Cuda, DType, Element, ExpertWeights, Forward, Layout, OutDims, Projection, ProjectionSizes,
+    RoutingTensors, Rows, RowsMut, SliceOrder, View, ViewMut, Weights, XRows,
 };
 
 /// Plans for the call that `data` describes.
@@ -42,12 +42,11 @@ fn sizes(u: &mut Unstructured<'_>) -> Result<ProjectionSizes> {
         a_experts: either(u, [ExpertWeights::PerExpert, ExpertWeights::Shared])?,
         b_experts: either(u, [ExpertWeights::PerExpert, ExpertWeights::Shared])?,
         top_k: u.int_in_range(0..=65)?,
-        slices: u.int_in_range(0..=5)?,
         max_rank: u.int_in_range(0..=1025)?,
         experts: size(u)?,
         slots: size(u)?,
         in_dim: size(u)?,
-        out_dim: size(u)?,
+        out_dims: OutDims::uniform(size(u)?, u.int_in_range(0..=5)?),
     })
 }
 
@@ -65,7 +64,7 @@ fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
 /// A call of these sizes on memory that nobody looks at: as much as any call may need.
 fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Result<Option<Layout>> {
     const MOST: usize = isize::MAX as usize / size_of::<u32>();
-    let slices = projection.sizes().slices;
+    let slices = projection.slices();
     // Aligned for the fast kernels, or not.
     let address = either(u, [64, 66])?;
     // SAFETY: device memory, which planning neither reads nor writes.
@@ -76,12 +75,12 @@ fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Resu
     let call = Forward {
         tokens: size(u)?,
         routing: RoutingTensors::new(ids, ids).into(),
-        x: Rows { data: view, stride: Some(size(u)?).filter(|&stride| stride > 0) },
-        a: &weights,
-        b: &weights,
+        x: Rows { data: view, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
+        weights: Weights::Stacked { a: &weights, b: &weights },
         topk_weights: None,
-        out: RowsMut { data: out, stride: Some(size(u)?).filter(|&stride| stride > 0) },
+        out: RowsMut { data: out, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
         offset: size(u)?,
+        order: *u.choose(&[SliceOrder::InOrder, SliceOrder::Reversed, SliceOrder::Interleaved])?,
         accumulate: u.arbitrary()?,
     };
     Ok(call.check(projection).ok())

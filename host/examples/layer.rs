@@ -2,7 +2,7 @@
 //! is none, on the CPU. `cargo run --release --example layer -- [PEFT FOLDER]…`
 
 use half::bf16;
-use moe_lora::{Backend, Operator, adapter::Layer, cpu::Cpu, cuda::Device};
+use moe_lora::{Backend, Buffer, Operator, adapter::Layer, cpu::Cpu, cuda::Device};
 
 const TOKENS: usize = 16;
 const TOP_K: usize = 2;
@@ -33,7 +33,7 @@ fn layer<B: Backend + Clone>(backend: &B) -> anyhow::Result<()> {
     // Gate and up: what the adapters add goes on top of the base model's product (waves, here).
     let x = backend.upload(&wave(TOKENS * sizes.in_dim))?;
     let mut h = backend.upload(&wave(choices.len() * width))?;
-    let call = gate_up.call(&x, &w13.a, &w13.b, (&topk_ids, &token_lora), &mut h);
+    let call = gate_up.call(&x, &w13.a, &w13.b, (topk_ids.view(), &token_lora), &mut h);
     let route = call.ranks(&w13.ranks).run()?;
     // The activation, silu(gate) · up; then down, on the same route, times the router's weights.
     let silu = |gate: f32| gate / (1.0 + (-gate).exp());

@@ -45,6 +45,20 @@ pub trait Backend {
     /// [`crate::Error::Driver`] when there is no room.
     fn upload<T: Pod>(&self, elements: &[T]) -> Result<Self::Buffer<T>>;
 
+    /// Copies elements into a buffer from element `start` on: after all queued work that uses the buffer, on
+    /// whichever stream, and before it returns.
+    ///
+    /// # Errors
+    /// [`crate::Error::TooShort`] when they do not fit; [`crate::Error::Driver`] when queued work failed;
+    /// [`crate::Error::NotRecordable`] while a graph is recorded.
+    fn write<T: Pod>(&self, buffer: &mut Self::Buffer<T>, start: usize, elements: &[T]) -> Result<()>;
+
+    /// Refuses a buffer that calls here cannot use.
+    ///
+    /// # Errors
+    /// [`crate::Error::OtherDevice`] names it as `what`.
+    fn check_own<T: Pod>(&self, what: &'static str, buffer: &Self::Buffer<T>) -> Result<()>;
+
     /// Waits for queued work and copies a buffer's elements out.
     ///
     /// # Errors

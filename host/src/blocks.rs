@@ -13,10 +13,10 @@
 //! `topk_ids` flattened, the slot of a pair comes from `token_lora_mapping`, and `lora_ids` and
 //! `num_active_loras` go unread. That is [`Routing::Tokens`](crate::Routing::Tokens) without an expert map.
 
-use crate::check::{check_expert_map, check_limit, check_list, check_view, check_view_mut};
+use crate::check::{check_limit, check_list, check_view, check_view_mut};
 use crate::error::{Error, Result};
 use crate::projection::{MAX_SIZE, Projection};
-use crate::routing::Enabled;
+use crate::routing::{Enabled, TopkIds};
 use crate::tensor::{Space, View, ViewMut};
 use moe_lora_kernels::tile::TileShape;
 use moe_lora_kernels::{adopt, align};
@@ -155,8 +155,8 @@ pub struct Align<'a, S: Space> {
     /// Sizes of the outputs. A row must have room for any routing: [`BlockShape::padded`].
     pub shape: BlockShape,
     /// `[T, k]`: global expert ids.
-    pub topk_ids: View<'a, S, i32>,
-    /// `[T]`: adapter slot of each token, −1 for none.
+    pub topk_ids: TopkIds<'a, S>,
+    /// `[≥ T]`: adapter slot of each token, −1 for none.
     pub token_lora: View<'a, S, i32>,
     /// `[L]`: which slots are on.
     pub adapter_enabled: Enabled<'a, S>,
@@ -203,11 +203,10 @@ impl<S: Space> Align<'_, S> {
                 return Err(Error::TooShort { tensor, shape, expected, got });
             }
         }
-        check_view("topk_ids", &self.topk_ids, &[tokens, top_k])?;
+        self.topk_ids.check([tokens, top_k, experts], self.expert_map.as_ref())?;
         check_view("token_lora", &self.token_lora, &[tokens])?;
         self.adapter_enabled.check(slots)?;
         check_list("lora_ids", &self.lora_ids)?;
-        self.expert_map.iter().try_for_each(check_expert_map)?;
         check_view_mut("sorted_token_ids", &self.sorted_token_ids, &[slots, max_padded])?;
         check_view_mut("expert_ids", &self.expert_ids, &[slots, max_blocks])?;
         check_view_mut("num_tokens_post_padded", &self.num_tokens_post_padded, &[slots])

@@ -3,15 +3,15 @@
 //! Names, shapes and types are those of the operator's contract; see the crate's front page.
 
 use crate::blocks::SortedTensors;
-use crate::check::{check_extent, check_rows, check_view};
+use crate::check::{RowsLayout, check_extent, check_indexed, check_view};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::projection::{Projection, elements};
+use crate::projection::{Projection, XRows, elements};
 use crate::route::Route;
 use crate::routing::check_tokens;
-pub use crate::routing::{Enabled, RoutingTensors};
+pub use crate::routing::{Enabled, RoutingTensors, TopkIds};
 use crate::tensor::{Rows, RowsMut, Space, View, ViewMut};
-use bytemuck::Pod;
+pub use crate::weights::{Factor, SliceOrder, Weights};
 
 /// Where a call's segments come from.
 #[derive(Clone, Copy, Debug)]
@@ -50,20 +50,21 @@ pub struct Forward<'a, S: Space, T> {
     pub tokens: usize,
     /// Who goes where.
     pub routing: Routing<'a, S>,
-    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
+    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says; any number of rows with an index.
     pub x: Rows<'a, S, T>,
-    /// S tensors `[L, E or 1, R, K]`.
-    pub a: &'a [View<'a, S, T>],
-    /// S tensors `[L, E or 1, N, R]`.
-    pub b: &'a [View<'a, S, T>],
+    /// `a` and `b`.
+    pub weights: Weights<'a, S, T>,
     /// `[T, k]`: multiplies each pair's delta; `None` for 1 (`mul_routed_weight` off).
     pub topk_weights: Option<View<'a, S, f32>>,
-    /// `[T, k, ≥ offset + S·N]`.
+    /// `[T, k, ≥ offset + Σ N_s]`; any number of rows with an index.
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
+    /// Where the columns of the slices are, from there on.
+    pub order: SliceOrder,
     /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see
-    /// [`Routing::Sorted`]).
+    /// [`Routing::Sorted`]): then `out` is the delta alone, and adding it to what another kernel has made
+    /// gives what adding in place does.
     pub accumulate: bool,
 }
 
@@ -74,10 +75,10 @@ pub struct Shrink<'a, S: Space, T> {
     pub tokens: usize,
     /// Who goes where.
     pub routing: Routing<'a, S>,
-    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says.
+    /// `[T, K]` or `[P, K]`, as the projection's `x_rows` says; any number of rows with an index.
     pub x: Rows<'a, S, T>,
-    /// S tensors `[L, E or 1, R, K]`.
-    pub a: &'a [View<'a, S, T>],
+    /// The weights.
+    pub a: Factor<'a, S, T>,
     /// `[S, P, R]`, written whole, except on a [`Routing::Sorted`]: then the rows of pairs that it names.
     pub h: ViewMut<'a, S, T>,
 }
@@ -91,48 +92,68 @@ pub struct Expand<'a, S: Space, T> {
     pub routing: Routing<'a, S>,
     /// `[S, P, R]`, as [`Shrink`] leaves it.
     pub h: View<'a, S, T>,
-    /// S tensors `[L, E or 1, N, R]`.
-    pub b: &'a [View<'a, S, T>],
+    /// The weights.
+    pub b: Factor<'a, S, T>,
     /// `[T, k]`: multiplies each pair's delta; `None` for 1.
     pub topk_weights: Option<View<'a, S, f32>>,
-    /// `[T, k, ≥ offset + S·N]`.
+    /// `[T, k, ≥ offset + Σ N_s]`; any number of rows with an index.
     pub out: RowsMut<'a, S, T>,
     /// First column of `out` that this call writes.
     pub offset: usize,
+    /// Where the columns of the slices are, from there on.
+    pub order: SliceOrder,
     /// True: add to `out`. False: overwrite, with zeros where a pair is inactive (but see
-    /// [`Routing::Sorted`]).
+    /// [`Routing::Sorted`]): then `out` is the delta alone, and adding it to what another kernel has made
+    /// gives what adding in place does.
     pub accumulate: bool,
 }
 
 /// What a checked call adds to its projection: everything that a plan depends on beside it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// T.
     pub tokens: usize,
     /// Elements from one row of `x` to the next.
     pub x_stride: usize,
+    /// Rows of `x`: T or P or, with an index, as many as its memory holds.
+    pub x_rows: usize,
+    /// Whether an index names the rows of `x`.
+    pub x_indexed: bool,
     /// Elements from one row of `out` to the next.
     pub out_stride: usize,
+    /// Rows of `out`: P or, with an index, as many as its memory holds.
+    pub out_rows: usize,
+    /// Whether an index names the rows of `out`.
+    pub out_indexed: bool,
     /// First column of `out` that the call writes.
     pub offset: usize,
-    /// True when every 16-bit tensor starts on a 16-byte boundary.
+    /// Where the columns of the slices are, from there on.
+    pub order: SliceOrder,
+    /// Whether weights are named by address.
+    pub table: bool,
+    /// True when every 16-bit tensor of the call's own starts on a 16-byte boundary. What a table names always
+    /// does.
     pub aligned: bool,
     /// True when the call's own routing names ranks of the slots' own, which may be smaller than the rank
     /// that weights are allocated for.
     pub ranked: bool,
 }
 
-fn check_slices<S: Space, T: Pod>(
-    tensor: &'static str,
-    slices: &[View<'_, S, T>],
-    projection: &Projection,
-    shape: [usize; 4],
-) -> Result<()> {
-    let expected = projection.sizes().slices;
-    if slices.len() != expected {
-        return Err(Error::SliceCount { tensor, expected, got: slices.len() });
+impl Layout {
+    /// Of a whole call of the plainest kind: rows are packed and in order, and all is aligned.
+    pub fn packed(projection: &Projection, tokens: usize) -> Self {
+        let sizes = projection.sizes();
+        let pairs = tokens.saturating_mul(sizes.top_k);
+        Layout {
+            tokens,
+            x_stride: sizes.in_dim,
+            x_rows: if sizes.x_rows == XRows::Pair { pairs } else { tokens },
+            out_stride: projection.out_width(),
+            out_rows: pairs,
+            aligned: true,
+            ..Layout::default()
+        }
     }
-    slices.iter().try_for_each(|slice| check_view(tensor, slice, &shape))
 }
 
 fn check_dtype<T: Element>(projection: &Projection, tensor: &'static str) -> Result<()> {
@@ -170,37 +191,29 @@ impl<S: Space> Routing<'_, S> {
     }
 }
 
-fn check_a<S: Space, T: Element>(projection: &Projection, a: &[View<'_, S, T>]) -> Result<()> {
-    let s = projection.sizes();
-    check_slices("a", a, projection, [s.slots, projection.a_experts(), s.max_rank, s.in_dim])
-}
-
-fn check_b<S: Space, T: Element>(projection: &Projection, b: &[View<'_, S, T>]) -> Result<()> {
-    let s = projection.sizes();
-    check_slices("b", b, projection, [s.slots, projection.b_experts(), s.out_dim, s.max_rank])
-}
-
 fn check_x<S: Space, T: Element>(
     projection: &Projection,
     x: &Rows<'_, S, T>,
     tokens: usize,
-) -> Result<usize> {
+) -> Result<RowsLayout> {
     let extent = (x.data.address(), align_of::<T>(), x.data.len());
-    check_rows("x", extent, x.stride, projection.x_rows(tokens)?, projection.sizes().in_dim)
+    let rows = [projection.x_rows(tokens)?, projection.pairs(tokens)?, projection.sizes().in_dim];
+    check_indexed(["x", "x_index"], extent, (x.stride, &x.index), rows)
 }
 
 fn check_out<S: Space, T: Element>(
     projection: &Projection,
     out: &RowsMut<'_, S, T>,
-    offset: usize,
+    (offset, order): (usize, SliceOrder),
     pairs: usize,
-) -> Result<usize> {
+) -> Result<RowsLayout> {
+    order.check(&projection.sizes().out_dims)?;
     let width = projection
         .out_width()
         .checked_add(offset)
-        .ok_or_else(|| Error::SizeOverflow { tensor: "out", shape: format!("[.., {offset} + S·N]") })?;
+        .ok_or_else(|| Error::SizeOverflow { tensor: "out", shape: format!("[.., {offset} + Σ N_s]") })?;
     let extent = (out.data.address(), align_of::<T>(), out.data.len());
-    check_rows("out", extent, out.stride, pairs, width)
+    check_indexed(["out", "out_index"], extent, (out.stride, &out.index), [pairs, pairs, width])
 }
 
 fn check_weights<S: Space>(
@@ -216,7 +229,7 @@ fn check_weights<S: Space>(
 
 fn check_h(projection: &Projection, (address, len): (u64, usize), pairs: usize) -> Result<()> {
     let s = projection.sizes();
-    let shape = [s.slices, pairs, s.max_rank];
+    let shape = [projection.slices(), pairs, s.max_rank];
     check_extent("h", address, 2, len, elements("h", &shape)?, || format!("{shape:?}"))
 }
 
@@ -229,20 +242,21 @@ impl<S: Space, T: Element> Forward<'_, S, T> {
         check_dtype::<T>(projection, "x")?;
         let pairs = check_tokens(projection, self.tokens)?;
         self.routing.check(projection, self.tokens)?;
-        let x_stride = check_x(projection, &self.x, self.tokens)?;
-        check_a(projection, self.a)?;
-        check_b(projection, self.b)?;
+        let x = check_x(projection, &self.x, self.tokens)?;
+        let (a, b) = (self.weights.a(), self.weights.b());
+        a.check_a(projection)?;
+        b.check_b(projection)?;
         check_weights(projection, &self.topk_weights, self.tokens)?;
-        let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
-        let weights = self.a.iter().chain(self.b).map(View::address);
+        let out = check_out(projection, &self.out, (self.offset, self.order), pairs)?;
+        let weights = a.stacked().iter().chain(b.stacked()).map(View::address);
         let aligned = all_aligned(weights.chain([self.x.data.address(), self.out.data.address()]));
         Ok(Layout {
-            tokens: self.tokens,
-            x_stride,
-            out_stride,
             offset: self.offset,
+            order: self.order,
+            table: self.weights.is_table(),
             aligned,
             ranked: self.routing.is_ranked(),
+            ..layout(self.tokens, x, out)
         })
     }
 }
@@ -256,18 +270,16 @@ impl<S: Space, T: Element> Shrink<'_, S, T> {
         check_dtype::<T>(projection, "x")?;
         let pairs = check_tokens(projection, self.tokens)?;
         self.routing.check(projection, self.tokens)?;
-        let x_stride = check_x(projection, &self.x, self.tokens)?;
-        check_a(projection, self.a)?;
+        let x = check_x(projection, &self.x, self.tokens)?;
+        self.a.check_a(projection)?;
         check_h(projection, (self.h.address(), self.h.len()), pairs)?;
-        let addresses = self.a.iter().map(View::address);
+        let addresses = self.a.stacked().iter().map(View::address);
         let aligned = all_aligned(addresses.chain([self.x.data.address(), self.h.address()]));
         Ok(Layout {
-            tokens: self.tokens,
-            x_stride,
-            out_stride: 0,
-            offset: 0,
+            table: self.a.is_table(),
             aligned,
             ranked: self.routing.is_ranked(),
+            ..layout(self.tokens, x, RowsLayout::default())
         })
     }
 }
@@ -282,18 +294,32 @@ impl<S: Space, T: Element> Expand<'_, S, T> {
         let pairs = check_tokens(projection, self.tokens)?;
         self.routing.check(projection, self.tokens)?;
         check_h(projection, (self.h.address(), self.h.len()), pairs)?;
-        check_b(projection, self.b)?;
+        self.b.check_b(projection)?;
         check_weights(projection, &self.topk_weights, self.tokens)?;
-        let out_stride = check_out(projection, &self.out, self.offset, pairs)?;
-        let addresses = self.b.iter().map(View::address);
+        let out = check_out(projection, &self.out, (self.offset, self.order), pairs)?;
+        let addresses = self.b.stacked().iter().map(View::address);
         let aligned = all_aligned(addresses.chain([self.h.address(), self.out.data.address()]));
         Ok(Layout {
-            tokens: self.tokens,
-            x_stride: 0,
-            out_stride,
             offset: self.offset,
+            order: self.order,
+            table: self.b.is_table(),
             aligned,
             ranked: self.routing.is_ranked(),
+            ..layout(self.tokens, RowsLayout::default(), out)
         })
+    }
+}
+
+/// The rows of a call.
+fn layout(tokens: usize, x: RowsLayout, out: RowsLayout) -> Layout {
+    Layout {
+        tokens,
+        x_stride: x.stride,
+        x_rows: x.rows,
+        x_indexed: x.indexed,
+        out_stride: out.stride,
+        out_rows: out.rows,
+        out_indexed: out.indexed,
+        ..Layout::default()
     }
 }

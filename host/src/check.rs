@@ -73,6 +73,48 @@ pub(crate) fn check_rows(
     Ok(stride)
 }
 
+/// Rows of a call, and what is known of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RowsLayout {
+    /// Elements from one to the next.
+    pub stride: usize,
+    /// How many there are: those that the call needs or, with an index, those that the memory holds.
+    pub rows: usize,
+    /// Whether an index names them.
+    pub indexed: bool,
+}
+
+/// As [`check_rows`], of a tensor and its index, for `pairs` pairs that need `rows` rows without an index.
+pub(crate) fn check_indexed<S: Space>(
+    [tensor, index_name]: [&'static str; 2],
+    extent: (u64, usize, usize),
+    (stride, index): (Option<usize>, &Option<View<'_, S, i32>>),
+    [rows, pairs, width]: [usize; 3],
+) -> Result<RowsLayout> {
+    let Some(index) = index else {
+        return Ok(RowsLayout {
+            stride: check_rows(tensor, extent, stride, rows, width)?,
+            rows,
+            indexed: false,
+        });
+    };
+    // An index without a row to name is a mistake, though all its pairs would be inactive.
+    let stride = check_rows(tensor, extent, stride, pairs.min(1), width)?;
+    check_view(index_name, index, &[pairs])?;
+    let rows = extent.2.checked_sub(width).map_or(0, |rest| rest / stride + 1);
+    Ok(RowsLayout { stride, rows, indexed: true })
+}
+
+/// Refuses `count` elements from element `start` on, where a buffer has `len`.
+pub(crate) fn check_room(len: usize, start: usize, count: usize) -> Result<()> {
+    let end = start.saturating_add(count);
+    if end > len {
+        let shape = format!("[{start}..{end}]");
+        return Err(Error::TooShort { tensor: "buffer", shape, expected: end, got: len });
+    }
+    Ok(())
+}
+
 /// Refuses a size over its limit.
 pub(crate) fn check_limit(what: &'static str, got: usize, limit: usize) -> Result<()> {
     if got > limit { Err(Error::SizeTooLarge { what, limit, got }) } else { Ok(()) }

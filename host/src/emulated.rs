@@ -5,7 +5,8 @@
 
 use crate::backend::{Backend, Buffer};
 use crate::blocks::Align;
-use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink, TopkIds};
+use crate::check::check_room;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::launch::{Launched, Launches, Parameters, Place, Planner};
@@ -94,7 +95,7 @@ impl Emulated {
     }
 
     /// Refuses a workspace of another emulated device.
-    fn check_own(&self, workspace: &Workspace) -> Result<()> {
+    fn check_workspace(&self, workspace: &Workspace) -> Result<()> {
         self.check_memory("workspace", &workspace.memory.memory)
     }
 
@@ -277,9 +278,9 @@ fn made_route(p: &RouteParams) -> [emulate::Buffer; 3] {
 fn routing_tensors(routing: &Routing<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
     let (mut buffers, adapter_enabled, ranks) = match routing {
         Routing::Tokens(tensors) => {
-            let ids = [tensor("topk_ids", tensors.topk_ids), tensor("token_lora", tensors.token_lora)];
+            let ids = ids(&tensors.topk_ids).into_iter().chain([tensor("token_lora", tensors.token_lora)]);
             let map = tensors.expert_map.map(|map| tensor("expert_map", map));
-            (ids.into_iter().chain(map).collect(), tensors.adapter_enabled, tensors.ranks)
+            (ids.chain(map).collect(), tensors.adapter_enabled, tensors.ranks)
         }
         Routing::Sorted(sorted) => {
             let blocks = vec![
@@ -295,6 +296,14 @@ fn routing_tensors(routing: &Routing<'_, tensor::Emulated>) -> Vec<emulate::Buff
     buffers.extend(flags(adapter_enabled));
     buffers.extend(ranks.map(|ranks| tensor("ranks", ranks)));
     buffers
+}
+
+fn ids(topk_ids: &TopkIds<'_, tensor::Emulated>) -> Option<emulate::Buffer> {
+    match topk_ids {
+        TopkIds::None => None,
+        TopkIds::I32(ids) => Some(tensor("topk_ids", *ids)),
+        TopkIds::I64(ids) => Some(tensor("topk_ids", *ids)),
+    }
 }
 
 fn flags(adapter_enabled: Enabled<'_, tensor::Emulated>) -> Option<emulate::Buffer> {
@@ -356,6 +365,20 @@ impl Backend for Emulated {
         Ok(self.allocate(elements))
     }
 
+    fn write<T: Pod>(&self, buffer: &mut EmulatedBuffer<T>, start: usize, elements: &[T]) -> Result<()> {
+        self.check_own("buffer", buffer)?;
+        check_room(buffer.len, start, elements.len())?;
+        self.synchronize()?;
+        let address = buffer.address + (start * size_of::<T>()) as u64;
+        let bytes = bytemuck::cast_slice(elements);
+        self.memory.borrow_mut().bytes_mut(address, bytes.len() as u64).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn check_own<T: Pod>(&self, what: &'static str, buffer: &EmulatedBuffer<T>) -> Result<()> {
+        self.check_memory(what, &buffer.memory)
+    }
+
     fn download<T: Pod>(&self, buffer: &EmulatedBuffer<T>) -> Result<Vec<T>> {
         self.check_memory("buffer", &buffer.memory)?;
         self.synchronize()?;
@@ -381,17 +404,14 @@ impl Backend for Emulated {
         tokens: usize,
         routing: RoutingTensors<'_, tensor::Emulated>,
     ) -> Result<Route> {
-        self.check_own(workspace)?;
+        self.check_workspace(workspace)?;
         let launched = self.planner().route(&workspace.place(), projection, tokens, routing)?;
         self.queue(workspace, &launched, &routing_tensors(&Routing::Tokens(routing)))
     }
 
     fn align(&self, call: Align<'_, tensor::Emulated>) -> Result<()> {
-        let mut tensors = vec![
-            tensor("topk_ids", call.topk_ids),
-            tensor("token_lora", call.token_lora),
-            tensor("lora_ids", call.lora_ids),
-        ];
+        let mut tensors = vec![tensor("token_lora", call.token_lora), tensor("lora_ids", call.lora_ids)];
+        tensors.extend(ids(&call.topk_ids));
         tensors.extend(call.expert_map.map(|map| tensor("expert_map", map)));
         tensors.extend(flags(call.adapter_enabled));
         self.launch_all(&self.planner().align(&call)?, &tensors, 0)
@@ -403,12 +423,12 @@ impl Backend for Emulated {
         projection: &Projection,
         call: Forward<'_, tensor::Emulated, T>,
     ) -> Result<Route> {
-        self.check_own(workspace)?;
+        self.check_workspace(workspace)?;
         let launched = self.planner().forward(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
         tensors.push(tensor("x", call.x.data));
-        tensors.extend(slices("a", call.a));
-        tensors.extend(slices("b", call.b));
+        tensors.extend(slices("a", call.weights.a().stacked()));
+        tensors.extend(slices("b", call.weights.b().stacked()));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
         self.queue(workspace, &launched, &tensors)
@@ -420,11 +440,11 @@ impl Backend for Emulated {
         projection: &Projection,
         call: Shrink<'_, tensor::Emulated, T>,
     ) -> Result<Route> {
-        self.check_own(workspace)?;
+        self.check_workspace(workspace)?;
         let launched = self.planner().shrink(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
         tensors.push(tensor("x", call.x.data));
-        tensors.extend(slices("a", call.a));
+        tensors.extend(slices("a", call.a.stacked()));
         self.queue(workspace, &launched, &tensors)
     }
 
@@ -434,10 +454,10 @@ impl Backend for Emulated {
         projection: &Projection,
         call: Expand<'_, tensor::Emulated, T>,
     ) -> Result<Route> {
-        self.check_own(workspace)?;
+        self.check_workspace(workspace)?;
         let launched = self.planner().expand(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
-        tensors.extend(slices("b", call.b));
+        tensors.extend(slices("b", call.b.stacked()));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
         tensors.push(tensor("out", call.out.data.as_view()));
         self.queue(workspace, &launched, &tensors)

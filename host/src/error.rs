@@ -45,6 +45,24 @@ pub enum Error {
         /// Its shape, written out.
         shape: String,
     },
+    /// A size is no multiple of what it must be one of.
+    #[error("{what} is {got}, expected a multiple of {of}")]
+    NotMultiple {
+        /// Name of the size.
+        what: &'static str,
+        /// What it must be a multiple of.
+        of: usize,
+        /// Value given.
+        got: usize,
+    },
+    /// A number is infinite or none.
+    #[error("{what} is {got}, expected a finite number")]
+    NotFinite {
+        /// Name of the number.
+        what: &'static str,
+        /// Value given.
+        got: String,
+    },
     /// A list of per-slice tensors has the wrong length.
     #[error("{tensor} has {got} slices, expected {expected}")]
     SliceCount {
@@ -94,6 +112,41 @@ pub enum Error {
         expected: usize,
         /// Address given.
         address: u64,
+    },
+    /// The weights of an adapter by address do not begin on the boundary that kernels load them by.
+    #[error("{tensor} at {address:#x} is not on a boundary of {expected} bytes")]
+    OffBoundary {
+        /// `a` or `b`.
+        tensor: &'static str,
+        /// The boundary, in bytes.
+        expected: usize,
+        /// Address given.
+        address: u64,
+    },
+    /// Slices of different widths cannot be interleaved column by column.
+    #[error("interleaved slices have the widths {out_dims}, expected one width")]
+    UnequalSlices {
+        /// The widths.
+        out_dims: String,
+    },
+    /// `topk_ids` is left out where tokens choose among experts.
+    #[error(
+        "topk_ids may be left out of a dense layer alone (E = 1, k = 1), this one has E = {experts}, k = {top_k}"
+    )]
+    NoTopkIds {
+        /// E.
+        experts: usize,
+        /// k.
+        top_k: usize,
+    },
+    /// `expert_map` is given where there is no `topk_ids`.
+    #[error("expert_map has nothing to map, as topk_ids is left out")]
+    NothingToMap,
+    /// A form of a call that the back end does not have.
+    #[error("this back end has no kernels for {what}")]
+    Unsupported {
+        /// The form.
+        what: &'static str,
     },
     /// The tensors are of another type than the projection was made for.
     #[error("{tensor} is {got}, expected {expected}")]

@@ -2,9 +2,9 @@
 //! kernel. Whatever runs the kernels, a GPU or the emulated machine, runs what comes from here.
 
 use crate::blocks::Align;
-use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
+use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink, SliceOrder, TopkIds};
 use crate::dtype::Element;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::{
     self, Arguments, DeviceLimits, Launch, Operands, Options, Plan, Problem, RouteSource, Scratch, Stage,
     Step, Work,
@@ -124,6 +124,10 @@ impl Planner<'_> {
         routing: &Routing<'_, S>,
         operands: &Operands,
     ) -> Result<Launched> {
+        has_kernels_for(projection, layout)?;
+        if let Routing::Tokens(tensors) = routing {
+            has_kernels_of(&tensors.topk_ids)?;
+        }
         let sizes = RouteSizes::new(projection, layout.tokens);
         let after = |tile_rows| match *routing {
             Routing::On(route) => AfterCall::Given(route),
@@ -149,8 +153,9 @@ impl Planner<'_> {
         tensors: RoutingTensors<'_, S>,
     ) -> Result<Launched> {
         tensors.check(projection, tokens)?;
+        has_kernels_of(&tensors.topk_ids)?;
         let ranked = tensors.ranks.is_some();
-        let layout = Layout { tokens, x_stride: 0, out_stride: 0, offset: 0, aligned: true, ranked };
+        let layout = Layout { tokens, aligned: true, ranked, ..Layout::default() };
         let routing = Routing::Tokens(tensors);
         self.prepare(place, projection, &layout, Stage::Route, &routing, &Operands::NONE)
     }
@@ -158,6 +163,7 @@ impl Planner<'_> {
     /// Checks and plans the sorting of pairs into blocks, which has no workspace and leaves no route.
     pub fn align<S: Space>(&self, call: &Align<'_, S>) -> Result<Launches> {
         call.check()?;
+        has_kernels_of(&call.topk_ids)?;
         let launch = plan::align(call.pairs(), call.experts, call.slots, &self.limits)?;
         Ok([Some((launch, Parameters::Align(plan::align_parameters(call)))), None, None])
     }
@@ -172,9 +178,9 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             x: Global::new(call.x.data.address()),
-            a: addresses(call.a),
+            a: addresses(call.weights.a().stacked()),
             h: Global::NULL,
-            b: addresses(call.b),
+            b: addresses(call.weights.b().stacked()),
             out: Global::new(call.out.data.address()).at(layout.offset as u64),
             topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
             accumulate: call.accumulate,
@@ -192,7 +198,7 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             x: Global::new(call.x.data.address()),
-            a: addresses(call.a),
+            a: addresses(call.a.stacked()),
             h: Global::new(call.h.address()),
             ..Operands::NONE
         };
@@ -209,13 +215,37 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             h: Global::new(call.h.address()),
-            b: addresses(call.b),
+            b: addresses(call.b.stacked()),
             out: Global::new(call.out.data.address()).at(layout.offset as u64),
             topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
             accumulate: call.accumulate,
             ..Operands::NONE
         };
         self.prepare(place, projection, &layout, Stage::Expand, &call.routing, &operands)
+    }
+}
+
+/// Refuses the forms of a call that no kernel has.
+fn has_kernels_for(projection: &Projection, layout: &Layout) -> Result<()> {
+    let forms = [
+        (!projection.sizes().out_dims.is_uniform(), "slices of their own widths"),
+        (layout.x_indexed, "an index of the rows of x"),
+        (layout.out_indexed, "an index of the rows of out"),
+        (layout.order != SliceOrder::InOrder, "slices in another order"),
+        (layout.table, "adapters by address"),
+    ];
+    match forms.into_iter().find(|(asked, _)| *asked) {
+        Some((_, what)) => Err(Error::Unsupported { what }),
+        None => Ok(()),
+    }
+}
+
+/// Refuses forms of `topk_ids` that no kernel reads.
+fn has_kernels_of<S: Space>(topk_ids: &TopkIds<'_, S>) -> Result<()> {
+    match topk_ids {
+        TopkIds::I32(_) => Ok(()),
+        TopkIds::I64(_) => Err(Error::Unsupported { what: "64-bit topk_ids" }),
+        TopkIds::None => Err(Error::Unsupported { what: "topk_ids that are left out" }),
     }
 }
 

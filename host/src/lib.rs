@@ -11,6 +11,7 @@
 //! | know shapes and types of tensors | [`ProjectionSizes`], [`Forward`] |
 //! | find a layer's route once | [`Route`] |
 //! | load PEFT adapters | [`adapter`] |
+//! | exchange adapters between calls | [`AdapterTable`] |
 //! | see what a call launches | [`plan`] |
 //! | know what is right | [`reference`](mod@reference), the formula in float64 |
 //!
@@ -34,23 +35,29 @@ mod launch;
 #[cfg(all(doctest, feature = "cuda"))]
 mod misuse;
 pub mod operator;
+mod out_dims;
 pub mod plan;
 pub mod projection;
 pub mod reference;
 pub mod route;
 mod routing;
+pub mod table;
 pub mod tensor;
 pub mod tensor_file;
 pub mod tuning;
+mod weights;
 #[doc(hidden)]
 pub mod whole_file;
 
 pub use backend::{Backend, Buffer};
 pub use blocks::{Align, BlockShape, SortedTensors};
-pub use call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
+pub use call::{
+    Enabled, Expand, Factor, Forward, Layout, Routing, RoutingTensors, Shrink, SliceOrder, TopkIds, Weights,
+};
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use operator::{Call, Operator, OperatorBuilder};
-pub use projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+pub use projection::{ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
 pub use route::Route;
+pub use table::{AdapterEntry, AdapterSlice, AdapterTable, Adapters};
 pub use tensor::{Cuda, Host, Rows, RowsMut, Space, View, ViewMut};

@@ -2,11 +2,12 @@
 //! that they share.
 
 use crate::backend::{Backend, Buffer};
-use crate::call::{Enabled, Forward, Routing, RoutingTensors};
+use crate::call::{Enabled, Forward, Routing, RoutingTensors, SliceOrder, TopkIds, Weights};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::projection::{Projection, ProjectionSizes, XRows};
 use crate::route::Route;
+use crate::table::Adapters;
 use crate::tensor::{Rows, RowsMut, Space, View, ViewMut};
 use bytemuck::Pod;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -99,22 +100,29 @@ impl<B: Backend> Operator<B> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds the route of a batch, for calls on it.
+    /// Finds the route of a batch of as many tokens as `token_lora` has elements, for calls on it.
     ///
     /// # Errors
     /// As for [`Backend::route`].
     pub fn route(&self, routing: RoutingTensors<'_, B::Space>) -> Result<Route> {
-        let tokens = routing.token_lora.len();
+        self.route_of(routing.token_lora.len(), routing)
+    }
+
+    /// Finds the route of a batch of `tokens` tokens, for calls on it. `token_lora` may be longer.
+    ///
+    /// # Errors
+    /// As for [`Backend::route`].
+    pub fn route_of(&self, tokens: usize, routing: RoutingTensors<'_, B::Space>) -> Result<Route> {
         self.backend.route(&mut self.workspace(), &self.projection, tokens, routing)
     }
 
     /// A call, to be [run](Call::run): `out += b · (a · x)` for every active pair.
     ///
     /// - `x`: `[T, K]` or `[P, K]`.
-    /// - `a`, `b`: S tensors each, `[L, E or 1, R, K]` and `[L, E or 1, N, R]`.
+    /// - `a`, `b`: S tensors each, `[L, E or 1, R, K]` and `[L, E or 1, N_s, R]`.
     /// - `routing`: `(topk_ids, token_lora)`, `[T, k]` and `[T]`, or the [`Route`] that another call of the
     ///   layer has found, or [`Routing`] in any other form.
-    /// - `out`: `[T, k, S·N]`.
+    /// - `out`: `[T, k, Σ N_s]`.
     pub fn call<'c, T: Element, A, C>(
         &'c self,
         x: impl Into<View<'c, B::Space, T>>,
@@ -127,20 +135,48 @@ impl<B: Backend> Operator<B> {
         A: Into<View<'c, B::Space, T>>,
         C: Into<View<'c, B::Space, T>>,
     {
+        let (a, b) = (a.into_iter().map(Into::into).collect(), b.into_iter().map(Into::into).collect());
+        self.call_of(x.into(), Given::Stacked { a, b }, routing.into(), out.into())
+    }
+
+    /// As [`Operator::call`], on adapters by address: those of an [`AdapterTable`](crate::AdapterTable).
+    pub fn call_adapters<'c, T: Element>(
+        &'c self,
+        x: impl Into<View<'c, B::Space, T>>,
+        adapters: &Adapters<'c, B::Space>,
+        routing: impl Into<Routing<'c, B::Space>>,
+        out: impl Into<ViewMut<'c, B::Space, T>>,
+    ) -> Call<'c, B, T> {
+        self.call_of(x.into(), Given::Table(*adapters), routing.into(), out.into())
+    }
+
+    fn call_of<'c, T: Element>(
+        &'c self,
+        x: View<'c, B::Space, T>,
+        weights: Given<'c, B::Space, T>,
+        routing: Routing<'c, B::Space>,
+        out: ViewMut<'c, B::Space, T>,
+    ) -> Call<'c, B, T> {
         Call {
             operator: self,
             tokens: None,
-            routing: routing.into(),
+            routing,
             unused: None,
-            x: Rows::from(x.into()),
-            a: a.into_iter().map(Into::into).collect(),
-            b: b.into_iter().map(Into::into).collect(),
+            x: Rows::from(x),
+            weights,
             topk_weights: None,
-            out: RowsMut::from(out.into()),
+            out: RowsMut::from(out),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: true,
         }
     }
+}
+
+/// The weights of a [`Call`].
+enum Given<'c, S: Space, T> {
+    Stacked { a: Vec<View<'c, S, T>>, b: Vec<View<'c, S, T>> },
+    Table(Adapters<'c, S>),
 }
 
 /// A call that an [`Operator`] is about to make. What is not said is as most calls have it.
@@ -152,11 +188,11 @@ pub struct Call<'c, B: Backend, T> {
     /// What was said of a routing that is found already.
     unused: Option<&'static str>,
     x: Rows<'c, B::Space, T>,
-    a: Vec<View<'c, B::Space, T>>,
-    b: Vec<View<'c, B::Space, T>>,
+    weights: Given<'c, B::Space, T>,
     topk_weights: Option<View<'c, B::Space, f32>>,
     out: RowsMut<'c, B::Space, T>,
     offset: usize,
+    order: SliceOrder,
     accumulate: bool,
 }
 
@@ -214,6 +250,23 @@ impl<'c, B: Backend, T: Element> Call<'c, B, T> {
         self
     }
 
+    /// `[P]`: the row of `x` of each pair. Otherwise rows are in the order of tokens or pairs.
+    pub fn x_index(mut self, index: impl Into<View<'c, B::Space, i32>>) -> Self {
+        self.x.index = Some(index.into());
+        self
+    }
+
+    /// `[P]`: the row of `out` of each pair. Otherwise rows are in the order of pairs.
+    pub fn out_index(mut self, index: impl Into<View<'c, B::Space, i32>>) -> Self {
+        self.out.index = Some(index.into());
+        self
+    }
+
+    /// Where the columns of the slices are. Otherwise one slice is behind another.
+    pub fn order(self, order: SliceOrder) -> Self {
+        Call { order, ..self }
+    }
+
     /// The first column of `out` that is written. Otherwise 0.
     pub fn offset(self, offset: usize) -> Self {
         Call { offset, ..self }
@@ -230,7 +283,7 @@ impl<'c, B: Backend, T: Element> Call<'c, B, T> {
     /// As for [`Backend::forward`]; [`Error::PartOfRoute`] for what a call on a [`Route`] says of its
     /// routing.
     pub fn run(self) -> Result<Route> {
-        let Call { operator, routing, x, a, b, topk_weights, out, offset, accumulate, .. } = self;
+        let Call { operator, routing, x, weights, topk_weights, out, offset, order, accumulate, .. } = self;
         if let Some(what) = self.unused {
             return Err(Error::PartOfRoute { what });
         }
@@ -238,12 +291,19 @@ impl<'c, B: Backend, T: Element> Call<'c, B, T> {
         let tokens = self.tokens.unwrap_or(match &routing {
             Routing::Tokens(tensors) => tensors.token_lora.len(),
             Routing::On(route) => route.tokens(),
-            Routing::Sorted(_) => {
-                let rows = x.data.len().div_ceil(x.stride.unwrap_or(sizes.in_dim).max(1));
-                if sizes.x_rows == XRows::Pair { rows / sizes.top_k } else { rows }
-            }
+            Routing::Sorted(_) => match &x.index {
+                Some(index) => index.len() / sizes.top_k,
+                None => {
+                    let rows = x.data.len().div_ceil(x.stride.unwrap_or(sizes.in_dim).max(1));
+                    if sizes.x_rows == XRows::Pair { rows / sizes.top_k } else { rows }
+                }
+            },
         });
-        let call = Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out, offset, accumulate };
+        let weights = match &weights {
+            Given::Stacked { a, b } => Weights::Stacked { a, b },
+            Given::Table(adapters) => Weights::Table(*adapters),
+        };
+        let call = Forward { tokens, routing, x, weights, topk_weights, out, offset, order, accumulate };
         operator.backend.forward(&mut operator.workspace(), &operator.projection, call)
     }
 }
@@ -260,21 +320,13 @@ impl<'a, T: Pod, B: Buffer<T>> From<&'a mut B> for ViewMut<'a, B::Space, T> {
     }
 }
 
-impl<'a, S: Space> RoutingTensors<'a, S> {
-    /// Of `topk_ids` and `token_lora`: all slots are on and of the largest rank, and ids of experts are
-    /// local.
-    pub fn new(topk_ids: View<'a, S, i32>, token_lora: View<'a, S, i32>) -> Self {
-        RoutingTensors { topk_ids, token_lora, adapter_enabled: Enabled::All, ranks: None, expert_map: None }
-    }
-}
-
 impl<'a, S: Space, I, J> From<(I, J)> for Routing<'a, S>
 where
-    I: Into<View<'a, S, i32>>,
+    I: Into<TopkIds<'a, S>>,
     J: Into<View<'a, S, i32>>,
 {
     fn from((topk_ids, token_lora): (I, J)) -> Self {
-        Routing::Tokens(RoutingTensors::new(topk_ids.into(), token_lora.into()))
+        Routing::Tokens(RoutingTensors::new(topk_ids, token_lora.into()))
     }
 }
 
@@ -290,7 +342,10 @@ mod tests {
     fn a_route_is_taken_as_it_was_found() {
         let sizes =
             ProjectionSizes { top_k: 1, experts: 2, slots: 1, max_rank: 1, ..ProjectionSizes::down(1, 1) };
-        assert_eq!((sizes.slices, sizes.x_rows, sizes.a_experts), (1, XRows::Pair, ExpertWeights::PerExpert));
+        assert_eq!(
+            (sizes.out_dims.len(), sizes.x_rows, sizes.a_experts),
+            (1, XRows::Pair, ExpertWeights::PerExpert)
+        );
         let [operator] = Operator::builder(&Cpu).max_tokens(2).build([sizes]).unwrap();
         let (x, w, ids, loras) = ([bf16::ONE; 2], [bf16::ONE; 2], [0, 1], [0, -1]);
         let mut out = [bf16::ZERO; 2];

@@ -2,6 +2,7 @@
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+pub use crate::out_dims::OutDims;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -39,12 +40,11 @@ pub struct ProjectionSizes {
     pub slots: usize,
     /// R: rank that the stacked weights are allocated for.
     pub max_rank: usize,
-    /// S: slices of the projection, at most [`Projection::MAX_SLICES`]; 2 for gate and up, 1 for down.
-    pub slices: usize,
     /// K: width of a row of `x`.
     pub in_dim: usize,
-    /// N: width of one slice of the output.
-    pub out_dim: usize,
+    /// N of each of the S slices of the output, at most [`Projection::MAX_SLICES`]; 2 for gate and up, 1 for
+    /// down.
+    pub out_dims: OutDims,
     /// What a row of `x` belongs to.
     pub x_rows: XRows,
     /// Whether `a` has a matrix an expert.
@@ -64,9 +64,8 @@ impl ProjectionSizes {
             experts: 1,
             slots: 1,
             max_rank: 64,
-            slices: 2,
             in_dim: hidden,
-            out_dim: intermediate,
+            out_dims: OutDims::uniform(intermediate, 2),
             x_rows: XRows::Token,
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
@@ -77,12 +76,19 @@ impl ProjectionSizes {
     /// [`ProjectionSizes::gate_up`].
     pub fn down(hidden: usize, intermediate: usize) -> Self {
         ProjectionSizes {
-            slices: 1,
             in_dim: intermediate,
-            out_dim: hidden,
+            out_dims: OutDims::uniform(hidden, 1),
             x_rows: XRows::Pair,
             ..Self::gate_up(hidden, intermediate)
         }
+    }
+
+    /// A dense layer: no experts to choose among (E = 1, k = 1), a row of `x` a token, and a slice of each
+    /// width of `out_dims`; q, k and v of an attention layer are three slices of one x. All else as for
+    /// [`ProjectionSizes::gate_up`]. Too many widths are refused by [`Projection::new`].
+    pub fn dense(in_dim: usize, out_dims: &[usize]) -> Self {
+        let out_dims = OutDims::new(out_dims).unwrap_or(OutDims::uniform(0, out_dims.len()));
+        ProjectionSizes { out_dims, ..Self::gate_up(in_dim, 0) }
     }
 }
 
@@ -114,7 +120,7 @@ impl Projection {
     /// Most experts a token may choose.
     pub const MAX_TOP_K: usize = 64;
     /// Most slices of one projection.
-    pub const MAX_SLICES: usize = 4;
+    pub const MAX_SLICES: usize = OutDims::MAX_SLICES;
     /// Largest rank that weights may be allocated for.
     pub const MAX_RANK: usize = 1024;
 
@@ -124,16 +130,17 @@ impl Projection {
     /// [`Error::ZeroSize`] and [`Error::SizeTooLarge`] name the size; [`Error::SizeOverflow`] names
     /// the tensor whose elements cannot be addressed.
     pub fn new(sizes: ProjectionSizes) -> Result<Self> {
-        let ProjectionSizes { top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = sizes;
-        for (what, got, limit) in [
+        let ProjectionSizes { top_k, experts, slots, max_rank, in_dim, out_dims, .. } = sizes;
+        out_dims.check()?;
+        let widths = out_dims.as_slice().iter().map(|&width| ("out_dim", width, MAX_SIZE));
+        let others = [
             ("top_k", top_k, Self::MAX_TOP_K),
             ("experts", experts, MAX_SIZE),
             ("slots", slots, MAX_SIZE),
             ("max_rank", max_rank, Self::MAX_RANK),
-            ("slices", slices, Self::MAX_SLICES),
             ("in_dim", in_dim, MAX_SIZE),
-            ("out_dim", out_dim, MAX_SIZE),
-        ] {
+        ];
+        for (what, got, limit) in others.into_iter().chain(widths) {
             if got == 0 {
                 return Err(Error::ZeroSize { what });
             }
@@ -148,13 +155,18 @@ impl Projection {
         }
         let projection = Projection(sizes);
         projection.a_elements()?;
-        projection.b_elements()?;
+        (0..projection.slices()).try_for_each(|s| projection.b_elements(s).map(drop))?;
         Ok(projection)
     }
 
     /// The sizes as given.
     pub fn sizes(&self) -> &ProjectionSizes {
         &self.0
+    }
+
+    /// S: slices, each with an `a` and a `b` of its own.
+    pub fn slices(&self) -> usize {
+        self.0.out_dims.len()
     }
 
     /// Matrices of `a` in one slot: E, or 1 when shared.
@@ -178,9 +190,9 @@ impl Projection {
         elements("a", &[self.0.slots, self.a_experts(), self.0.max_rank, self.0.in_dim])
     }
 
-    /// Elements of one slice of `b`, `[L, E, N, R]`.
-    pub(crate) fn b_elements(&self) -> Result<usize> {
-        elements("b", &[self.0.slots, self.b_experts(), self.0.out_dim, self.0.max_rank])
+    /// Elements of slice `s` of `b`, `[L, E, N_s, R]`.
+    pub(crate) fn b_elements(&self, s: usize) -> Result<usize> {
+        elements("b", &[self.0.slots, self.b_experts(), self.0.out_dims.get(s), self.0.max_rank])
     }
 
     /// Elements of `h`, `[S, P, R]`, for `tokens` tokens.
@@ -188,7 +200,7 @@ impl Projection {
     /// # Errors
     /// [`Error::SizeTooLarge`] and [`Error::SizeOverflow`] when there are too many.
     pub fn h_elements(&self, tokens: usize) -> Result<usize> {
-        elements("h", &[self.0.slices, self.pairs(tokens)?, self.0.max_rank])
+        elements("h", &[self.slices(), self.pairs(tokens)?, self.0.max_rank])
     }
 
     /// P: (token, choice) pairs of `tokens` tokens.
@@ -213,12 +225,12 @@ impl Projection {
         })
     }
 
-    /// Columns of `out` that a call writes: S·N.
+    /// Columns of `out` that a call writes: Σ N_s.
     pub fn out_width(&self) -> usize {
-        self.0.slices * self.0.out_dim
+        self.0.out_dims.total()
     }
 
-    /// Elements of an `out` without padding, `[T, k, S·N]`, for `tokens` tokens.
+    /// Elements of an `out` without padding, `[T, k, Σ N_s]`, for `tokens` tokens.
     ///
     /// # Errors
     /// [`Error::SizeTooLarge`] and [`Error::SizeOverflow`] when there are too many.
@@ -254,7 +266,14 @@ impl fmt::Display for Projection {
         write!(
             f,
             "{} K={} N={} S={} R={} E={} L={} k={}",
-            s.dtype, s.in_dim, s.out_dim, s.slices, s.max_rank, s.experts, s.slots, s.top_k
+            s.dtype,
+            s.in_dim,
+            s.out_dims,
+            s.out_dims.len(),
+            s.max_rank,
+            s.experts,
+            s.slots,
+            s.top_k
         )
     }
 }

@@ -256,6 +256,9 @@ pub struct Rows<'a, S: Space, T> {
     pub data: View<'a, S, T>,
     /// Elements from one row to the next; `None` when rows are packed.
     pub stride: Option<usize>,
+    /// `[P]`: the row of each pair; `None` when rows are in the order of tokens or pairs. It is untrusted: a
+    /// pair whose number is none of the rows that `data` holds is inactive.
+    pub index: Option<View<'a, S, i32>>,
 }
 
 /// Rows of equal width, `stride` elements apart, that may be written.
@@ -265,16 +268,20 @@ pub struct RowsMut<'a, S: Space, T> {
     pub data: ViewMut<'a, S, T>,
     /// Elements from one row to the next; `None` when rows are packed.
     pub stride: Option<usize>,
+    /// `[P]`: the row of each pair; `None` when rows are in the order of pairs. It is untrusted: for a pair
+    /// whose number is none of the rows that `data` holds, nothing is written. Nor is a row that no pair
+    /// names. Of two pairs that name one row, which one's values it has afterwards is not defined.
+    pub index: Option<View<'a, S, i32>>,
 }
 
 impl<'a, S: Space, T> From<View<'a, S, T>> for Rows<'a, S, T> {
     fn from(data: View<'a, S, T>) -> Self {
-        Rows { data, stride: None }
+        Rows { data, stride: None, index: None }
     }
 }
 
 impl<'a, S: Space, T> From<ViewMut<'a, S, T>> for RowsMut<'a, S, T> {
     fn from(data: ViewMut<'a, S, T>) -> Self {
-        RowsMut { data, stride: None }
+        RowsMut { data, stride: None, index: None }
     }
 }

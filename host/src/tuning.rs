@@ -61,7 +61,7 @@ impl PartialEq for Tuning {
 }
 
 /// The format of the files that this version writes, and reads.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// What to do about a file that is of no use any more.
 const AGAIN: &str = "run `moe-lora tune` again, on another file";
@@ -207,7 +207,7 @@ impl Tuning {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::projection::{ExpertWeights, XRows};
+    use crate::projection::{ExpertWeights, OutDims, XRows};
 
     fn projection(max_rank: usize) -> Projection {
         Projection::new(ProjectionSizes {
@@ -216,9 +216,8 @@ mod tests {
             experts: 128,
             slots: 2,
             max_rank,
-            slices: 2,
             in_dim: 2048,
-            out_dim: 768,
+            out_dims: OutDims::uniform(768, 2),
             x_rows: XRows::Token,
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
@@ -286,14 +285,14 @@ mod tests {
         let good = serde_json::to_string(&tuning()).unwrap();
         let cases = [
             ("{", "EOF"),
-            ("{\"format\": 1, \"device\": \"a device\"}", "missing field `kernels`"),
+            ("{\"format\": 2, \"device\": \"a device\"}", "missing field `kernels`"),
             (
                 "{\"device\": \"a device\", \"tuned\": []}",
-                "of format 0, expected 1: run `moe-lora tune` again",
+                "of format 0, expected 2: run `moe-lora tune` again",
             ),
             (
-                &good.replace("\"format\":1", "\"format\":2"),
-                "of format 2, expected 1: run `moe-lora tune` again",
+                &good.replace("\"format\":2", "\"format\":1"),
+                "of format 1, expected 2: run `moe-lora tune` again",
             ),
             (&good.replace("decode", "encode"), "unknown candidate \"encode m8 cluster1\", expected one of"),
             (&good.replace("max_rank", "rank"), "unknown field `rank`"),
@@ -302,7 +301,7 @@ mod tests {
             let message = message(json);
             assert!(message.contains(expected) && message.contains("tuning.json"), "{message}");
         }
-        let nothing = "{\"format\":1,\"device\":\"a device\",\"kernels\":\"0123\",\"tuned\":[]}";
+        let nothing = "{\"format\":2,\"device\":\"a device\",\"kernels\":\"0123\",\"tuned\":[]}";
         std::fs::write(&path, nothing).unwrap();
         let tuning = Tuning::load(&path).unwrap();
         assert!(tuning.check_kernels("0123").is_ok());

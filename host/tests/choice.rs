@@ -30,15 +30,9 @@ impl Record {
 
     fn call(&self) -> (Projection, Layout) {
         let sizes = self.projection;
-        let layout = Layout {
-            tokens: self.tokens,
-            x_stride: sizes.in_dim,
-            out_stride: sizes.slices * sizes.out_dim,
-            offset: 0,
-            aligned: true,
-            ranked: self.rank < sizes.max_rank,
-        };
-        (Projection::new(sizes).expect("legal sizes"), layout)
+        let projection = Projection::new(sizes).expect("legal sizes");
+        let ranked = self.rank < sizes.max_rank;
+        (projection, Layout { ranked, ..Layout::packed(&projection, self.tokens) })
     }
 
     fn plan(&self, options: &Options) -> Plan {

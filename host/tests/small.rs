@@ -6,8 +6,9 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::plan::{DeviceLimits, Options, Plan, RouteSource, Stage, promises};
 use moe_lora::{
-    Align, Backend, BlockShape, Buffer, Enabled, Expand, ExpertWeights, Forward, Host, Layout, Projection,
-    ProjectionSizes, Routing, RoutingTensors, Rows, Shrink, SortedTensors, View, XRows, reference,
+    Align, Backend, BlockShape, Buffer, Enabled, Expand, ExpertWeights, Factor, Forward, Host, Layout,
+    Projection, ProjectionSizes, Routing, RoutingTensors, Rows, Shrink, SliceOrder, SortedTensors, View,
+    Weights, XRows, reference,
 };
 
 /// Sizes that differ from one another, and ids of which some are none.
@@ -17,7 +18,6 @@ fn sizes(x_rows: XRows, shared: ExpertWeights) -> ProjectionSizes {
         experts: 3,
         slots: 2,
         max_rank: 3,
-        slices: 2,
         x_rows,
         a_experts: shared,
         ..ProjectionSizes::gate_up(5, 4)
@@ -45,7 +45,7 @@ fn calls(projection: &Projection, routing: Routing<'_, Host>) {
     let s = projection.sizes();
     let (x, weights) = (values(projection.x_rows(TOKENS).unwrap() * s.in_dim), [0.5f32; 6]);
     let a = values(s.slots * projection.a_experts() * s.max_rank * s.in_dim);
-    let b = values(s.slots * projection.b_experts() * s.out_dim * s.max_rank);
+    let b = values(s.slots * projection.b_experts() * s.out_dims.max() * s.max_rank);
     let (a, b) = ([a[..].into(), a[..].into()], [b[..].into(), b[..].into()]);
     let mut workspace = Cpu.workspace(&[*projection], TOKENS).unwrap();
     let mut out = Cpu.upload(&vec![bf16::ZERO; projection.out_elements(TOKENS).unwrap()]).unwrap();
@@ -57,19 +57,37 @@ fn calls(projection: &Projection, routing: Routing<'_, Host>) {
     let mut on = routing;
     for _ in 0..2 {
         let out_view = out.view_mut().into();
-        let call =
-            Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out: out_view, offset, accumulate };
+        let call = Forward {
+            tokens,
+            routing,
+            x,
+            weights: Weights::Stacked { a: &a, b: &b },
+            topk_weights,
+            out: out_view,
+            offset,
+            order: SliceOrder::InOrder,
+            accumulate,
+        };
         let expected = reference::forward(projection, &call).unwrap();
         on = Cpu.forward(&mut workspace, projection, Forward { routing: on, ..call }).unwrap().into();
         agrees(out.as_slice(), &expected.values);
     }
-    let call = Shrink { tokens, routing, x, a: &a, h: h.view_mut() };
+    let call = Shrink { tokens, routing, x, a: Factor::Stacked(&a), h: h.view_mut() };
     let expected = reference::shrink(projection, &call).unwrap();
     Cpu.shrink(&mut workspace, projection, Shrink { routing: on, ..call }).unwrap();
     agrees(h.as_slice(), &expected.values);
     let out_view = out.view_mut().into();
-    let call =
-        Expand { tokens, routing, h: h.view(), b: &b, topk_weights, out: out_view, offset, accumulate };
+    let call = Expand {
+        tokens,
+        routing,
+        h: h.view(),
+        b: Factor::Stacked(&b),
+        topk_weights,
+        out: out_view,
+        offset,
+        order: SliceOrder::InOrder,
+        accumulate,
+    };
     let expected = reference::expand(projection, &call).unwrap();
     Cpu.expand(&mut workspace, projection, Expand { routing: on, ..call }).unwrap();
     agrees(out.as_slice(), &expected.values);
@@ -83,7 +101,7 @@ fn every_call_of_the_cpu_agrees_with_the_reference() {
             adapter_enabled: Enabled::U8([1, 2][..].into()),
             ranks: Some([2, 3][..].into()),
             expert_map: Some([1, 0, 2, 5][..].into()),
-            ..RoutingTensors::new(TOPK_IDS[..].into(), TOKEN_LORA[..].into())
+            ..RoutingTensors::new(&TOPK_IDS[..], TOKEN_LORA[..].into())
         };
         calls(&projection, routing.into());
     }
@@ -102,7 +120,7 @@ fn blocks_are_made_and_taken() {
         experts: 3,
         slots: 2,
         shape,
-        topk_ids,
+        topk_ids: topk_ids.into(),
         token_lora,
         adapter_enabled,
         lora_ids: lora_ids[..].into(),
@@ -133,8 +151,7 @@ fn plans_keep_their_promises() {
         let like = ProjectionSizes::gate_up(2048, 768);
         let sizes = ProjectionSizes { experts: 128, top_k: 8, slots: 2, max_rank, ..like };
         let projection = Projection::new(sizes).unwrap();
-        let (x_stride, out_stride) = (sizes.in_dim, projection.out_width());
-        let layout = Layout { tokens, x_stride, out_stride, offset: 0, aligned: true, ranked: false };
+        let layout = Layout::packed(&projection, tokens);
         for stage in [Stage::Route, Stage::Forward, Stage::Shrink, Stage::Expand] {
             for limits in [DeviceLimits::H100, DeviceLimits::H200] {
                 let (source, options) = (RouteSource::Made, Options::default());

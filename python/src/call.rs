@@ -9,8 +9,8 @@ use crate::tensor::{Dim, Tensor, Type};
 use half::{bf16, f16};
 use moe_lora::cuda;
 use moe_lora::{
-    Backend, BlockShape, Cuda, DType, Element, Error, Expand, ExpertWeights, Forward, Projection,
-    ProjectionSizes, Route, Routing as CallRouting, Shrink, XRows,
+    Backend, BlockShape, Cuda, DType, Element, Error, Expand, ExpertWeights, Factor, Forward, OutDims,
+    Projection, ProjectionSizes, Route, Routing as CallRouting, Shrink, SliceOrder, TopkIds, Weights, XRows,
 };
 use pyo3::prelude::*;
 
@@ -104,18 +104,18 @@ impl Queued for Call {
                         tokens,
                         routing,
                         x: x.rows(x_stride),
-                        a: &a.views(),
-                        b: &b.views(),
+                        weights: Weights::Stacked { a: &a.views(), b: &b.views() },
                         topk_weights: output.weights(),
                         out: output.rows(),
                         offset: output.offset,
+                        order: SliceOrder::InOrder,
                         accumulate: output.accumulate,
                     };
                     on.0.forward(workspace, projection, call)
                 }
                 Part::Shrink(First { x, a }, h) => {
                     let (x, h) = (x.rows(x_stride), h.view_mut());
-                    let call = Shrink::<Cuda, T> { tokens, routing, x, a: &a.views(), h };
+                    let call = Shrink::<Cuda, T> { tokens, routing, x, a: Factor::Stacked(&a.views()), h };
                     on.0.shrink(workspace, projection, call)
                 }
                 Part::Expand(h, Second { b, output }) => {
@@ -123,10 +123,11 @@ impl Queued for Call {
                         tokens,
                         routing,
                         h: h.view(),
-                        b: &b.views(),
+                        b: Factor::Stacked(&b.views()),
                         topk_weights: output.weights(),
                         out: output.rows(),
                         offset: output.offset,
+                        order: SliceOrder::InOrder,
                         accumulate: output.accumulate,
                     };
                     on.0.expand(workspace, projection, call)
@@ -186,9 +187,8 @@ impl Part {
             experts,
             slots,
             max_rank,
-            slices,
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, slices),
             x_rows: first.map_or(Ok(XRows::Token), |first| x_rows(&first.x, tokens, top_k, in_dim))?,
             a_experts: weights(a)?,
             b_experts: weights(b)?,
@@ -386,7 +386,7 @@ pub fn align<'py>(call: &Align<'_, 'py>, stream: Optional<'_, 'py>) -> Outcome<(
                 experts,
                 slots,
                 shape,
-                topk_ids: topk_ids.view(),
+                topk_ids: TopkIds::I32(topk_ids.view()),
                 token_lora: token_lora.view(),
                 adapter_enabled: enabled(Some(&adapter_enabled)),
                 lora_ids: lora_ids.view(),

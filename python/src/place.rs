@@ -5,7 +5,7 @@ use crate::read::Reader;
 use crate::tensor::unsaid;
 use dlpack_ffi::DLDeviceType;
 use moe_lora::cuda::{self, Device};
-use moe_lora::{Backend, DType, Error, ExpertWeights, Projection, ProjectionSizes, Route, XRows};
+use moe_lora::{Backend, DType, Error, ExpertWeights, OutDims, Projection, ProjectionSizes, Route, XRows};
 use pyo3::intern;
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
@@ -149,8 +149,9 @@ impl Place<'_, '_> {
             // A workspace that has just grown holds no route. The call is told that it does not fit.
             Some(Err(Error::WorkspaceTooSmall { .. })) if kept => {}
             None | Some(Err(Error::WorkspaceTooSmall { .. })) => {
-                let slices = projection.sizes().slices.max(SLICES);
-                let projection = Projection::new(ProjectionSizes { slices, ..*projection.sizes() })?;
+                // Of its room N is no part.
+                let out_dims = OutDims::uniform(1, projection.slices().max(SLICES));
+                let projection = Projection::new(ProjectionSizes { out_dims, ..*projection.sizes() })?;
                 let tokens = tokens.next_power_of_two();
                 workspaces.push(match workspaces.last() {
                     Some(workspace) => workspace.grown(&projection, tokens)?,
@@ -248,9 +249,8 @@ pub fn layer(
         experts,
         slots,
         max_rank,
-        slices,
         in_dim: 1,
-        out_dim: 1,
+        out_dims: OutDims::uniform(1, slices),
         x_rows: XRows::Token,
         a_experts: ExpertWeights::Shared,
         b_experts: ExpertWeights::Shared,

@@ -4,7 +4,7 @@
 use crate::fault::{Fault, Outcome};
 use crate::read::{Optional, Reader};
 use crate::tensor::{Dim, Tensor, Type};
-use moe_lora::{BlockShape, Cuda, Enabled, Error, Route, RoutingTensors, SortedTensors};
+use moe_lora::{BlockShape, Cuda, Enabled, Error, Route, RoutingTensors, SortedTensors, TopkIds};
 use pyo3::prelude::*;
 
 /// Who goes where, as the caller says it.
@@ -212,7 +212,7 @@ impl Source {
             match self {
                 Source::Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map } => {
                     moe_lora::Routing::Tokens(RoutingTensors {
-                        topk_ids: topk_ids.view(),
+                        topk_ids: TopkIds::I32(topk_ids.view()),
                         token_lora: token_lora.view(),
                         adapter_enabled: enabled(adapter_enabled.as_ref()),
                         ranks: ranks.as_ref().map(|ranks| ranks.view()),

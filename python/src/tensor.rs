@@ -465,7 +465,7 @@ impl Tensor {
     pub unsafe fn rows<T: Pod>(&self, stride: usize) -> Rows<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         let data = unsafe { View::from_raw(self.address, self.extent(stride)) };
-        Rows { data, stride: Some(stride) }
+        Rows { data, stride: Some(stride), index: None }
     }
 
     /// Its rows, `stride` elements apart, to be written.
@@ -475,6 +475,6 @@ impl Tensor {
     pub unsafe fn rows_mut<T: Pod>(&self, stride: usize) -> RowsMut<'_, Cuda, T> {
         // SAFETY: as the caller promises.
         let data = unsafe { ViewMut::from_raw(self.address, self.extent(stride)) };
-        RowsMut { data, stride: Some(stride) }
+        RowsMut { data, stride: Some(stride), index: None }
     }
 }

@@ -3,8 +3,10 @@
 use bytemuck::Pod;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Options, Plan, RouteSource, Stage};
-use moe_lora::{BlockShape, DType, Element, Enabled, Layout, RoutingTensors, View, ViewMut};
-use moe_lora_verify::{Case, Form, Operands, Ranks};
+use moe_lora::{
+    Adapters, BlockShape, DType, Element, Enabled, Layout, RoutingTensors, TopkIds, View, ViewMut,
+};
+use moe_lora_verify::{Case, Form, IdsKind, Indexed, Operands, Ranks};
 use std::collections::BTreeSet;
 
 /// Those of `options` for which the calls of `case` are planned in another way than for any before. Equal
@@ -97,16 +99,26 @@ fn layout<T: Element>(case: &Case) -> Layout {
         unsafe { View::from_raw(address, isize::MAX as usize / size_of::<T>()) }
     }
     let ids = || view::<i32>(case.misaligned);
-    let weights = || vec![view::<T>(case.misaligned); case.slices];
+    let weights = || vec![view::<T>(case.misaligned); case.out_dims.len()];
     let routing = RoutingTensors {
-        topk_ids: ids(),
+        topk_ids: match case.ids {
+            IdsKind::None => TopkIds::None,
+            IdsKind::I32 => TopkIds::I32(ids()),
+            IdsKind::I64 => TopkIds::I64(view(case.misaligned)),
+        },
         token_lora: ids(),
         adapter_enabled: Enabled::All,
         ranks: (case.ranks != Ranks::Max).then(ids),
         expert_map: None,
     };
     let x = view::<T>(case.misaligned);
-    let operands = Operands { routing, x, a: weights(), b: weights(), topk_weights: None };
+    // SAFETY: as above.
+    let adapters = case.table.then(|| unsafe { Adapters::new(view(false)) });
+    let topk_weights = None;
+    let index = |kind| (kind != Indexed::None).then(ids);
+    let (x_index, out_index) = (index(case.x_index), index(case.out_index));
+    let operands =
+        Operands { routing, x, x_index, a: weights(), b: weights(), adapters, topk_weights, out_index };
     // SAFETY: as above.
     let out = unsafe { ViewMut::from_raw(x.address(), x.len()) };
     let projection = case.projection().expect("a legal case");

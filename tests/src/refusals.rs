@@ -3,8 +3,9 @@
 use bytemuck::Pod;
 use half::bf16;
 use moe_lora::{
-    Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Forward, Projection, ProjectionSizes,
-    Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, Space, View, ViewMut, XRows,
+    Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Factor, Forward, OutDims, Projection,
+    ProjectionSizes, Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, SliceOrder, Space,
+    TopkIds, View, ViewMut, Weights, XRows,
 };
 
 /// Which call.
@@ -64,9 +65,8 @@ pub const GOOD: ProjectionSizes = ProjectionSizes {
     experts: 4,
     slots: 2,
     max_rank: 8,
-    slices: 2,
     in_dim: 16,
-    out_dim: 8,
+    out_dims: OutDims::uniform(8, 2),
     x_rows: XRows::Token,
     a_experts: ExpertWeights::PerExpert,
     b_experts: ExpertWeights::PerExpert,
@@ -147,7 +147,7 @@ impl Call {
     fn run<B: Backend>(&self, backend: &B, workspace: &mut B::Workspace, stage: Stage) -> Result<Route> {
         let projection = Projection::new(self.sizes)?;
         let tensors = RoutingTensors {
-            topk_ids: self.view(Tensor::TopkIds),
+            topk_ids: TopkIds::I32(self.view(Tensor::TopkIds)),
             token_lora: self.view(Tensor::TokenLora),
             adapter_enabled: match self.flags {
                 Tensor::FlagsU8 => Enabled::U8(self.view(Tensor::FlagsU8)),
@@ -157,26 +157,49 @@ impl Call {
             expert_map: Some(self.view(Tensor::ExpertMap)),
         };
         let routing = self.on.map_or(Routing::Tokens(tensors), Routing::On);
-        let x = Rows { data: self.view(Tensor::X), stride: self.x_stride };
+        let x = Rows { data: self.view(Tensor::X), stride: self.x_stride, index: None };
         let a = vec![self.view(Tensor::A); self.slices_a];
         let b = vec![self.view(Tensor::B); self.slices_b];
         let topk_weights = Some(self.view(Tensor::TopkWeights));
         let (tokens, offset) = (self.tokens, self.offset);
-        let out = RowsMut { data: self.view_mut(Tensor::Out), stride: self.out_stride };
+        let out = RowsMut { data: self.view_mut(Tensor::Out), stride: self.out_stride, index: None };
         match stage {
             Stage::Route => backend.route(workspace, &projection, tokens, tensors),
             Stage::Forward => {
-                let call =
-                    Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out, offset, accumulate: true };
+                let call = Forward {
+                    tokens,
+                    routing,
+                    x,
+                    weights: Weights::Stacked { a: &a, b: &b },
+                    topk_weights,
+                    out,
+                    offset,
+                    order: SliceOrder::InOrder,
+                    accumulate: true,
+                };
                 backend.forward(workspace, &projection, call)
             }
             Stage::Shrink => {
                 let h = self.view_mut(Tensor::H);
-                backend.shrink(workspace, &projection, Shrink { tokens, routing, x, a: &a, h })
+                backend.shrink(
+                    workspace,
+                    &projection,
+                    Shrink { tokens, routing, x, a: Factor::Stacked(&a), h },
+                )
             }
             Stage::Expand => {
                 let h = self.view(Tensor::H);
-                let call = Expand { tokens, routing, h, b: &b, topk_weights, out, offset, accumulate: true };
+                let call = Expand {
+                    tokens,
+                    routing,
+                    h,
+                    b: Factor::Stacked(&b),
+                    topk_weights,
+                    out,
+                    offset,
+                    order: SliceOrder::InOrder,
+                    accumulate: true,
+                };
                 backend.expand(workspace, &projection, call)
             }
         }
@@ -219,7 +242,7 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
     let overlap = |tensor, expected| Error::RowStride { tensor, expected, got: expected - 1 };
     let overflow = |tensor, shape: String| Error::SizeOverflow { tensor, shape };
     let tokens = |limit| Error::SizeTooLarge { what: "tokens", limit, got: limit + 1 };
-    let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + S·N]", usize::MAX));
+    let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + Σ N_s]", usize::MAX));
     let room = |limit| Error::WorkspaceTooSmall { what: "pairs", limit, got: 6 };
     type Row = (&'static str, &'static [Stage], fn(&mut Call), Error);
     #[rustfmt::skip]
@@ -281,8 +304,8 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
         on: None,
         flags: Tensor::FlagsI32,
         memory,
-        slices_a: GOOD.slices,
-        slices_b: GOOD.slices,
+        slices_a: GOOD.out_dims.len(),
+        slices_b: GOOD.out_dims.len(),
         x_stride: None,
         out_stride: None,
         offset: OFFSET,

@@ -6,8 +6,9 @@ use moe_lora::cpu::Cpu;
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::Options;
 use moe_lora::{
-    Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Forward, Projection,
-    ProjectionSizes, Routing, SortedTensors, View, ViewMut, XRows, reference,
+    Align, Backend, BlockShape, Buffer, DType, Enabled, Error, ExpertWeights, Factor, Forward, OutDims,
+    Projection, ProjectionSizes, Routing, SliceOrder, SortedTensors, TopkIds, View, ViewMut, Weights, XRows,
+    reference,
 };
 use moe_lora_tests::cases::check_some;
 use moe_lora_tests::tally::Tally;
@@ -39,7 +40,7 @@ fn routes() -> impl Strategy<Value = Case> {
             global_experts: mapped.then_some(experts + more_experts),
             max_rank: 8,
             in_dim: 8,
-            out_dim: 8,
+            out_dims: OutDims::uniform(8, 1),
             block_size: Some(block_size),
             routing,
             loras,
@@ -99,7 +100,7 @@ fn a_route_of_three_tokens_by_hand() {
             experts: 2,
             slots: 2,
             shape: BlockShape { block_size: 2, max_padded: 8, max_blocks: 5 },
-            topk_ids: topk_ids.view(),
+            topk_ids: topk_ids.view().into(),
             token_lora: token_lora.view(),
             adapter_enabled: Enabled::I32(flags.view()),
             lora_ids: lora_ids.view(),
@@ -220,9 +221,8 @@ impl Wild {
             experts,
             slots,
             max_rank: MAX_RANK,
-            slices: 1,
             in_dim: 8,
-            out_dim: 8,
+            out_dims: OutDims::uniform(8, 1),
             x_rows: XRows::Token,
             a_experts: per_expert,
             b_experts: per_expert,
@@ -258,11 +258,11 @@ impl Wild {
             tokens: self.tokens,
             routing: Routing::Sorted(sorted),
             x: View::from(&x[..]).into(),
-            a: &host_a,
-            b: &host_b,
+            weights: Weights::Stacked { a: &host_a, b: &host_b },
             topk_weights: None,
             out: ViewMut::from(&mut unused[..]).into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: self.accumulate,
         };
         let expected = reference::forward(&projection, &call).expect("a legal call");
@@ -290,11 +290,11 @@ impl Wild {
             tokens: self.tokens,
             routing,
             x: x.view().into(),
-            a: &a,
-            b: &b,
+            weights: Weights::Stacked { a: &a, b: &b },
             topk_weights: None,
             out: placed.view_mut().into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: self.accumulate,
         };
         backend.forward(&mut workspace, &projection, call).unwrap_or_else(|error| panic!("{error}"));
@@ -400,7 +400,7 @@ impl Pieces {
             experts,
             slots,
             shape: self.shape,
-            topk_ids: self.view(0),
+            topk_ids: TopkIds::I32(self.view(0)),
             token_lora: self.view(1),
             adapter_enabled: Enabled::I32(self.view(2)),
             lora_ids: self.view(3),
@@ -429,7 +429,7 @@ impl Pieces {
         let a = [weights.view()];
         let (routing, x, h) = (Routing::Sorted(sorted), x.view().into(), h.view_mut());
         let mut workspace = backend.workspace(&[projection], 1).expect("room");
-        let call = moe_lora::Shrink { tokens: 0, routing, x, a: &a, h };
+        let call = moe_lora::Shrink { tokens: 0, routing, x, a: Factor::Stacked(&a), h };
         backend.shrink(&mut workspace, &projection, call).map(drop)
     }
 }

@@ -1,9 +1,10 @@
 //! The CPU back end keeps the operator's contract.
 
 use moe_lora::cpu::Cpu;
+use moe_lora::{DType, OutDims};
 use moe_lora_tests::cases::{cases, check_some};
 use moe_lora_tests::tier::{amount, is_nightly};
-use moe_lora_verify::{Case, Runs, check, check_runs, full_grid, quick_grid, vllm_grid};
+use moe_lora_verify::{Case, Form, Runs, check, check_runs, full_grid, new_forms, quick_grid, vllm_grid};
 use rayon::ThreadPoolBuilder;
 
 /// Random calls.
@@ -15,6 +16,18 @@ fn every_mode_passes() {
     let cases = if is_nightly() { [full_grid(), vllm_grid()].concat() } else { quick_grid() };
     for case in &cases {
         check(&Cpu, case).unwrap_or_else(|failure| panic!("{failure}"));
+    }
+}
+
+#[test]
+fn every_form_passes() {
+    for form in [Form::Forward, Form::Split] {
+        for (dtype, seed) in [(DType::Bf16, 1), (DType::F16, 2), (DType::Bf16, 3), (DType::F16, 4)] {
+            let out_dims = OutDims::uniform(64, 2);
+            for case in new_forms(&Case { form, dtype, tokens: 40, out_dims, seed, ..Case::default() }) {
+                check(&Cpu, &case).unwrap_or_else(|failure| panic!("{failure}"));
+            }
+        }
     }
 }
 

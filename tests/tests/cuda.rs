@@ -30,6 +30,7 @@ mod wide;
 mod gpu {
     use super::{blocks, engine, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
+    use moe_lora::OutDims;
     use moe_lora::cuda::{Cubin, Device, Embedded, LoadedFrom, Options, Packed, Stream};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
@@ -119,7 +120,7 @@ mod gpu {
             experts: 128,
             slots: 300,
             in_dim: 8,
-            out_dim: 8,
+            out_dims: OutDims::uniform(8, 1),
             max_rank: 8,
             ..Case::default()
         };

@@ -3,7 +3,7 @@
 
 use moe_lora::emulated::Emulated;
 use moe_lora::plan::{Form as PlanForm, IndexWidth, Options, TileKind};
-use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, XRows};
+use moe_lora::{Align, Backend, BlockShape, Buffer, DType, Enabled, OutDims, XRows};
 use moe_lora_kernels::ENTRIES;
 use moe_lora_tests::cases::{check_some, small_cases};
 use moe_lora_tests::plans::{distinct, kernels, splits_k};
@@ -82,7 +82,14 @@ fn check_repeated(cases: &[Case]) -> Tally {
 /// Calls of so many pairs that a grid routes them and a cluster aligns them, and of as many buckets as the
 /// route of one block has threads, all else as small as can be.
 fn large_routes() -> Vec<Case> {
-    let case = Case { tokens: 513, top_k: 8, in_dim: 8, out_dim: 8, max_rank: 8, ..Case::default() };
+    let case = Case {
+        tokens: 513,
+        top_k: 8,
+        in_dim: 8,
+        out_dims: OutDims::uniform(8, 1),
+        max_rank: 8,
+        ..Case::default()
+    };
     vec![
         Case { loras: Loras::Random, accumulate: false, block_size: Some(64), ..case.clone() },
         Case { routing: Experts::OutOfRange, experts: 150, form: Form::Split, ..case.clone() },
@@ -107,7 +114,10 @@ fn is_shared(way: &Options) -> bool {
 /// large allocations, and with tiles of more than one segment and of several steps.
 fn wide() -> Vec<Case> {
     let base = Case { tokens: 80, loras: Loras::Random, ranks: Ranks::Mixed, ..Case::default() };
-    let wide = |max_rank, slices, in_dim, out_dim| Case { max_rank, slices, in_dim, out_dim, ..base.clone() };
+    let wide = |max_rank, slices, in_dim, out_dim| {
+        let out_dims = OutDims::uniform(out_dim, slices);
+        Case { max_rank, in_dim, out_dims, ..base.clone() }
+    };
     let cases = [
         wide(24, 2, 72, 136),
         wide(64, 1, 136, 72),
@@ -157,7 +167,7 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
 /// Small K is not worth splitting: the calls of the table's test and most random ones run whole.
 #[test]
 fn blocks_of_shrink_share_k() {
-    let long = Case { in_dim: 520, out_dim: 72, max_rank: 24, slices: 2, ..Case::default() };
+    let long = Case { in_dim: 520, out_dims: OutDims::uniform(72, 2), max_rank: 24, ..Case::default() };
     let cases = [
         Case { accumulate: false, loras: Loras::Random, ..long.clone() },
         Case { dtype: DType::F16, x_rows: XRows::Pair, ranks: Ranks::Mixed, ..long },
@@ -190,7 +200,7 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
         dtype: if seed.is_multiple_of(2) { DType::Bf16 } else { DType::F16 },
         form: if seed / 2 % 3 < 2 { Form::Forward } else { Form::Split },
         in_dim: 72,
-        slices: 2,
+        out_dims: OutDims::uniform(64, 2),
         loras: Loras::Random,
         block_size: (seed % 8 < 2).then_some(16),
         accumulate: !seed.is_multiple_of(3),
@@ -200,11 +210,11 @@ fn no_order_of_threads_and_blocks_shows_a_fault() {
     // By turns: 32, 64, 128 and 256 columns of h in tiles of 64 pairs, 64, 128 and 256 in tiles of 128, whose
     // passes take two slices.
     let width = |seed: u64| match seed / 2 % 8 {
-        0 | 4 => Case { max_rank: 40, slices: 2, ..case(seed) },
-        1 | 5 => Case { max_rank: 72, slices: 2, ranks: Ranks::Mixed, ..case(seed) },
-        2 | 6 => Case { max_rank: 136, slices: 1, ranks: Ranks::Mixed, ..case(seed) },
-        3 => Case { max_rank: 16, slices: 4, ..case(seed) },
-        _ => Case { max_rank: 24, slices: 2, ..case(seed) },
+        0 | 4 => Case { max_rank: 40, out_dims: OutDims::uniform(64, 2), ..case(seed) },
+        1 | 5 => Case { max_rank: 72, out_dims: OutDims::uniform(64, 2), ranks: Ranks::Mixed, ..case(seed) },
+        2 | 6 => Case { max_rank: 136, out_dims: OutDims::uniform(64, 1), ranks: Ranks::Mixed, ..case(seed) },
+        3 => Case { max_rank: 16, out_dims: OutDims::uniform(64, 4), ..case(seed) },
+        _ => Case { max_rank: 24, out_dims: OutDims::uniform(64, 2), ..case(seed) },
     };
     let width = |seed| Case { form: Form::Forward, block_size: None, ..width(seed) };
     // As many as are needed: of each case the ways that launch a kernel which has not run often enough.
@@ -239,7 +249,7 @@ fn ranks_of_any_number_of_groups_follow_one_another() {
     let case = |seed: u64| Case {
         tokens: 14,
         slots: 3,
-        slices: 2,
+        out_dims: OutDims::uniform(64, 2),
         max_rank: if seed.is_multiple_of(2) { 64 } else { 128 },
         ranks: Ranks::Mixed,
         loras: Loras::Random,
@@ -264,7 +274,7 @@ fn no_block_waits_for_a_share_of_its_own() {
         slots: 1,
         loras: Loras::One,
         in_dim: 520,
-        out_dim: 72,
+        out_dims: OutDims::uniform(72, 1),
         max_rank: 16,
         seed,
         ..Case::default()
@@ -278,7 +288,13 @@ fn no_block_waits_for_a_share_of_its_own() {
 /// in a hash table that is nearly as full as it gets; most pairs of one segment, and most inactive.
 #[test]
 fn segments_are_found_in_any_order_of_threads() {
-    let base = Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() };
+    let base = Case {
+        in_dim: 8,
+        out_dims: OutDims::uniform(8, 1),
+        max_rank: 8,
+        loras: Loras::Random,
+        ..Case::default()
+    };
     let case = |seed: u64| {
         let shape =
             |tokens, top_k, experts, slots| Case { tokens, top_k, experts, slots, seed, ..base.clone() };
@@ -286,7 +302,7 @@ fn segments_are_found_in_any_order_of_threads() {
             0 => shape(40, 3, 16, 2),
             1 => shape(70, 4, 128, 3),
             2 => Case { accumulate: false, ..shape(21, 2, 600, 2) },
-            3 => Case { slices: 2, ..shape(84, 8, 512, 8) },
+            3 => Case { out_dims: OutDims::uniform(8, 2), ..shape(84, 8, 512, 8) },
             4 => Case { routing: Experts::One, loras: Loras::One, ..shape(60, 1, 90, 40) },
             _ => Case { loras: Loras::OutOfRange, accumulate: false, ..shape(45, 2, 64, 40) },
         }
@@ -316,7 +332,7 @@ fn a_cluster_aligns_in_any_order_of_threads_and_blocks() {
             experts: EXPERTS,
             slots: 1,
             shape: BlockShape { block_size: BLOCK, max_padded: ROOM, max_blocks: ROOM / BLOCK },
-            topk_ids: topk_ids.view(),
+            topk_ids: topk_ids.view().into(),
             token_lora: token_lora.view(),
             adapter_enabled: Enabled::All,
             lora_ids: lora_ids.view(),

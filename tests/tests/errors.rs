@@ -1,7 +1,7 @@
 //! Each error comes from the input that it names, and then nothing is written.
 
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Error, Projection, ProjectionSizes};
+use moe_lora::{Backend, Error, OutDims, Projection, ProjectionSizes, TopkIds};
 use moe_lora_tests::refusals::{GOOD, check_refusals};
 
 const MOST: usize = i32::MAX as usize;
@@ -14,22 +14,35 @@ fn the_cpu_refuses_whatever_is_wrong_and_writes_nothing() {
 #[test]
 fn sizes_are_at_least_one_and_at_most_the_limit_that_the_error_names() {
     type Size = (&'static str, usize, fn(&mut ProjectionSizes) -> &mut usize);
-    let sizes: [Size; 7] = [
+    let sizes: [Size; 5] = [
         ("top_k", Projection::MAX_TOP_K, |sizes| &mut sizes.top_k),
         ("experts", MOST, |sizes| &mut sizes.experts),
         ("slots", MOST, |sizes| &mut sizes.slots),
         ("max_rank", Projection::MAX_RANK, |sizes| &mut sizes.max_rank),
-        ("slices", Projection::MAX_SLICES, |sizes| &mut sizes.slices),
         ("in_dim", MOST, |sizes| &mut sizes.in_dim),
-        ("out_dim", MOST, |sizes| &mut sizes.out_dim),
     ];
-    for (what, limit, size) in sizes {
-        let with = |value| {
-            // One slot and one expert, so that no product is over its limit either.
-            let mut sizes = ProjectionSizes { experts: 1, slots: 1, ..GOOD };
+    type With = Box<dyn Fn(usize) -> ProjectionSizes>;
+    // One slot and one expert, so that no product is over its limit either.
+    let small = ProjectionSizes { experts: 1, slots: 1, ..GOOD };
+    let each = sizes.map(|(what, limit, size)| -> (&str, usize, With) {
+        let with = move |value| {
+            let mut sizes = small;
             *size(&mut sizes) = value;
-            Projection::new(sizes).map(drop)
+            sizes
         };
+        (what, limit, Box::new(with))
+    });
+    let out_dims: [(&str, usize, With); 2] = [
+        ("slices", Projection::MAX_SLICES, {
+            Box::new(move |slices| ProjectionSizes { out_dims: OutDims::uniform(8, slices), ..small })
+        }),
+        ("out_dim", MOST, {
+            let widths = |width| OutDims::new(&[8, width, 8]).expect("three slices");
+            Box::new(move |width| ProjectionSizes { out_dims: widths(width), ..small })
+        }),
+    ];
+    for (what, limit, with) in each.into_iter().chain(out_dims) {
+        let with = |value| Projection::new(with(value)).map(drop);
         assert_eq!(with(0), Err(Error::ZeroSize { what }));
         assert_eq!(with(1), Ok(()), "{what}");
         assert_eq!(with(limit), Ok(()), "{what}");
@@ -45,7 +58,10 @@ fn products_of_sizes_that_cannot_be_addressed_are_refused() {
     for (sizes, expected) in [
         (ProjectionSizes { slots: 1 << 16, ..many }, Err(buckets)),
         (ProjectionSizes { in_dim: MOST, ..many }, overflow("a", "[32768, 32768, 512, 2147483647]")),
-        (ProjectionSizes { out_dim: MOST, ..many }, overflow("b", "[32768, 32768, 2147483647, 512]")),
+        (
+            ProjectionSizes { out_dims: OutDims::uniform(MOST, 1), ..many },
+            overflow("b", "[32768, 32768, 2147483647, 512]"),
+        ),
     ] {
         assert_eq!(Projection::new(sizes).map(drop), expected);
     }
@@ -82,7 +98,7 @@ fn what_a_view_names_is_checked_where_nothing_is_needed_too() {
             experts: 1,
             slots: 2,
             shape: BlockShape { block_size: 16, max_padded: 16, max_blocks: 1 },
-            topk_ids,
+            topk_ids: TopkIds::I32(topk_ids),
             token_lora: [][..].into(),
             adapter_enabled: Enabled::All,
             lora_ids: [0][..].into(),
@@ -105,14 +121,14 @@ fn the_reference_refuses_tensors_that_are_too_short() {
     use moe_lora::{BlockShape, Enabled, RoutingTensors, SortedTensors, reference};
     let projection = Projection::new(ProjectionSizes { top_k: 2, slots: 2, ..GOOD }).expect("legal sizes");
     let (ids, lora) = ([0; 5], [0; 3]);
-    let routing = RoutingTensors::new(ids[..].into(), lora[..].into());
+    let routing = RoutingTensors::new(&ids[..], lora[..].into());
     let too_short =
         |tensor| move |error: &Error| matches!(error, Error::TooShort { tensor: t, .. } if *t == tensor);
     assert!(reference::targets(&projection, 3, &routing).is_err_and(|error| too_short("topk_ids")(&error)));
     let ranks = [8];
     let ranked = RoutingTensors {
         ranks: Some(ranks[..].into()),
-        ..RoutingTensors::new([0; 6][..].into(), lora[..].into())
+        ..RoutingTensors::new(&[0i32; 6][..], lora[..].into())
     };
     assert!(reference::targets(&projection, 3, &ranked).is_err_and(|error| too_short("ranks")(&error)));
     let sorted = SortedTensors {

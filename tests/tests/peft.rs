@@ -18,7 +18,10 @@ use moe_lora::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use moe_lora::cuda::Device;
 use moe_lora::tensor_file::{FileError, TensorFile};
-use moe_lora::{Backend, Buffer, DType, Element, Enabled, Forward, Route, Routing, RoutingTensors, View};
+use moe_lora::{
+    Backend, Buffer, DType, Element, Enabled, Forward, Route, Routing, RoutingTensors, SliceOrder, View,
+    Weights,
+};
 use moe_lora_cli::files::{Run, RunError};
 #[cfg(feature = "cuda")]
 use moe_lora_tests::skip::skipped;
@@ -187,11 +190,14 @@ impl<B: Backend> OnBackend<'_, B> {
             tokens: *tokens,
             routing,
             x: x.view().into(),
-            a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
-            b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),
+            weights: Weights::Stacked {
+                a: &a.iter().map(Buffer::view).collect::<Vec<_>>(),
+                b: &b.iter().map(Buffer::view).collect::<Vec<_>>(),
+            },
             topk_weights,
             out: out.view_mut().into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: false,
         };
         let route = backend.forward(workspace, projection, call)?;
@@ -211,7 +217,7 @@ fn a_block_gives_what_peft_gives<T: Element, B: Backend>(backend: &B, model: &st
     let topk_weights = backend.upload(&block.topk_weights)?;
     let ranks = backend.upload(&w13.ranks)?;
     let routing = RoutingTensors {
-        topk_ids: topk_ids.view(),
+        topk_ids: topk_ids.view().into(),
         token_lora: token_lora.view(),
         adapter_enabled: Enabled::All,
         ranks: Some(ranks.view()),

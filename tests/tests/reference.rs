@@ -4,8 +4,8 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::reference::{self, Target};
 use moe_lora::{
-    Backend, DType, Enabled, Expand, ExpertWeights, Forward, Projection, ProjectionSizes, Routing,
-    RoutingTensors, Rows, Shrink, View, ViewMut, XRows,
+    Backend, DType, Enabled, Expand, ExpertWeights, Factor, Forward, OutDims, Projection, ProjectionSizes,
+    Routing, RoutingTensors, Rows, Shrink, SliceOrder, View, ViewMut, Weights, XRows,
 };
 
 fn values(values: &[f32]) -> Vec<bf16> {
@@ -22,9 +22,8 @@ fn a_call_of_two_tokens_by_hand() {
         experts: 2,
         slots: 2,
         max_rank: 2,
-        slices: 2,
         in_dim: 2,
-        out_dim: 2,
+        out_dims: OutDims::uniform(2, 2),
         x_rows: XRows::Token,
         a_experts: ExpertWeights::PerExpert,
         b_experts: ExpertWeights::Shared,
@@ -82,17 +81,17 @@ fn a_call_of_two_tokens_by_hand() {
         tokens,
         routing,
         x,
-        a: &a,
-        b: &b,
+        weights: Weights::Stacked { a: &a, b: &b },
         topk_weights,
         out: ViewMut::from(&mut out[..]).into(),
         offset,
+        order: SliceOrder::InOrder,
         accumulate,
     };
     let forward = reference::forward(&projection, &call).expect("a legal call");
     Cpu.forward(&mut workspace, &projection, call).expect("a legal call");
 
-    let call = Shrink { tokens, routing, x, a: &a, h: (&mut h[..]).into() };
+    let call = Shrink { tokens, routing, x, a: Factor::Stacked(&a), h: (&mut h[..]).into() };
     let shrink = reference::shrink(&projection, &call).expect("a legal call");
     Cpu.shrink(&mut workspace, &projection, call).expect("a legal call");
 
@@ -100,10 +99,11 @@ fn a_call_of_two_tokens_by_hand() {
         tokens,
         routing,
         h: h[..].into(),
-        b: &b,
+        b: Factor::Stacked(&b),
         topk_weights,
         out: ViewMut::from(&mut split_out[..]).into(),
         offset,
+        order: SliceOrder::InOrder,
         accumulate,
     };
     let expand = reference::expand(&projection, &call).expect("a legal call");

@@ -4,8 +4,8 @@ use bytemuck::Pod;
 use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::{
-    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, Projection, Result, Route, Routing,
-    RoutingTensors, Shrink, XRows,
+    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, OutDims, Projection, Result, Route,
+    Routing, RoutingTensors, Shrink, Weights, XRows,
 };
 use moe_lora_tests::faults::caught;
 use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
@@ -51,7 +51,7 @@ fn case() -> Case {
         tokens: 200,
         global_experts: Some(9),
         slots: 5,
-        slices: 2,
+        out_dims: OutDims::uniform(64, 2),
         x_rows: XRows::Pair,
         routed_weight: true,
         enabled: Flags::U8,
@@ -145,6 +145,14 @@ impl Backend for Faulty {
         Cpu.upload(elements)
     }
 
+    fn write<T: Pod>(&self, buffer: &mut HostBuffer<T>, start: usize, elements: &[T]) -> Result<()> {
+        Cpu.write(buffer, start, elements)
+    }
+
+    fn check_own<T: Pod>(&self, what: &'static str, buffer: &HostBuffer<T>) -> Result<()> {
+        Cpu.check_own(what, buffer)
+    }
+
     fn download<T: Pod>(&self, buffer: &HostBuffer<T>) -> Result<Vec<T>> {
         Cpu.download(buffer)
     }
@@ -197,7 +205,8 @@ impl Backend for Faulty {
             let pair = targets.iter().position(|target| target.is_some() == active);
             pair.expect("pairs of both kinds") as isize * stride + offset
         };
-        let swapped: Vec<_> = call.b.iter().rev().copied().collect();
+        let Weights::Stacked { a, b } = call.weights else { unreachable!("the cases have stacked weights") };
+        let swapped: Vec<_> = b.iter().rev().copied().collect();
 
         match self.mistake {
             IgnoresRanks => routing.ranks = None,
@@ -209,8 +218,10 @@ impl Backend for Faulty {
             Refuses => return Err(Error::NoDevice { reason: "a mistake".to_owned() }),
             _ => {}
         }
-        let b = if matches!(self.mistake, SwapsSlices) { &swapped } else { call.b };
-        let route = Cpu.forward(workspace, projection, Forward { routing: routing.into(), b, ..call })?;
+        let b = if matches!(self.mistake, SwapsSlices) { &swapped } else { b };
+        let weights = Weights::Stacked { a, b };
+        let route =
+            Cpu.forward(workspace, projection, Forward { routing: routing.into(), weights, ..call })?;
         match self.mistake {
             LeavesOneElementOut => change::<T>(out, first_where(true) + width - 1, |_| f32::NAN),
             IsOffInOneElement => change::<T>(out, first_where(true) + 1, |out| out + 0.1),

@@ -1,7 +1,8 @@
 use crate::case::Case;
-use crate::data::{CaseData, Tensor};
+use crate::data::CaseData;
 use crate::fault::Fault;
 use crate::placed::{Placed, check_guards};
+use crate::tensor::Tensor;
 use moe_lora::backend::Backend;
 use moe_lora::blocks::{Align, BlockShape, SortedTensors};
 use moe_lora::call::{Routing, RoutingTensors};

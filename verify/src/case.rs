@@ -1,6 +1,7 @@
+use moe_lora::call::SliceOrder;
 use moe_lora::dtype::DType;
 use moe_lora::error::Result;
-use moe_lora::projection::{ExpertWeights, Projection, ProjectionSizes, XRows};
+use moe_lora::projection::{ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -24,22 +25,28 @@ pub struct Case {
     pub slots: usize,
     /// R.
     pub max_rank: usize,
-    /// S.
-    pub slices: usize,
     /// K.
     pub in_dim: usize,
-    /// N.
-    pub out_dim: usize,
+    /// N of each of the S slices.
+    pub out_dims: OutDims,
     /// What a row of `x` belongs to.
     pub x_rows: XRows,
     /// Whether `a` has a matrix an expert.
     pub a_experts: ExpertWeights,
     /// Whether `b` has a matrix an expert.
     pub b_experts: ExpertWeights,
+    /// Whether weights are named by address, each slot's and slice's own.
+    pub table: bool,
+    /// Whether an index names the rows of `x`.
+    pub x_index: Indexed,
     /// `topk_ids`.
     pub routing: Experts,
+    /// Of which type they are. Those of no type are a dense layer's: E = 1, k = 1 and no `global_experts`.
+    pub ids: IdsKind,
     /// `token_lora`.
     pub loras: Loras,
+    /// Elements of `token_lora` less T.
+    pub lora_padding: usize,
     /// `adapter_enabled`.
     pub enabled: Flags,
     /// `ranks`.
@@ -48,11 +55,15 @@ pub struct Case {
     pub routed_weight: bool,
     /// Whether deltas are added to `out`, or overwrite it.
     pub accumulate: bool,
+    /// Whether an index names the rows of `out`.
+    pub out_index: Indexed,
     /// First column of `out` that is written.
     pub offset: usize,
+    /// Where the columns of the slices are, from there on.
+    pub order: SliceOrder,
     /// Row stride of `x` less K.
     pub x_padding: usize,
-    /// Row stride of `out` less offset + S·N.
+    /// Row stride of `out` less offset + Σ N_s.
     pub out_padding: usize,
     /// One call, or the two halves.
     pub form: Form,
@@ -122,6 +133,30 @@ pub enum Ranks {
     OutOfRange,
 }
 
+/// The type of `topk_ids`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IdsKind {
+    /// 32 bits.
+    I32,
+    /// 64 bits. Of ids that are none some are such as their low 32 bits would be.
+    I64,
+    /// No tensor.
+    None,
+}
+
+/// An index of rows. There are a few rows more than pairs need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Indexed {
+    /// No tensor: rows are in order.
+    None,
+    /// Rows in any order. Some pairs share one of `x`, none one of `out`.
+    Permuted,
+    /// The same, but about a third is no row: negative, just past the end, and the extremes of i32.
+    OutOfRange,
+}
+
 /// Which calls compute the result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -143,19 +178,24 @@ impl Default for Case {
             global_experts: None,
             slots: 2,
             max_rank: 16,
-            slices: 1,
             in_dim: 64,
-            out_dim: 64,
+            out_dims: OutDims::uniform(64, 1),
             x_rows: XRows::Token,
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
+            table: false,
+            x_index: Indexed::None,
             routing: Experts::Uniform,
+            ids: IdsKind::I32,
             loras: Loras::Sequences,
+            lora_padding: 0,
             enabled: Flags::All,
             ranks: Ranks::Max,
             routed_weight: false,
             accumulate: true,
+            out_index: Indexed::None,
             offset: 0,
+            order: SliceOrder::InOrder,
             x_padding: 0,
             out_padding: 0,
             form: Form::Forward,
@@ -178,9 +218,8 @@ impl Case {
             experts: self.experts,
             slots: self.slots,
             max_rank: self.max_rank,
-            slices: self.slices,
             in_dim: self.in_dim,
-            out_dim: self.out_dim,
+            out_dims: self.out_dims,
             x_rows: self.x_rows,
             a_experts: self.a_experts,
             b_experts: self.b_experts,
@@ -192,9 +231,9 @@ impl Case {
         self.in_dim + self.x_padding
     }
 
-    /// Columns of a row of `out` up to the last one written: offset + S·N.
+    /// Columns of a row of `out` up to the last one written: offset + Σ N_s.
     pub fn out_width(&self) -> usize {
-        self.offset + self.slices * self.out_dim
+        self.offset + self.out_dims.total()
     }
 
     /// Elements from one row of `out` to the next.
@@ -211,9 +250,9 @@ impl Case {
 
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Case { dtype, tokens, top_k, experts, slots, max_rank, slices, in_dim, out_dim, .. } = self;
+        let Case { dtype, tokens, top_k, experts, slots, max_rank, in_dim, out_dims, .. } = self;
         write!(f, "{dtype} T={tokens} k={top_k} E={experts} L={slots} R={max_rank}")?;
-        write!(f, " S={slices} K={in_dim} N={out_dim}")?;
+        write!(f, " S={} K={in_dim} N={out_dims}", out_dims.len())?;
         if let Some(global_experts) = self.global_experts {
             write!(f, " of {global_experts} experts")?;
         }
@@ -230,11 +269,21 @@ impl fmt::Display for Case {
             (self.b_experts == ExpertWeights::Shared, "b shared"),
             (self.offset + self.x_padding + self.out_padding > 0, "strided"),
             (self.misaligned, "misaligned"),
+            (self.table, "by address"),
+            (self.lora_padding > 0, "token_lora longer"),
         ];
         for (_, mode) in modes.iter().filter(|(on, _)| *on) {
             write!(f, ", {mode}")?;
         }
-        write!(f, "; experts {:?}, loras {:?}", self.routing, self.loras)?;
+        for (what, index) in [("x", self.x_index), ("out", self.out_index)] {
+            if index != Indexed::None {
+                write!(f, ", rows of {what} {index:?}")?;
+            }
+        }
+        if self.order != SliceOrder::InOrder {
+            write!(f, ", slices {:?}", self.order)?;
+        }
+        write!(f, "; experts {:?} {:?}, loras {:?}", self.routing, self.ids, self.loras)?;
         write!(f, ", flags {:?}, ranks {:?}", self.enabled, self.ranks)
     }
 }

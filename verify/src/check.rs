@@ -1,11 +1,14 @@
 use crate::blocks::{Blank, Blocks};
 use crate::case::{Case, Form};
-use crate::data::{CaseData, Tensor};
+use crate::data::CaseData;
 use crate::fault::{Failure, Fault, Outcome};
+use crate::own::PlacedTable;
 use crate::placed::{Outputs, Uploaded, Written, check_guards, check_same, check_unchanged};
+use crate::tensor::Tensor;
 use half::{bf16, f16};
 use moe_lora::backend::Backend;
 use moe_lora::call::{Expand, Forward, Routing, Shrink};
+use moe_lora::cpu::Cpu;
 use moe_lora::dtype::{DType, Element};
 use moe_lora::projection::Projection;
 use moe_lora::reference::{self, Expected, Target};
@@ -83,6 +86,8 @@ struct Trial<'d, T> {
     case: &'d Case,
     projection: Projection,
     data: &'d CaseData<T>,
+    /// Where the routing leads each pair, whether or not it has a row of `x`.
+    routed: Vec<Option<Target>>,
     /// What is added to `out`.
     delta: Expected,
     /// What `h` becomes, in the split form.
@@ -100,10 +105,23 @@ enum Named {
     InBlocks,
 }
 
+/// What becomes of a pair.
+#[derive(Clone, Copy)]
+enum Fate {
+    /// It is no part of the call: its rows stay as they are.
+    LeftAlone,
+    /// Nothing is added for it, and zeros are written where a call overwrites.
+    Inactive,
+    /// Its delta is added.
+    Active(Target),
+}
+
 impl<'d, T: Element> Trial<'d, T> {
     fn new(case: &'d Case, data: &'d CaseData<T>) -> moe_lora::Result<Self> {
         let projection = case.projection()?;
-        let operands = data.operands();
+        let table = data.own.as_ref().map(|own| PlacedTable::new(&Cpu, own)).transpose()?;
+        let operands = data.operands(table.as_ref().map(PlacedTable::adapters));
+        let routed = reference::targets(&projection, case.tokens, &operands.routing)?;
         // The reference only reads: these stand in for what the call would write.
         let (mut h, mut out) = (data.h.elements().to_vec(), data.out.elements().to_vec());
         let delta = reference::forward(&projection, &operands.forward(case, out.as_mut_slice().into()))?;
@@ -113,7 +131,7 @@ impl<'d, T: Element> Trial<'d, T> {
                 Some(reference::shrink(&projection, &operands.shrink(case, h.as_mut_slice().into()))?)
             }
         };
-        Ok(Trial { case, projection, data, delta, h, blank: Blank::new(case, data) })
+        Ok(Trial { case, projection, data, routed, delta, h, blank: Blank::new(case, data) })
     }
 
     fn run<B: Backend>(&self, backend: &B, runs: Runs) -> Result<Outcome, Fault> {
@@ -182,7 +200,7 @@ impl<'d, T: Element> Trial<'d, T> {
         runs: Runs,
     ) -> Result<(), Fault> {
         let on = reference::slots_on(self.case.slots, &self.data.routing().adapter_enabled)?;
-        let blocks = Blocks::sorted(backend, blank, inputs.routing(), &self.delta.targets, &on)?;
+        let blocks = Blocks::sorted(backend, blank, inputs.routing(), &self.routed, &on)?;
         let Some(routing) = blocks.routing(inputs.routing()) else { return Ok(()) };
         let (sorted, route) = self.call(backend, workspace, inputs, routing)?;
         self.check_h(&sorted.h, Named::InBlocks)?;
@@ -232,12 +250,32 @@ impl<'d, T: Element> Trial<'d, T> {
         }
     }
 
-    /// The pair's weights, when it is active and the route names it.
-    fn target(&self, pair: usize, named: Named) -> Option<Target> {
+    /// What becomes of a pair on a route.
+    fn fate(&self, pair: usize, named: Named) -> Fate {
         let in_block = |target: &Target| {
             target.rank > 0 && self.blank.as_ref().is_some_and(|blank| blank.lists(target.slot))
         };
-        self.delta.targets[pair].filter(|target| named == Named::All || in_block(target))
+        let is_named = named == Named::All || self.routed[pair].as_ref().is_some_and(in_block);
+        match self.delta.targets[pair] {
+            _ if !is_named => Fate::LeftAlone,
+            Some(target) => Fate::Active(target),
+            None => Fate::Inactive,
+        }
+    }
+
+    /// Rank in use of a slice.
+    fn rank(&self, s: usize, target: Target) -> usize {
+        self.data.own.as_ref().map_or(target.rank, |own| own.rank(s, target))
+    }
+
+    /// Standard deviation of a slice's deltas, but for the router weight.
+    fn deviation(&self, s: usize, target: Target) -> f64 {
+        match (self.rank(s, target), &self.data.own) {
+            // Nothing is added: not even a rounding may show.
+            (0, _) => 0.0,
+            (_, Some(own)) => own.scaling(s, target).abs().into(),
+            (_, None) => 1.0,
+        }
     }
 
     /// Holds `h` against the reference, or against what it was when the form has none.
@@ -246,19 +284,35 @@ impl<'d, T: Element> Trial<'d, T> {
         let Some(expected) = &self.h else { return check_unchanged(tensor, image, 0..image.len()) };
         check_guards(tensor, image)?;
         let mut meter = Meter::new(tensor, self.case.dtype.tolerance());
-        for (i, &h) in expected.values.iter().enumerate() {
-            let (row, q) = (i / self.case.max_rank, i % self.case.max_rank);
-            let target = self.target(row % expected.targets.len(), named);
-            let index = tensor.range().start + i;
-            if target.is_none() && named == Named::InBlocks {
-                check_unchanged(tensor, image, index..index + 1)?;
-                continue;
-            }
+        for (row, values) in expected.values.chunks(self.case.max_rank).enumerate() {
+            let (s, pair) = (row / expected.targets.len(), row % expected.targets.len());
+            let first = tensor.range().start + row * self.case.max_rank;
             // Inactive rows, and columns above the rank, are exactly zero.
-            let deviation = if target.is_some_and(|target| q < target.rank) { 1.0 } else { 0.0 };
-            meter.add(index, image[index], 0.0, h, deviation)?;
+            let rank = match self.fate(pair, named) {
+                Fate::LeftAlone => {
+                    check_unchanged(tensor, image, first..first + self.case.max_rank)?;
+                    continue;
+                }
+                Fate::Inactive => 0,
+                Fate::Active(target) => self.rank(s, target),
+            };
+            for (q, &h) in values.iter().enumerate() {
+                let deviation = if q < rank { 1.0 } else { 0.0 };
+                meter.add(first + q, image[first + q], 0.0, h, deviation)?;
+            }
         }
         self.relative_error(&meter, named).map(drop)
+    }
+
+    /// The slice of each column that is written.
+    fn slice_of_column(&self) -> Vec<usize> {
+        let (dims, order) = (&self.case.out_dims, self.case.order);
+        let mut slices = vec![0; dims.total()];
+        for (s, &width) in dims.as_slice().iter().enumerate() {
+            let columns = slices[order.first_column(dims, s)..].iter_mut().step_by(order.column_step(dims));
+            columns.take(width).for_each(|slice| *slice = s);
+        }
+        slices
     }
 
     /// Holds `out` against the reference, and against what it was where the call must leave it alone.
@@ -268,24 +322,33 @@ impl<'d, T: Element> Trial<'d, T> {
         let weights = self.data.topk_weights.as_ref().map(Tensor::elements);
         let mut meter = Meter::new(tensor, case.dtype.tolerance());
         let (stride, width) = (case.out_stride(), self.projection.out_width());
-        for pair in 0..self.delta.targets.len() {
-            let target = self.target(pair, named);
-            let row = tensor.range().start + pair * stride;
+        let slices = self.slice_of_column();
+        for (row, pair) in self.data.pair_of_row().into_iter().enumerate() {
+            let fate = pair.map_or(Fate::LeftAlone, |pair| self.fate(pair, named));
+            let row = tensor.range().start + row * stride;
             let written = row + case.offset..row + case.out_width();
             check_unchanged(tensor, image, row..written.start)?;
             check_unchanged(tensor, image, written.end..(row + stride).min(tensor.range().end))?;
-            if target.is_none() && (case.accumulate || named == Named::InBlocks) {
+            let (Some(pair), Fate::Active(_) | Fate::Inactive) = (pair, fate) else {
+                check_unchanged(tensor, image, written)?;
+                continue;
+            };
+            // The second half alone does not know which pairs have a row of `x`: it adds zeros.
+            let adds_zeros = case.form == Form::Split && self.routed[pair].is_some();
+            if matches!(fate, Fate::Inactive) && case.accumulate && !adds_zeros {
                 check_unchanged(tensor, image, written)?;
                 continue;
             }
-            let deviation = match target {
-                Some(target) if target.rank > 0 => weights.map_or(1.0, |weights| f64::from(weights[pair])),
-                // Nothing is added: not even a rounding may show.
-                _ => 0.0,
+            let weight = weights.map_or(1.0, |weights| f64::from(weights[pair]));
+            let deviation = |s| match fate {
+                Fate::Active(target) => weight * self.deviation(s, target),
+                Fate::Inactive | Fate::LeftAlone => 0.0,
             };
-            for (index, &delta) in written.zip(&self.delta.values[pair * width..][..width]) {
+            let deviations: Vec<_> = (0..case.out_dims.len()).map(deviation).collect();
+            let deltas = self.delta.values[pair * width..][..width].iter().zip(&slices);
+            for (index, (&delta, &s)) in written.zip(deltas) {
                 let old = if case.accumulate { f64::from(tensor.image()[index].to_f32()) } else { 0.0 };
-                meter.add(index, image[index], old, delta, deviation)?;
+                meter.add(index, image[index], old, delta, deviations[s])?;
             }
         }
         self.relative_error(&meter, named)
@@ -294,15 +357,20 @@ impl<'d, T: Element> Trial<'d, T> {
     /// What the meter shows; refused when it is over the tolerance and enough roundings went into it.
     fn relative_error(&self, meter: &Meter<'_, T>, named: Named) -> Result<f64, Fault> {
         let error = meter.relative_error();
-        let targets: Vec<_> = (0..self.delta.targets.len()).map(|pair| self.target(pair, named)).collect();
         // Choices of one token may share their row of `x` and their weights: they count once. Of fewer
         // elements of K, or fewer columns, than ranks the values are products of few numbers, whose roundings
         // are no more independent than these.
-        let most = self.case.in_dim.min(self.case.out_dim);
-        let ranks = targets
-            .chunks(self.case.top_k)
-            .map(|choices| choices.iter().flatten().map(|target| target.rank.min(most)).max().unwrap_or(0));
-        let roundings = self.case.slices * ranks.sum::<usize>();
+        let dims = &self.case.out_dims;
+        let roundings = |pair| match self.fate(pair, named) {
+            Fate::Active(target) => {
+                let of_slice = |s| self.rank(s, target).min(self.case.in_dim).min(dims.max());
+                (0..dims.len()).map(of_slice).sum()
+            }
+            Fate::Inactive | Fate::LeftAlone => 0usize,
+        };
+        let pairs: Vec<_> = (0..self.delta.targets.len()).map(roundings).collect();
+        let most = |choices: &[usize]| choices.iter().copied().max().unwrap_or(0);
+        let roundings = pairs.chunks(self.case.top_k).map(most).sum::<usize>();
         if roundings >= MEASURED_ROUNDINGS && error > meter.tolerance {
             return Err(Fault::Inaccurate { tensor: meter.tensor.name(), error, tolerance: meter.tolerance });
         }

@@ -1,25 +1,17 @@
-use crate::case::{Case, Experts, Flags, Loras, Ranks};
-use bytemuck::Pod;
-use moe_lora::call::{Enabled, Expand, Forward, RoutingTensors, Shrink};
+use crate::case::{Case, Form, IdsKind};
+use crate::draw::{self, Normals};
+use crate::own::OwnWeights;
+use crate::tensor::{Tensor, poison};
+use moe_lora::call::{Enabled, Expand, Factor, Forward, RoutingTensors, Shrink, TopkIds, Weights};
 use moe_lora::dtype::Element;
 use moe_lora::error::Result;
-use moe_lora::projection::{ExpertWeights, XRows};
+use moe_lora::projection::{Projection, XRows};
 use moe_lora::reference::{self, Target};
+use moe_lora::table::Adapters;
 use moe_lora::tensor::{Host, Rows, RowsMut, Space, View, ViewMut};
-use rand::rngs::{SmallRng, StdRng};
-use rand::seq::{SliceRandom, index};
+use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
-use rand_distr::StandardNormal;
 use rayon::prelude::*;
-use std::any::TypeId;
-use std::ops::Range;
-
-/// Bytes of guard before and after a tensor: a multiple of every alignment that kernels care about,
-/// and longer than the rows of most cases.
-const GUARD_BYTES: usize = 4096;
-
-/// The byte pattern of guards, padding and poison: a NaN as bf16, f16 and f32, and no id as i32.
-const POISON: [u8; 8] = [0xE5, 0x7F, 0xE5, 0x7F, 0xE5, 0x7F, 0xE5, 0x7F];
 
 /// Old values of `out` are this much smaller than what is added to them.
 ///
@@ -30,89 +22,8 @@ const OLD_OUT: f32 = 0.25;
 /// The guards and padding of `out` when accumulating: adding to a NaN would not show.
 const UNADDED: f32 = 1.0 / 1024.0;
 
-/// Tokens of a batch belong to this many sequences, as in vLLM's tests.
-const SEQUENCES: usize = 10;
-
-/// Ids that are not below `limit`.
-fn no_ids(limit: usize) -> [i32; 6] {
-    [-1, -2, i32::MIN, limit as i32, limit as i32 + 1, i32::MAX]
-}
-
-/// The element that [`POISON`] makes.
-fn poison<T: Pod>() -> T {
-    bytemuck::pod_read_unaligned(&POISON[..size_of::<T>()])
-}
-
-/// A tensor as it lies in memory: its elements between two guards.
-#[derive(Clone, Debug)]
-pub struct Tensor<T> {
-    name: &'static str,
-    image: Vec<T>,
-    elements: Range<usize>,
-    stride: usize,
-}
-
-impl<T: Pod> Tensor<T> {
-    /// `rows` rows of `width` elements, `stride` apart, all `fill`; nothing follows the last one.
-    fn filled(name: &'static str, [rows, stride, width]: [usize; 3], fill: T, misaligned: bool) -> Self {
-        let len = rows.checked_sub(1).map_or(0, |before| before * stride + width);
-        let guard = GUARD_BYTES / size_of::<T>();
-        let first = guard + usize::from(misaligned);
-        Tensor { name, image: vec![fill; first + len + guard], elements: first..first + len, stride }
-    }
-
-    pub(crate) fn poisoned(name: &'static str, rows: [usize; 3], misaligned: bool) -> Self {
-        Self::filled(name, rows, poison(), misaligned)
-    }
-
-    /// One row of elements.
-    fn new(name: &'static str, elements: &[T], misaligned: bool) -> Self {
-        let mut tensor = Self::poisoned(name, [1, elements.len(), elements.len()], misaligned);
-        tensor.elements_mut().copy_from_slice(elements);
-        tensor
-    }
-
-    /// Its name in the operator's contract.
-    pub fn name(&self) -> &'static str {
-        self.name
-    }
-
-    /// The elements with their guards: what is copied to a back end.
-    pub fn image(&self) -> &[T] {
-        &self.image
-    }
-
-    /// Where the elements are in the image.
-    pub fn range(&self) -> Range<usize> {
-        self.elements.clone()
-    }
-
-    /// The elements.
-    pub fn elements(&self) -> &[T] {
-        &self.image[self.elements.clone()]
-    }
-
-    fn elements_mut(&mut self) -> &mut [T] {
-        &mut self.image[self.elements.clone()]
-    }
-
-    /// Where the image's element `index` is, in words.
-    pub fn place(&self, index: usize) -> String {
-        let Range { start, end } = self.elements;
-        if index < start {
-            format!("{} elements before its first", start - index)
-        } else if index >= end {
-            format!("{} elements past its last", index - end + 1)
-        } else {
-            format!("row {}, column {}", (index - start) / self.stride, (index - start) % self.stride)
-        }
-    }
-
-    /// The elements as a host view.
-    pub fn view(&self) -> View<'_, Host, T> {
-        self.elements().into()
-    }
-}
+/// Rows of `x` and of `out` that there are beside those that a call needs, where an index names them.
+const SPARE_ROWS: usize = 3;
 
 /// `adapter_enabled`.
 #[derive(Clone, Debug)]
@@ -125,31 +36,38 @@ pub(crate) enum FlagTensor {
 /// All tensors of a [`Case`], generated from its seed.
 ///
 /// `x` is normal(0, 1); `a` and `b` are scaled by 1/√K and 1/√rank, so deltas have about unit
-/// variance (times the router weight, when there is one). Whatever a call has no business to read is
-/// NaN: rows of `a` and columns of `b` above a slot's rank, the weights of segments without a pair,
+/// variance (times the router weight and the scaling, when there are any). Whatever a call has no business to
+/// read is NaN: rows of `a` and columns of `b` above the rank in use, the weights of segments without a pair,
 /// activations and router weights of inactive pairs, the padding of rows, the guards. So is `out` when it is
 /// overwritten.
 #[derive(Clone, Debug)]
 pub struct CaseData<T> {
-    /// `[T, k]`.
+    /// `[T, k]`, of 32 bits whatever the call's are.
     pub topk_ids: Tensor<i32>,
-    /// `[T]`.
+    /// The same of 64 bits, and ids that 32 bits do not hold, when the call's are.
+    pub(crate) wide_ids: Option<Tensor<i64>>,
+    /// `[T]`, and what follows.
     pub token_lora: Tensor<i32>,
     pub(crate) enabled: FlagTensor,
     pub(crate) ranks: Option<Tensor<i32>>,
     pub(crate) expert_map: Option<Tensor<i32>>,
     /// The slots that a route in vLLM's form lists, when the case has one.
     pub(crate) lora_ids: Option<Tensor<i32>>,
-    /// `[T or P, K]`, rows apart by the stride.
+    /// `[T or P, K]`, rows apart by the stride; some more where an index names them.
     pub x: Tensor<T>,
-    /// S of `[L, E or 1, R, K]`.
+    pub(crate) x_index: Option<Tensor<i32>>,
+    /// S of `[L, E or 1, R, K]`; none where weights are named by address.
     pub a: Vec<Tensor<T>>,
-    /// S of `[L, E or 1, N, R]`.
+    /// S of `[L, E or 1, N_s, R]`; none where weights are named by address.
     pub b: Vec<Tensor<T>>,
+    /// The weights of each slot and slice, where they are named by address.
+    pub(crate) own: Option<OwnWeights<T>>,
     /// `[T, k]`, when deltas are multiplied by them.
     pub topk_weights: Option<Tensor<f32>>,
     pub(crate) h: Tensor<T>,
     pub(crate) out: Tensor<T>,
+    pub(crate) out_index: Option<Tensor<i32>>,
+    has_ids: bool,
 }
 
 impl<T: Element> CaseData<T> {
@@ -164,64 +82,135 @@ impl<T: Element> CaseData<T> {
         let normals = Normals::new(rng);
         let odd = case.misaligned;
 
-        let ranks = rank_values::<S>(case, rng);
+        let ranks = draw::rank_values::<S>(case, rng);
         let topk_weights: Option<Vec<f32>> = case
             .routed_weight
             .then(|| (0..pairs).map(|_| rng.random_range(0.25..1.0) / case.top_k as f32).collect());
-        let out_fill = if case.accumulate { T::from_f32(UNADDED) } else { poison() };
+        let topk_ids = draw::expert_ids(case, rng);
+        let ids = |name, ids: Vec<i32>| Tensor::new(name, &ids, odd);
         let mut data = CaseData {
-            topk_ids: Tensor::new("topk_ids", &expert_ids(case, rng), odd),
-            token_lora: Tensor::new("token_lora", &lora_slots(case, rng), odd),
-            enabled: flags(case, rng),
+            wide_ids: (case.ids == IdsKind::I64)
+                .then(|| Tensor::new("topk_ids", &draw::wide_ids(case, &topk_ids), odd)),
+            topk_ids: ids("topk_ids", topk_ids),
+            token_lora: ids("token_lora", draw::lora_slots(case, rng)),
+            enabled: draw::flags(case, rng),
             ranks: ranks.map(|ranks| Tensor::new("ranks", &ranks, odd)),
-            expert_map: expert_map(case, rng).map(|map| Tensor::new("expert_map", &map, odd)),
-            lora_ids: case.block_size.map(|_| Tensor::new("lora_ids", &listed_slots(case), odd)),
-            x: Tensor::poisoned("x", [projection.x_rows(case.tokens)?, case.x_stride(), case.in_dim], odd),
+            expert_map: draw::expert_map(case, rng).map(|map| ids("expert_map", map)),
+            lora_ids: case.block_size.map(|_| ids("lora_ids", draw::listed_slots(case))),
+            x: Tensor::poisoned("x", [0; 3], odd),
+            x_index: None,
             a: Vec::new(),
             b: Vec::new(),
-            topk_weights: topk_weights.as_ref().map(|weights| Tensor::new("topk_weights", weights, odd)),
-            h: Tensor::poisoned("h", [case.slices * pairs, case.max_rank, case.max_rank], odd),
-            out: Tensor::filled("out", [pairs, case.out_stride(), case.out_width()], out_fill, odd),
+            own: None,
+            topk_weights: topk_weights.map(|weights| Tensor::new("topk_weights", &weights, odd)),
+            h: Tensor::poisoned("h", [case.out_dims.len() * pairs, case.max_rank, case.max_rank], odd),
+            out: Tensor::poisoned("out", [0; 3], odd),
+            out_index: None,
+            has_ids: case.ids != IdsKind::None,
         };
-
-        let seed = rng.next_u64();
-        let x_rows = data.x.elements_mut().par_chunks_mut(case.x_stride()).enumerate();
-        x_rows.for_each(|(i, row)| normals.fill(&mut row[..case.in_dim], 1.0, seed ^ i as u64));
-        if case.accumulate {
-            let seed = rng.next_u64();
-            let out_rows = data.out.elements_mut().par_chunks_mut(case.out_stride()).enumerate();
-            out_rows.for_each(|(pair, row)| {
-                let weight = topk_weights.as_ref().map_or(1.0, |weights| weights[pair]);
-                normals.fill(&mut row[case.offset..case.out_width()], OLD_OUT * weight, seed ^ pair as u64);
-            });
-        }
+        data.make_x(case, &projection, &normals, rng.next_u64())?;
+        data.make_out(case, pairs, &normals, rng);
         let targets = reference::targets(&projection, case.tokens, &data.routing())?;
-        for _ in 0..case.slices {
-            data.a.push(weights_a(case, &targets, &normals, rng.next_u64()));
-            data.b.push(weights_b(case, &targets, &normals, rng.next_u64()));
+        if case.table {
+            data.own = Some(OwnWeights::new(case, &targets, &normals, rng));
+        } else {
+            for &out_dim in case.out_dims.as_slice() {
+                data.a.push(draw::weights_a(case, &targets, &normals, rng.next_u64()));
+                data.b.push(draw::weights_b(case, out_dim, &targets, &normals, rng.next_u64()));
+            }
         }
         data.poison_inactive(case, &targets);
         Ok(data)
     }
 
+    fn make_x(&mut self, case: &Case, projection: &Projection, normals: &Normals, seed: u64) -> Result<()> {
+        let needed = projection.x_rows(case.tokens)?;
+        let rows = draw::index(case, case.x_index, needed + SPARE_ROWS, b'x').map(|mut places| {
+            let pairs_a_row = pairs_a_row(case);
+            let pairs = case.tokens * case.top_k;
+            let mut index: Vec<i32> = (0..pairs).map(|pair| places.row(pair / pairs_a_row)).collect();
+            // Pairs may share a row.
+            places.repeat(&mut index);
+            places.spoil(&mut index);
+            self.x_index = Some(Tensor::new("x_index", &index, case.misaligned));
+            needed + SPARE_ROWS
+        });
+        let shape = [rows.unwrap_or(needed), case.x_stride(), case.in_dim];
+        self.x = Tensor::poisoned("x", shape, case.misaligned);
+        let x_rows = self.x.elements_mut().par_chunks_mut(case.x_stride()).enumerate();
+        x_rows.for_each(|(i, row)| normals.fill(&mut row[..case.in_dim], 1.0, seed ^ i as u64));
+        Ok(())
+    }
+
+    fn make_out(&mut self, case: &Case, pairs: usize, normals: &Normals, rng: &mut StdRng) {
+        let rows = draw::index(case, case.out_index, pairs + SPARE_ROWS, b'o').map(|mut places| {
+            let mut index: Vec<i32> = (0..pairs).map(|pair| places.row(pair)).collect();
+            places.spoil(&mut index);
+            self.out_index = Some(Tensor::new("out_index", &index, case.misaligned));
+            pairs + SPARE_ROWS
+        });
+        let fill = if case.accumulate { T::from_f32(UNADDED) } else { poison() };
+        let shape = [rows.unwrap_or(pairs), case.out_stride(), case.out_width()];
+        self.out = Tensor::filled("out", shape, fill, case.misaligned);
+        if !case.accumulate {
+            return;
+        }
+        let (seed, pair_of_row) = (rng.next_u64(), self.pair_of_row());
+        let weights = self.topk_weights.as_ref().map(Tensor::elements);
+        let out_rows = self.out.elements_mut().par_chunks_mut(case.out_stride()).zip(pair_of_row).enumerate();
+        out_rows.for_each(|(row, (values, pair))| {
+            let weight = pair.zip(weights).map_or(1.0, |(pair, weights)| weights[pair]);
+            normals.fill(&mut values[case.offset..case.out_width()], OLD_OUT * weight, seed ^ row as u64);
+        });
+    }
+
+    /// The pair of each row of `out`, where it has one.
+    pub(crate) fn pair_of_row(&self) -> Vec<Option<usize>> {
+        let rows = self.out.rows();
+        let Some(index) = &self.out_index else { return (0..rows).map(Some).collect() };
+        let mut pairs = vec![None; rows];
+        for (pair, &row) in index.elements().iter().enumerate() {
+            if let Some(of_row) = usize::try_from(row).ok().and_then(|row| pairs.get_mut(row)) {
+                *of_row = Some(pair);
+            }
+        }
+        pairs
+    }
+
+    /// The row of `x` of a pair, when it has one.
+    fn x_row(&self, case: &Case, pair: usize) -> Option<usize> {
+        match &self.x_index {
+            None => Some(pair / pairs_a_row(case)),
+            Some(index) => usize::try_from(index.elements()[pair]).ok().filter(|&row| row < self.x.rows()),
+        }
+    }
+
     /// Makes NaN of the router weights of inactive pairs, and of rows of `x` that no active pair has.
     fn poison_inactive(&mut self, case: &Case, targets: &[Option<Target>]) {
+        let row = |pair: usize| targets[pair].and_then(|_| self.x_row(case, pair));
+        let rows: Vec<_> = (0..targets.len()).map(row).collect();
         if let Some(weights) = &mut self.topk_weights {
-            let pairs = weights.elements_mut().iter_mut().zip(targets);
-            pairs.filter(|(_, target)| target.is_none()).for_each(|(weight, _)| *weight = poison());
+            // The second half alone does not know which pairs have a row of `x`.
+            let is_read = |pair: usize| match case.form {
+                Form::Forward => rows[pair].is_some(),
+                Form::Split => targets[pair].is_some(),
+            };
+            let pairs = weights.elements_mut().iter_mut().enumerate();
+            pairs.filter(|(pair, _)| !is_read(*pair)).for_each(|(_, weight)| *weight = poison());
         }
-        let pairs_a_row = match case.x_rows {
-            XRows::Token => case.top_k,
-            XRows::Pair => 1,
-        };
-        let rows = self.x.elements_mut().chunks_mut(case.x_stride()).zip(targets.chunks(pairs_a_row));
-        rows.filter(|(_, targets)| targets.iter().all(Option::is_none))
-            .for_each(|(row, _)| row.fill(poison()));
+        let mut used = vec![false; self.x.rows()];
+        rows.into_iter().flatten().for_each(|row| used[row] = true);
+        let x_rows = self.x.elements_mut().chunks_mut(case.x_stride()).zip(used);
+        x_rows.filter(|(_, used)| !used).for_each(|(row, _)| row.fill(poison()));
     }
 
     pub(crate) fn routing(&self) -> RoutingTensors<'_, Host> {
         RoutingTensors {
-            topk_ids: self.topk_ids.view(),
+            topk_ids: match &self.wide_ids {
+                _ if !self.has_ids => TopkIds::None,
+                Some(ids) => TopkIds::I64(ids.view()),
+                None => TopkIds::I32(self.topk_ids.view()),
+            },
             token_lora: self.token_lora.view(),
             adapter_enabled: match &self.enabled {
                 FlagTensor::All => Enabled::All,
@@ -233,15 +222,31 @@ impl<T: Element> CaseData<T> {
         }
     }
 
-    /// The inputs, on the host.
-    pub fn operands(&self) -> Operands<'_, Host, T> {
+    /// Whether the call has `topk_ids`.
+    pub(crate) fn has_ids(&self) -> bool {
+        self.has_ids
+    }
+
+    /// The inputs, on the host; `adapters` are those of a case with weights by address.
+    pub fn operands<'a>(&'a self, adapters: Option<Adapters<'a, Host>>) -> Operands<'a, Host, T> {
         Operands {
             routing: self.routing(),
             x: self.x.view(),
+            x_index: self.x_index.as_ref().map(Tensor::view),
             a: self.a.iter().map(Tensor::view).collect(),
             b: self.b.iter().map(Tensor::view).collect(),
+            adapters,
             topk_weights: self.topk_weights.as_ref().map(Tensor::view),
+            out_index: self.out_index.as_ref().map(Tensor::view),
         }
+    }
+}
+
+/// Pairs that share a row of `x`, where no index says so.
+fn pairs_a_row(case: &Case) -> usize {
+    match case.x_rows {
+        XRows::Token => case.top_k,
+        XRows::Pair => 1,
     }
 }
 
@@ -252,12 +257,18 @@ pub struct Operands<'a, S: Space, T> {
     pub routing: RoutingTensors<'a, S>,
     /// `x`, with the case's row stride.
     pub x: View<'a, S, T>,
-    /// S tensors.
+    /// The row of `x` of each pair, when the case has an index.
+    pub x_index: Option<View<'a, S, i32>>,
+    /// S tensors; none where weights are named by address.
     pub a: Vec<View<'a, S, T>>,
-    /// S tensors.
+    /// S tensors; none where weights are named by address.
     pub b: Vec<View<'a, S, T>>,
+    /// Weights by address.
+    pub adapters: Option<Adapters<'a, S>>,
     /// Router weights, when the case has them.
     pub topk_weights: Option<View<'a, S, f32>>,
+    /// The row of `out` of each pair, when the case has an index.
+    pub out_index: Option<View<'a, S, i32>>,
 }
 
 impl<S: Space, T: Element> Operands<'_, S, T> {
@@ -266,12 +277,15 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
         Forward {
             tokens: case.tokens,
             routing: self.routing.into(),
-            x: Rows { data: self.x, stride: Some(case.x_stride()) },
-            a: &self.a,
-            b: &self.b,
+            x: self.x_rows(case),
+            weights: match self.adapters {
+                Some(adapters) => Weights::Table(adapters),
+                None => Weights::Stacked { a: &self.a, b: &self.b },
+            },
             topk_weights: self.topk_weights,
-            out: RowsMut { data: out, stride: Some(case.out_stride()) },
+            out: self.out_rows(case, out),
             offset: case.offset,
+            order: case.order,
             accumulate: case.accumulate,
         }
     }
@@ -281,8 +295,8 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
         Shrink {
             tokens: case.tokens,
             routing: self.routing.into(),
-            x: Rows { data: self.x, stride: Some(case.x_stride()) },
-            a: &self.a,
+            x: self.x_rows(case),
+            a: self.adapters.map_or(Factor::Stacked(&self.a), Factor::Table),
             h,
         }
     }
@@ -293,181 +307,20 @@ impl<S: Space, T: Element> Operands<'_, S, T> {
             tokens: case.tokens,
             routing: self.routing.into(),
             h,
-            b: &self.b,
+            b: self.adapters.map_or(Factor::Stacked(&self.b), Factor::Table),
             topk_weights: self.topk_weights,
-            out: RowsMut { data: out, stride: Some(case.out_stride()) },
+            out: self.out_rows(case, out),
             offset: case.offset,
+            order: case.order,
             accumulate: case.accumulate,
         }
     }
-}
 
-/// `global_experts` ids a token chooses among; distinct ones as far as there are enough.
-fn expert_ids(case: &Case, rng: &mut StdRng) -> Vec<i32> {
-    let experts = case.global_experts.unwrap_or(case.experts);
-    let mut popular: Vec<i32> = (0..experts as i32).collect();
-    popular.shuffle(rng);
-    let mut choices = Vec::with_capacity(case.tokens * case.top_k);
-    for _ in 0..case.tokens {
-        let first = choices.len();
-        let distinct = case.top_k.min(experts);
-        match case.routing {
-            Experts::One => choices.resize(first + distinct, popular[0]),
-            Experts::Uniform | Experts::OutOfRange => {
-                choices.extend(index::sample(rng, experts, distinct).iter().map(|i| popular[i]));
-            }
-            Experts::Zipf => {
-                let share = |i: usize| 1.0 / (i + 1) as f64;
-                let sample = index::sample_weighted(rng, experts, share, distinct).expect("positive shares");
-                choices.extend(sample.iter().map(|i| popular[i]));
-            }
-        }
-        while choices.len() < first + case.top_k {
-            choices.push(choices[first + (choices.len() - first) % distinct]);
-        }
-    }
-    if case.routing == Experts::OutOfRange {
-        spoil(&mut choices, &no_ids(experts), rng);
-    }
-    choices
-}
-
-/// Local ids of the global experts: E of them are here, in some order.
-fn expert_map(case: &Case, rng: &mut StdRng) -> Option<Vec<i32>> {
-    let mut map: Vec<i32> = (0..case.global_experts? as i32).collect();
-    map.iter_mut().filter(|id| **id >= case.experts as i32).for_each(|id| *id = -1);
-    map.shuffle(rng);
-    if case.routing == Experts::OutOfRange {
-        spoil(&mut map, &no_ids(case.experts), rng);
-    }
-    Some(map)
-}
-
-/// A slot, or none, for each token.
-fn lora_slots(case: &Case, rng: &mut StdRng) -> Vec<i32> {
-    let slots = case.slots as i32;
-    let sequence = case.tokens.div_ceil(SEQUENCES).max(1);
-    let mut loras: Vec<i32> = (0..case.tokens).map(|_| rng.random_range(-1..slots)).collect();
-    match case.loras {
-        Loras::Random => {}
-        Loras::Sequences => loras.chunks_mut(sequence).for_each(|run| run.fill(rng.random_range(0..slots))),
-        Loras::One => loras.fill(slots - 1),
-        Loras::None => loras.fill(-1),
-        Loras::OutOfRange => spoil(&mut loras, &no_ids(case.slots), rng),
-    }
-    loras
-}
-
-/// Most slots, in any order, one of them twice, and what is no slot.
-fn listed_slots(case: &Case) -> Vec<i32> {
-    let rng = &mut StdRng::seed_from_u64(!case.seed);
-    let slots: Vec<i32> = (0..case.slots as i32).filter(|_| !rng.random_ratio(1, 8)).collect();
-    let mut ids = slots.clone();
-    ids.extend(slots.first());
-    ids.extend(no_ids(case.slots));
-    ids.shuffle(rng);
-    ids
-}
-
-/// Replaces about half of `ids` by some of `by`.
-fn spoil(ids: &mut [i32], by: &[i32], rng: &mut StdRng) {
-    for id in ids {
-        if rng.random() {
-            *id = by[rng.random_range(0..by.len())];
-        }
-    }
-}
-
-fn flags(case: &Case, rng: &mut StdRng) -> FlagTensor {
-    const ON: [i32; 3] = [1, 2, -1];
-    let mut flag = || if rng.random_ratio(1, 4) { 0 } else { ON[rng.random_range(0..ON.len())] };
-    let flags: Vec<i32> = (0..case.slots).map(|_| flag()).collect();
-    match case.enabled {
-        Flags::All => FlagTensor::All,
-        Flags::U8 => {
-            let bytes: Vec<u8> = flags.iter().map(|&flag| flag as u8).collect();
-            FlagTensor::U8(Tensor::new("adapter_enabled", &bytes, case.misaligned))
-        }
-        Flags::I32 => FlagTensor::I32(Tensor::new("adapter_enabled", &flags, case.misaligned)),
-    }
-}
-
-fn rank_values<S: Space>(case: &Case, rng: &mut StdRng) -> Option<Vec<i32>> {
-    let max = case.max_rank as i32;
-    let on_host = TypeId::of::<S>() == TypeId::of::<Host>();
-    let wild = [0, max, max + 1, i32::MAX, -1, i32::MIN];
-    let mut rank = || match case.ranks {
-        Ranks::OutOfRange if on_host => wild[rng.random_range(0..wild.len())].min(max),
-        Ranks::OutOfRange => wild[rng.random_range(0..wild.len())],
-        Ranks::Mixed | Ranks::Max => rng.random_range(1..=max),
-    };
-    let ranks = (0..case.slots).map(|_| rank()).collect();
-    (case.ranks != Ranks::Max).then_some(ranks)
-}
-
-/// The rank in use of each matrix of a slice; `None` where no pair uses the matrix.
-fn ranks_in_use(case: &Case, targets: &[Option<Target>], experts: ExpertWeights) -> Vec<Option<usize>> {
-    let a_slot = match experts {
-        ExpertWeights::PerExpert => case.experts,
-        ExpertWeights::Shared => 1,
-    };
-    let mut ranks = vec![None; case.slots * a_slot];
-    for target in targets.iter().flatten() {
-        ranks[target.slot * a_slot + target.expert % a_slot] = Some(target.rank);
-    }
-    ranks
-}
-
-/// One slice of `a`.
-fn weights_a<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Normals, seed: u64) -> Tensor<T> {
-    let ranks = ranks_in_use(case, targets, case.a_experts);
-    let matrix = case.max_rank * case.in_dim;
-    let scale = 1.0 / (case.in_dim as f32).sqrt();
-    let mut a =
-        Tensor::poisoned("a", [ranks.len() * case.max_rank, case.in_dim, case.in_dim], case.misaligned);
-    a.elements_mut().par_chunks_mut(matrix).zip(ranks).enumerate().for_each(|(i, (matrix, rank))| {
-        normals.fill(&mut matrix[..rank.unwrap_or(0) * case.in_dim], scale, seed ^ i as u64);
-    });
-    a
-}
-
-/// One slice of `b`.
-fn weights_b<T: Element>(case: &Case, targets: &[Option<Target>], normals: &Normals, seed: u64) -> Tensor<T> {
-    let ranks = ranks_in_use(case, targets, case.b_experts);
-    let matrix = case.out_dim * case.max_rank;
-    let mut b =
-        Tensor::poisoned("b", [ranks.len() * case.out_dim, case.max_rank, case.max_rank], case.misaligned);
-    b.elements_mut().par_chunks_mut(matrix).zip(ranks).enumerate().for_each(|(i, (matrix, rank))| {
-        let rank = rank.unwrap_or(0);
-        let scale = 1.0 / (rank.max(1) as f32).sqrt();
-        for (n, row) in matrix.chunks_mut(case.max_rank).enumerate() {
-            normals.fill(&mut row[..rank], scale, seed ^ (i * case.out_dim + n) as u64);
-        }
-    });
-    b
-}
-
-/// Normal deviates by the hundred million: draws from a pool of draws.
-struct Normals {
-    pool: Vec<f32>,
-}
-
-impl Normals {
-    /// Bits of an index into the pool: 16 KiB of f32, which stay in the L1 cache.
-    const INDEX_BITS: u32 = 12;
-
-    fn new(rng: &mut StdRng) -> Self {
-        Normals { pool: rng.sample_iter(StandardNormal).take(1 << Self::INDEX_BITS).collect() }
+    fn x_rows(&self, case: &Case) -> Rows<'_, S, T> {
+        Rows { data: self.x, stride: Some(case.x_stride()), index: self.x_index }
     }
 
-    fn fill<T: Element>(&self, values: &mut [T], scale: f32, seed: u64) {
-        let mut rng = SmallRng::seed_from_u64(seed);
-        for values in values.chunks_mut((u64::BITS / Self::INDEX_BITS) as usize) {
-            let mut bits = rng.next_u64();
-            for value in values {
-                *value = T::from_f32(scale * self.pool[bits as usize % self.pool.len()]);
-                bits >>= Self::INDEX_BITS;
-            }
-        }
+    fn out_rows<'c>(&'c self, case: &Case, data: ViewMut<'c, S, T>) -> RowsMut<'c, S, T> {
+        RowsMut { data, stride: Some(case.out_stride()), index: self.out_index }
     }
 }

@@ -1,8 +1,9 @@
 //! Lists of cases: a few seconds' worth, a few minutes' worth, and vLLM's own.
 
-use crate::case::{Case, Experts, Flags, Form, Loras, Ranks};
+use crate::case::{Case, Experts, Flags, Form, IdsKind, Indexed, Loras, Ranks};
+use moe_lora::call::SliceOrder;
 use moe_lora::dtype::DType;
-use moe_lora::projection::{ExpertWeights, XRows};
+use moe_lora::projection::{ExpertWeights, OutDims, XRows};
 
 const DTYPES: [DType; 2] = [DType::Bf16, DType::F16];
 const FORMS: [Form; 2] = [Form::Forward, Form::Split];
@@ -37,12 +38,50 @@ fn modes(base: &Case) -> Vec<Case> {
     ]
 }
 
+/// Forms of a call beside the plainest, each in a case that differs from `base` in little else: slices of
+/// their own widths and in other orders, rows by an index, weights by address, other ids.
+pub fn new_forms(base: &Case) -> Vec<Case> {
+    let base = base.clone();
+    let dense = Case { experts: 1, top_k: 1, loras: Loras::Random, ..base.clone() };
+    let own_widths = OutDims::new(&[64, 24, 40]).expect("three slices");
+    let table = Case { table: true, loras: Loras::Random, ..base.clone() };
+    let permuted = Case { x_index: Indexed::Permuted, out_index: Indexed::Permuted, ..base.clone() };
+    let cases = vec![
+        Case { out_dims: own_widths, ..base.clone() },
+        Case { out_dims: own_widths, order: SliceOrder::Reversed, accumulate: false, ..base.clone() },
+        Case { order: SliceOrder::Interleaved, offset: 8, ..base.clone() },
+        Case { order: SliceOrder::Interleaved, accumulate: false, ranks: Ranks::OutOfRange, ..base.clone() },
+        Case { ids: IdsKind::None, out_dims: own_widths, ..dense.clone() },
+        Case { ids: IdsKind::None, lora_padding: 5, accumulate: false, ..dense },
+        Case { ids: IdsKind::I64, routing: Experts::OutOfRange, ..base.clone() },
+        Case { ids: IdsKind::I64, global_experts: Some(base.experts + 3), ..base.clone() },
+        permuted.clone(),
+        Case { x_rows: XRows::Pair, accumulate: false, routed_weight: true, ..permuted },
+        Case { x_index: Indexed::OutOfRange, routed_weight: true, ..base.clone() },
+        Case { x_index: Indexed::OutOfRange, accumulate: false, block_size: Some(16), ..base.clone() },
+        Case { out_index: Indexed::OutOfRange, out_padding: 3, ..base.clone() },
+        Case { out_index: Indexed::OutOfRange, accumulate: false, block_size: Some(16), ..base.clone() },
+        table.clone(),
+        Case { ranks: Ranks::Mixed, accumulate: false, ..table.clone() },
+        Case { a_experts: ExpertWeights::Shared, routed_weight: true, ..table.clone() },
+        Case { b_experts: ExpertWeights::Shared, ranks: Ranks::OutOfRange, ..table.clone() },
+        Case { out_dims: own_widths, x_index: Indexed::OutOfRange, out_index: Indexed::Permuted, ..table },
+    ];
+    cases
+}
+
 /// Every mode, in both forms, and both types, on a small call: seconds on a laptop.
 pub fn quick_grid() -> Vec<Case> {
     let mut cases = Vec::new();
     for form in FORMS {
         for dtype in DTYPES {
-            cases.extend(modes(&Case { form, dtype, tokens: 40, slices: 2, ..Case::default() }));
+            cases.extend(modes(&Case {
+                form,
+                dtype,
+                tokens: 40,
+                out_dims: OutDims::uniform(64, 2),
+                ..Case::default()
+            }));
         }
     }
     cases
@@ -51,7 +90,7 @@ pub fn quick_grid() -> Vec<Case> {
 /// Every mode in both forms on a small call, with one type and then the other: half of [`quick_grid`], for a
 /// back end that is slow.
 pub fn short_grid() -> Vec<Case> {
-    let call = Case { tokens: 40, slices: 2, ..Case::default() };
+    let call = Case { tokens: 40, out_dims: OutDims::uniform(64, 2), ..Case::default() };
     let forms = FORMS.into_iter().enumerate();
     let cases = forms.flat_map(|(i, form)| {
         modes(&call).into_iter().zip(DTYPES.into_iter().cycle().skip(i)).map(move |(mode, dtype)| Case {
@@ -86,9 +125,8 @@ pub fn full_grid() -> Vec<Case> {
         experts,
         slots,
         max_rank,
-        slices,
         in_dim,
-        out_dim,
+        out_dims: OutDims::uniform(out_dim, slices),
         ..Case::default()
     };
     let mut cases = Vec::new();
@@ -124,9 +162,8 @@ pub fn vllm_grid() -> Vec<Case> {
                             experts: 64,
                             slots,
                             max_rank,
-                            slices,
                             in_dim: 2048,
-                            out_dim: 1408,
+                            out_dims: OutDims::uniform(1408, slices),
                             seed: cases.len() as u64,
                             ..Case::default()
                         });

@@ -1,10 +1,12 @@
 //! Tensors on a back end, between guards that must stay as they are.
 
-use crate::data::{CaseData, FlagTensor, Operands, Tensor};
+use crate::data::{CaseData, FlagTensor, Operands};
 use crate::fault::Fault;
+use crate::own::PlacedTable;
+use crate::tensor::Tensor;
 use bytemuck::Pod;
 use moe_lora::backend::{Backend, Buffer};
-use moe_lora::call::{Enabled, RoutingTensors};
+use moe_lora::call::{Enabled, RoutingTensors, TopkIds};
 use moe_lora::dtype::Element;
 use moe_lora::tensor::{View, ViewMut};
 use std::ops::Range;
@@ -92,7 +94,7 @@ impl<'d, B: Backend, T: Pod> Placed<'d, B, T> {
         backend.download(&self.buffer)
     }
 
-    fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
+    pub fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
         let image = self.download(backend)?;
         check_unchanged(self.tensor, &image, 0..image.len())
     }
@@ -121,14 +123,24 @@ enum PlacedFlags<'d, B: Backend> {
     I32(Placed<'d, B, i32>),
 }
 
+/// `topk_ids` on a back end.
+enum PlacedIds<'d, B: Backend> {
+    None,
+    I32(Placed<'d, B, i32>),
+    I64(Placed<'d, B, i64>),
+}
+
 /// The inputs of a case on a back end.
-pub(crate) struct Uploaded<'d, B: Backend, T: Pod> {
-    topk_ids: Placed<'d, B, i32>,
+pub(crate) struct Uploaded<'d, B: Backend, T: Element> {
+    topk_ids: PlacedIds<'d, B>,
     token_lora: Placed<'d, B, i32>,
     enabled: PlacedFlags<'d, B>,
     ranks: Option<Placed<'d, B, i32>>,
     expert_map: Option<Placed<'d, B, i32>>,
     x: Placed<'d, B, T>,
+    x_index: Option<Placed<'d, B, i32>>,
+    out_index: Option<Placed<'d, B, i32>>,
+    table: Option<PlacedTable<'d, B, T>>,
     a: Vec<Placed<'d, B, T>>,
     b: Vec<Placed<'d, B, T>>,
     topk_weights: Option<Placed<'d, B, f32>>,
@@ -140,7 +152,11 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
             tensors.iter().map(|tensor| Placed::new(backend, tensor)).collect()
         };
         Ok(Uploaded {
-            topk_ids: Placed::new(backend, &data.topk_ids)?,
+            topk_ids: match &data.wide_ids {
+                _ if !data.has_ids() => PlacedIds::None,
+                Some(ids) => PlacedIds::I64(Placed::new(backend, ids)?),
+                None => PlacedIds::I32(Placed::new(backend, &data.topk_ids)?),
+            },
             token_lora: Placed::new(backend, &data.token_lora)?,
             enabled: match &data.enabled {
                 FlagTensor::All => PlacedFlags::All,
@@ -150,6 +166,9 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
             ranks: Placed::optional(backend, &data.ranks)?,
             expert_map: Placed::optional(backend, &data.expert_map)?,
             x: Placed::new(backend, &data.x)?,
+            x_index: Placed::optional(backend, &data.x_index)?,
+            out_index: Placed::optional(backend, &data.out_index)?,
+            table: data.own.as_ref().map(|own| PlacedTable::new(backend, own)).transpose()?,
             a: slices(&data.a)?,
             b: slices(&data.b)?,
             topk_weights: Placed::optional(backend, &data.topk_weights)?,
@@ -158,7 +177,11 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
 
     pub fn routing(&self) -> RoutingTensors<'_, B::Space> {
         RoutingTensors {
-            topk_ids: self.topk_ids.view(),
+            topk_ids: match &self.topk_ids {
+                PlacedIds::None => TopkIds::None,
+                PlacedIds::I32(ids) => TopkIds::I32(ids.view()),
+                PlacedIds::I64(ids) => TopkIds::I64(ids.view()),
+            },
             token_lora: self.token_lora.view(),
             adapter_enabled: match &self.enabled {
                 PlacedFlags::All => Enabled::All,
@@ -174,6 +197,9 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
         Operands {
             routing: self.routing(),
             x: self.x.view(),
+            x_index: self.x_index.as_ref().map(Placed::view),
+            adapters: self.table.as_ref().map(PlacedTable::adapters),
+            out_index: self.out_index.as_ref().map(Placed::view),
             a: self.a.iter().map(Placed::view).collect(),
             b: self.b.iter().map(Placed::view).collect(),
             topk_weights: self.topk_weights.as_ref().map(Placed::view),
@@ -181,10 +207,17 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
     }
 
     pub fn check_unchanged(&self, backend: &B) -> Result<(), Fault> {
-        let ids = [&self.topk_ids, &self.token_lora];
-        ids.into_iter()
+        match &self.topk_ids {
+            PlacedIds::None => {}
+            PlacedIds::I32(ids) => ids.check_unchanged(backend)?,
+            PlacedIds::I64(ids) => ids.check_unchanged(backend)?,
+        }
+        [&self.token_lora]
+            .into_iter()
             .chain(&self.ranks)
             .chain(&self.expert_map)
+            .chain(&self.x_index)
+            .chain(&self.out_index)
             .try_for_each(|tensor| tensor.check_unchanged(backend))?;
         match &self.enabled {
             PlacedFlags::All => {}
@@ -193,6 +226,9 @@ impl<'d, B: Backend, T: Element> Uploaded<'d, B, T> {
         }
         if let Some(weights) = &self.topk_weights {
             weights.check_unchanged(backend)?;
+        }
+        if let Some(table) = &self.table {
+            table.check_unchanged(backend)?;
         }
         let values = [&self.x].into_iter().chain(&self.a).chain(&self.b);
         values.into_iter().try_for_each(|tensor| tensor.check_unchanged(backend))

@@ -8,7 +8,10 @@ use crate::functions::{Context, Functions};
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cpu::Cpu;
-use moe_lora::{Backend, Buffer, Enabled, ProjectionSizes, RoutingTensors, View, ViewMut};
+use moe_lora::{
+    Backend, Buffer, Enabled, Factor, OutDims, ProjectionSizes, RoutingTensors, SliceOrder, View, ViewMut,
+    Weights,
+};
 use moe_lora_tests::refusals::GOOD;
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -30,12 +33,13 @@ pub const PROJECTION: Projection = Projection {
     experts: SIZES.experts,
     slots: SIZES.slots,
     max_rank: SIZES.max_rank,
-    slices: SIZES.slices,
+    slices: 1,
     in_dim: SIZES.in_dim,
-    out_dim: SIZES.out_dim,
+    out_dim: 8,
+    out_dims: [0; MOE_LORA_MAX_SLICES],
 };
 
-const SIZES: ProjectionSizes = ProjectionSizes { slices: 1, ..GOOD };
+const SIZES: ProjectionSizes = ProjectionSizes { out_dims: OutDims::uniform(8, 1), ..GOOD };
 
 /// Buffers of a call of [`TOKENS`] tokens on [`PROJECTION`].
 pub struct Operands<B: Backend> {
@@ -69,7 +73,7 @@ impl<B: Backend> Operands<B> {
 
     fn rust_routing(&self) -> RoutingTensors<'_, B::Space> {
         RoutingTensors {
-            topk_ids: self.ids.view(),
+            topk_ids: self.ids.view().into(),
             token_lora: self.slots.view(),
             adapter_enabled: Enabled::U8(self.flags.view()),
             ranks: None,
@@ -154,21 +158,30 @@ fn expected<B: Backend>(backend: &B) -> moe_lora::Result<[Vec<u16>; 2]> {
             tokens,
             routing,
             x: inputs.x.view().into(),
-            a: &a,
-            b: &b,
+            weights: Weights::Stacked { a: &a, b: &b },
             topk_weights,
             out: whole.out.view_mut().into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: false,
         },
     )?;
     let x = inputs.x.view().into();
-    let shrink = moe_lora::Shrink { tokens, routing, x, a: &a, h: halves.h.view_mut() };
+    let shrink = moe_lora::Shrink { tokens, routing, x, a: Factor::Stacked(&a), h: halves.h.view_mut() };
     backend.shrink(&mut workspace, &projection, shrink)?;
     let out = halves.out.view_mut().into();
     let h = halves.h.view();
-    let expand =
-        moe_lora::Expand { tokens, routing, h, b: &b, topk_weights, out, offset: 0, accumulate: false };
+    let expand = moe_lora::Expand {
+        tokens,
+        routing,
+        h,
+        b: Factor::Stacked(&b),
+        topk_weights,
+        out,
+        offset: 0,
+        order: SliceOrder::InOrder,
+        accumulate: false,
+    };
     backend.expand(&mut workspace, &projection, expand)?;
     Ok([outputs(backend, &whole), outputs(backend, &halves)])
 }

@@ -18,13 +18,13 @@ struct Call {
 pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
     use Status::*;
     type Row = (fn(&mut Call), Status, &'static str);
-    let table: [Row; 21] = [
+    let table: [Row; 23] = [
         (|call| call.projection.max_rank = 0, ZeroSize, "max_rank is 0, expected at least 1"),
         (|call| call.projection.top_k = 65, SizeTooLarge, "top_k is 65, expected at most 64"),
         (
             |call| call.forward.offset = usize::MAX,
             SizeOverflow,
-            "out of [.., 18446744073709551615 + S·N] has more elements than can be addressed",
+            "out of [.., 18446744073709551615 + Σ N_s] has more elements than can be addressed",
         ),
         (|call| call.forward.a[1] = call.forward.a[0], SliceCount, "a has 2 slices, expected 1"),
         (|call| call.forward.b[0] = ABSENT, SliceCount, "b has 0 slices, expected 1"),
@@ -76,7 +76,17 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
             "the route is not valid: no call on this workspace has found one, or the last that was to has \
              failed",
         ),
-        (|call| call.projection.size -= 1, StructSize, "projection.size is 79, expected 80"),
+        (|call| call.projection.size = 79, StructSize, "projection.size is 79, expected 80"),
+        (
+            |call| call.projection.out_dims[1] = 8,
+            InvalidValue,
+            "projection.out_dims is 8, expected 0 past the last slice",
+        ),
+        (
+            |call| call.projection.out_dims[0] = 9,
+            TooShort,
+            "b holds 256 elements, expected at least 576 for [2, 4, 9, 8]",
+        ),
         (|call| call.routing.size = 0, StructSize, "routing.size is 0, expected 96"),
         (|call| call.forward.size = 8, StructSize, "call.size is 8, expected 232"),
         (|call| call.forward.flags = 2, InvalidValue, "call.flags is 2, expected 0 or 1 (accumulate)"),
@@ -192,7 +202,7 @@ pub fn later_structs(functions: &Functions) -> Result<(), Failed> {
     };
     assert_eq!(create(0), Status::Ok);
     assert_eq!(create(1 << 56), Status::StructSize);
-    assert_eq!(functions.message(), "projection.size is 88, expected 80");
+    assert_eq!(functions.message(), "projection.size is 120, expected 112");
     functions.destroy(context, ptr::null_mut());
     Ok(())
 }

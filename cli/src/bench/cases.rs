@@ -103,10 +103,10 @@ pub fn random(seed: u64) -> Case {
         let rank = if rng.random_range(0..8) == 0 { max_rank.min(8) } else { max_rank };
         let model = Model { name: "random", hidden, intermediate, experts, top_k };
         let Ok(projection) = model.projection(op, max_rank, slots, dtype) else { continue };
-        let ProjectionSizes { in_dim, out_dim, slices, x_rows, .. } = *projection.sizes();
-        let weights = slots * experts * max_rank * (in_dim + out_dim) * slices * DType::SIZE;
+        let ProjectionSizes { in_dim, out_dims, x_rows, .. } = *projection.sizes();
+        let weights = slots * experts * max_rank * (out_dims.len() * in_dim + out_dims.total()) * DType::SIZE;
         let rows = if x_rows == XRows::Pair { tokens * top_k } else { tokens };
-        let activations = (rows * in_dim + tokens * top_k * slices * out_dim) * DType::SIZE;
+        let activations = (rows * in_dim + tokens * top_k * out_dims.total()) * DType::SIZE;
         if weights > MOST_WEIGHTS || activations > MOST_ACTIVATIONS {
             continue;
         }

@@ -235,7 +235,7 @@ fn summarize(timed: &mut [Timed], has_candidates: bool) -> anyhow::Result<()> {
         format!(
             "| {seed} | {op} | {tokens} | {rank} | {} | {} | {} | {} → {} | {choice:?} | {floor:.1} \
              | {planned:.1} | {time:.1} | {option} |",
-            s.slots, s.experts, s.top_k, s.in_dim, s.out_dim
+            s.slots, s.experts, s.top_k, s.in_dim, s.out_dims
         )
     };
     let table = |title: &str, calls: &[Timed]| {

@@ -73,8 +73,8 @@ impl<T: Element> Inputs<T> {
         // Whole sequences share an adapter.
         let run = tokens.div_ceil(tokens.min(SEQUENCES));
         let token_lora = (0..tokens).map(|t| (t / run % s.slots) as i32).collect();
-        let weights = [s.in_dim, s.out_dim].map(|dim| s.slots * s.experts * s.max_rank * dim);
-        let starts = (0..2 * s.slices).map(|_| rng.random_range(0..POOL)).collect();
+        let weights = [s.in_dim, s.out_dims.max()].map(|dim| s.slots * s.experts * s.max_rank * dim);
+        let starts = (0..2 * s.out_dims.len()).map(|_| rng.random_range(0..POOL)).collect();
         Inputs { topk_ids, topk_weights, token_lora, x, weights, starts, pool }
     }
 
@@ -84,7 +84,7 @@ impl<T: Element> Inputs<T> {
         let scales = [scale(s.in_dim), scale(s.max_rank)];
         [0, 1].map(|which| {
             let pool: Vec<T> = self.pool.iter().map(|value| T::from_f32(value * scales[which])).collect();
-            let starts = &self.starts[which * s.slices..][..s.slices];
+            let starts = &self.starts[which * s.out_dims.len()..][..s.out_dims.len()];
             let slice = |start: &usize| {
                 let mut slice = Vec::with_capacity(self.weights[which]);
                 let mut start = *start;
@@ -144,11 +144,11 @@ impl<T: Element> Inputs<T> {
         let dot = |v: &[f64], w: &[f64]| v.iter().zip(w).map(|(v, w)| v * w).sum::<f64>();
         let x: Vec<f64> = self.x[row * s.in_dim..][..s.in_dim].iter().map(|v| v.to_f32().into()).collect();
         let weight = if weighted { f64::from(self.topk_weights[pair]) } else { 1.0 };
-        (0..s.slices)
+        (0..s.out_dims.len())
             .flat_map(|slice| {
-                let [a, b] = [(0, s.in_dim), (1, s.out_dim)].map(|(which, dim)| {
+                let [a, b] = [(0, s.in_dim), (1, s.out_dims.max())].map(|(which, dim)| {
                     let (len, terms) = (s.max_rank * dim, [s.in_dim, s.max_rank][which]);
-                    self.row(which, slice, s.slices, matrix * len, len, scale(terms))
+                    self.row(which, slice, s.out_dims.len(), matrix * len, len, scale(terms))
                 });
                 let h: Vec<f64> = a.chunks(s.in_dim).take(rank).map(|row| dot(row, &x)).collect();
                 b.chunks(s.max_rank).map(|row| weight * dot(&row[..rank], &h)).collect::<Vec<_>>()
@@ -159,7 +159,7 @@ impl<T: Element> Inputs<T> {
     /// Bytes of weights that a call touches.
     pub fn touched_bytes(&self, &Workload { projection, rank, .. }: &Workload) -> usize {
         let s = projection.sizes();
-        self.segments(s.top_k) * rank * (s.in_dim + s.out_dim) * s.slices * DType::SIZE
+        self.segments(s.top_k) * rank * (s.out_dims.len() * s.in_dim + s.out_dims.total()) * DType::SIZE
     }
 
     /// Microseconds that no implementation can go below on a device of these limits.
@@ -168,8 +168,8 @@ impl<T: Element> Inputs<T> {
         let s = projection.sizes();
         let pairs = self.topk_ids.len();
         let bytes =
-            self.touched_bytes(workload) + (self.x.len() + 2 * pairs * s.out_dim * s.slices) * DType::SIZE;
-        let operations = 2 * pairs * rank * (s.in_dim + s.out_dim) * s.slices;
+            self.touched_bytes(workload) + (self.x.len() + 2 * pairs * s.out_dims.total()) * DType::SIZE;
+        let operations = 2 * pairs * rank * (s.out_dims.len() * s.in_dim + s.out_dims.total());
         (bytes as f64 / limits.streamed()).max(operations as f64 / OPERATIONS)
     }
 }

@@ -10,8 +10,8 @@ pub use inputs::Choice;
 use inputs::Inputs;
 use moe_lora::cuda::{self, Stream};
 use moe_lora::{
-    Backend, Buffer, Cuda, DType, Element, Expand, Forward, Layout, Projection, Route, Routing,
-    RoutingTensors, Rows, Shrink, View,
+    Backend, Buffer, Cuda, DType, Element, Expand, Factor, Forward, Layout, Projection, Route, Routing,
+    RoutingTensors, Rows, Shrink, SliceOrder, View, Weights,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -57,8 +57,7 @@ impl Workload {
 
 /// The layout of a call on contiguous, aligned tensors.
 pub fn contiguous(projection: &Projection, tokens: usize, ranked: bool) -> Layout {
-    let (x_stride, out_stride) = (projection.sizes().in_dim, projection.out_width());
-    Layout { tokens, x_stride, out_stride, offset: 0, aligned: true, ranked }
+    Layout { ranked, ..Layout::packed(projection, tokens) }
 }
 
 /// Times of a call, in microseconds.
@@ -198,13 +197,33 @@ fn time_in<T: Element>(
         let (x, out) = (Rows::from(x.view()), out.view_mut().into());
         let (offset, accumulate) = (0, true);
         if split {
-            let shrink = Shrink { tokens, routing, x, a: &a, h: h.view_mut() };
+            let shrink = Shrink { tokens, routing, x, a: Factor::Stacked(&a), h: h.view_mut() };
             let routing = stream.shrink(workspace, &projection, shrink)?.into();
             let h = h.view();
-            let expand = Expand { tokens, routing, h, b: &b, topk_weights, out, offset, accumulate };
+            let expand = Expand {
+                tokens,
+                routing,
+                h,
+                b: Factor::Stacked(&b),
+                topk_weights,
+                out,
+                offset,
+                order: SliceOrder::InOrder,
+                accumulate,
+            };
             stream.expand(workspace, &projection, expand)
         } else {
-            let forward = Forward { tokens, routing, x, a: &a, b: &b, topk_weights, out, offset, accumulate };
+            let forward = Forward {
+                tokens,
+                routing,
+                x,
+                weights: Weights::Stacked { a: &a, b: &b },
+                topk_weights,
+                out,
+                offset,
+                order: SliceOrder::InOrder,
+                accumulate,
+            };
             stream.forward(workspace, &projection, forward)
         }
     };

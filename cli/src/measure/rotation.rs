@@ -30,7 +30,11 @@ impl Rotation {
     pub fn new(projection: &Projection, touched: usize, used: &[i32]) -> Self {
         let s = projection.sizes();
         let groups = (s.experts / used.len()).clamp(1, MAX_GROUPS);
-        let set_bytes = s.slots * s.experts * s.max_rank * (s.in_dim + s.out_dim) * s.slices * DType::SIZE;
+        let set_bytes = s.slots
+            * s.experts
+            * s.max_rank
+            * (s.out_dims.len() * s.in_dim + s.out_dims.total())
+            * DType::SIZE;
         let wanted = BYTES / (touched * groups) + 1;
         let sets = wanted.min(MAX_BYTES / set_bytes).max(1);
         let others = (0..s.experts as i32).filter(|expert| used.binary_search(expert).is_err());

@@ -132,7 +132,7 @@ impl MoeLora {
 impl<'a> Delta<'a> {
     /// The tensors that a call reads, checked: x, a and b, then ids, then the router's weights.
     fn inputs(&self, projection: &Projection, out: &Tensor) -> Result<Vec<(&'static str, &'a Tensor)>> {
-        let ProjectionSizes { dtype, top_k, slots, max_rank, in_dim, out_dim, x_rows, .. } =
+        let ProjectionSizes { dtype, top_k, slots, max_rank, in_dim, out_dims, x_rows, .. } =
             *projection.sizes();
         let half = if dtype == moe_lora::DType::Bf16 { DType::BF16 } else { DType::F16 };
         let tokens = out.dims().first().copied().unwrap_or(0);
@@ -146,9 +146,13 @@ impl<'a> Delta<'a> {
             XRows::Token => input("x", self.x, half, &[tokens, in_dim])?,
             XRows::Pair => input("x", self.x, half, &[tokens, top_k, in_dim])?,
         }
-        let (mut a, mut b) = (self.a.iter(), self.b.iter());
+        let (mut a, b) = (self.a.iter(), self.b.iter());
         a.try_for_each(|a| input("a", a, half, &[slots, projection.a_experts(), max_rank, in_dim]))?;
-        b.try_for_each(|b| input("b", b, half, &[slots, projection.b_experts(), out_dim, max_rank]))?;
+        // How many there are is checked with the call.
+        let width = |s| out_dims.as_slice().get(s).copied().unwrap_or(out_dims.max());
+        b.enumerate().try_for_each(|(s, b)| {
+            input("b", b, half, &[slots, projection.b_experts(), width(s), max_rank])
+        })?;
         if let Routing::Tokens { topk_ids, token_lora, ranks } = self.routing {
             input("topk_ids", topk_ids, DType::U32, &[tokens, top_k])?;
             input("token_lora", token_lora, DType::U32, &[tokens])?;

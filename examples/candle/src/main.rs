@@ -83,7 +83,8 @@ impl Projection {
         sizes: ProjectionSizes,
         random: &mut impl FnMut(&[usize]) -> candle_core::Result<Tensor>,
     ) -> candle_core::Result<Self> {
-        let ProjectionSizes { slices, experts, slots, max_rank, in_dim, out_dim, .. } = sizes;
+        let ProjectionSizes { experts, slots, max_rank, in_dim, out_dims, .. } = sizes;
+        let (slices, out_dim) = (out_dims.len(), out_dims.max());
         let base = random(&[experts, slices * out_dim, in_dim])?;
         let mut stack = |rows, columns| -> candle_core::Result<Vec<Tensor>> {
             (0..slices).map(|_| random(&[slots, experts, rows, columns])?.to_dtype(DType::BF16)).collect()

@@ -1,7 +1,7 @@
 //! Which tensors are taken, and where in them is written. On candle's CPU device.
 
 use candle_core::{DType, Device, Tensor};
-use moe_lora::ProjectionSizes;
+use moe_lora::{OutDims, ProjectionSizes};
 use moe_lora_candle_example::{Delta, Error, MoeLora, Routing};
 
 type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
@@ -21,7 +21,7 @@ impl Call {
         let half = if dtype == DType::F16 { moe_lora::DType::F16 } else { moe_lora::DType::Bf16 };
         let sizes = ProjectionSizes {
             dtype: half,
-            slices: 1,
+            out_dims: OutDims::uniform(3, 1),
             experts: 2,
             max_rank: 1,
             ..ProjectionSizes::gate_up(4, 3)

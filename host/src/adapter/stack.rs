@@ -6,7 +6,7 @@ use super::target::{LayerProjection, Target};
 use crate::backend::Backend;
 use crate::dtype::Element;
 use crate::error::Error;
-use crate::projection::{ExpertWeights, Projection, ProjectionSizes, elements};
+use crate::projection::{ExpertWeights, OutDims, Projection, ProjectionSizes, elements};
 use crate::tensor_file::TensorFile;
 use std::fmt;
 use std::path::Path;
@@ -94,7 +94,8 @@ impl<T: Element> Stack<T> {
         experts: Option<usize>,
     ) -> Result<Self, AdapterError> {
         let sizes = Self::sizes(adapters, layer, projection, top_k, experts)?;
-        let ProjectionSizes { slots, experts, max_rank, slices, in_dim, out_dim, .. } = sizes;
+        let ProjectionSizes { slots, experts, max_rank, in_dim, out_dims, .. } = sizes;
+        let (slices, out_dim) = (out_dims.len(), out_dims.max());
         let rank = |adapter: &Adapter| adapter.layer(layer).map(|(_, lora)| lora.rank as i32).max();
         let mut stack = Stack {
             projection: Projection::new(sizes)?,
@@ -154,9 +155,8 @@ impl<T: Element> Stack<T> {
             experts: experts.unwrap_or(named),
             slots: adapters.len(),
             max_rank,
-            slices: projection.slices(),
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, projection.slices()),
             x_rows: projection.x_rows(),
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,

@@ -1,6 +1,6 @@
 use super::*;
 use crate::dtype::Element;
-use crate::projection::{Projection, XRows};
+use crate::projection::{OutDims, Projection, XRows};
 use crate::tensor_file::FileError;
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -283,8 +283,8 @@ fn stacking_places_every_matrix_and_leaves_zeros_elsewhere() {
     let stack = Stack::<f16>::load(&adapters, 0, LayerProjection::W13, 2, Some(3)).unwrap();
     assert_eq!(stack.ranks, [2, 1, 0]);
     let sizes = stack.projection.sizes();
-    assert_eq!((sizes.slots, sizes.experts, sizes.max_rank, sizes.slices), (3, 3, 2, 2));
-    assert_eq!((sizes.in_dim, sizes.out_dim, sizes.x_rows), (4, 3, XRows::Token));
+    assert_eq!((sizes.slots, sizes.experts, sizes.max_rank), (3, 3, 2));
+    assert_eq!((sizes.in_dim, sizes.out_dims, sizes.x_rows), (4, OutDims::uniform(3, 2), XRows::Token));
 
     // (slice, slot, expert) of the only matrices there are, with their rank and b's value.
     let present = [((1, 0, 1), 2, 2.0 * 3.0), ((0, 1, 0), 1, 2.0 * 5.0)];

@@ -1,6 +1,6 @@
 //! Sorting pairs into blocks, as vLLM does.
 
-use super::segments::{listed, on};
+use super::segments::{listed, local_expert, on};
 use crate::blocks::{Align, BlockShape};
 use crate::error::Result;
 use crate::tensor::Host;
@@ -10,15 +10,8 @@ pub(super) fn align(call: Align<'_, Host>) -> Result<()> {
     call.check()?;
     let BlockShape { block_size, max_padded, max_blocks } = call.shape;
     let pairs = call.pairs();
-    let (topk_ids, token_lora) = (call.topk_ids.as_slice(), call.token_lora.as_slice());
-    let expert_map = call.expert_map.map(|map| map.as_slice());
-    let expert = |pair: usize| {
-        let id = match expert_map {
-            None => topk_ids[pair],
-            Some(map) => *map.get(usize::try_from(topk_ids[pair]).ok()?)?,
-        };
-        usize::try_from(id).ok().filter(|&expert| expert < call.experts)
-    };
+    let token_lora = call.token_lora.as_slice();
+    let expert = |pair| local_expert(&call.topk_ids, &call.expert_map, pair, call.experts);
     let mut segments = vec![Vec::new(); call.slots * call.experts];
     for pair in 0..pairs {
         let slot = usize::try_from(token_lora[pair / call.top_k]).ok().filter(|&slot| slot < call.slots);

@@ -14,14 +14,16 @@ pub use segments::Workspace;
 
 use crate::backend::Backend;
 use crate::blocks::Align;
-use crate::call::{Expand, Forward, Routing, RoutingTensors, Shrink};
+use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
+use crate::check::check_room;
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::projection::{Projection, ProjectionSizes};
+use crate::projection::Projection;
 use crate::route::Route;
-use crate::tensor::Host;
+use crate::tensor::{Host, RowsMut};
 use bytemuck::Pod;
-use product::{Epilogue, Matrix, Scratch, X, multiply};
+use product::{Epilogue, InUse, Matrix, Scratch, X, multiply};
+use segments::{by_index, in_order};
 
 /// The CPU as a place where calls run; every call is done when it returns.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,6 +40,17 @@ impl Backend for Cpu {
 
     fn upload<T: Pod>(&self, elements: &[T]) -> Result<HostBuffer<T>> {
         Ok(HostBuffer::new(elements))
+    }
+
+    fn write<T: Pod>(&self, buffer: &mut HostBuffer<T>, start: usize, elements: &[T]) -> Result<()> {
+        let all = buffer.as_mut_slice();
+        check_room(all.len(), start, elements.len())?;
+        all[start..][..elements.len()].copy_from_slice(elements);
+        Ok(())
+    }
+
+    fn check_own<T: Pod>(&self, _what: &'static str, _buffer: &HostBuffer<T>) -> Result<()> {
+        Ok(())
     }
 
     fn download<T: Pod>(&self, buffer: &HostBuffer<T>) -> Result<Vec<T>> {
@@ -79,28 +92,27 @@ impl Backend for Cpu {
         if call.tokens == 0 {
             return Ok(route);
         }
-        let x = X::new(projection, call.x.data, layout.x_stride);
-        let epilogue = Epilogue::new(call.topk_weights, call.offset, call.accumulate);
-        let out_dim = projection.sizes().out_dim;
-        let out_rows = (projection.pairs(call.tokens)?, layout.out_stride);
+        let x = X::new(projection, &call.x, &layout);
+        let epilogue = Epilogue::new(projection, call.topk_weights, &layout, call.accumulate);
+        let (a, b) = (call.weights.a(), call.weights.b());
         let inactive = segments.for_each_tile(
-            call.out.data.into_slice(),
-            out_rows,
+            out_rows(call.out, &layout, projection.pairs(call.tokens)?),
+            |pair| x.has(pair),
             |scratch: &mut Scratch, tile, pairs, out| {
                 let Scratch { x: x_rows, h, weights } = scratch;
                 x.load(pairs, x_rows);
-                for (s, (&a, &b)) in call.a.iter().zip(call.b).enumerate() {
-                    h.clear(pairs.len(), tile.rank);
-                    multiply(x_rows, Matrix::a(tile, projection, a), weights, |i, q, sum| {
+                for s in 0..projection.slices() {
+                    let used = InUse::of(tile, projection, s, &a);
+                    h.clear(pairs.len(), used.rank);
+                    multiply(x_rows, Matrix::a(tile, projection, s, &used, &a), weights, |i, q, sum| {
                         h.row_mut(i)[q] = sum;
                     });
-                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
-                        epilogue.write(pairs[i], out[i], s * out_dim + n, d);
-                    });
+                    let b = Matrix::b(tile, projection, s, &used, &b);
+                    epilogue.expand((h, b), weights, (s, &used), pairs, out);
                 }
             },
         );
-        epilogue.write_inactive(inactive, projection.out_width());
+        epilogue.write_inactive(inactive);
         Ok(route)
     }
 
@@ -115,19 +127,23 @@ impl Backend for Cpu {
         if call.tokens == 0 {
             return Ok(route);
         }
-        let x = X::new(projection, call.x.data, layout.x_stride);
+        let x = X::new(projection, &call.x, &layout);
         let (pairs, max_rank) = (projection.pairs(call.tokens)?, projection.sizes().max_rank);
-        let slices = call.h.into_slice().chunks_mut(pairs * max_rank);
-        for (&a, h) in call.a.iter().zip(slices) {
-            let inactive =
-                segments.for_each_tile(h, (pairs, max_rank), |scratch: &mut Scratch, tile, pairs, h| {
+        let slices = call.h.into_slice().chunks_mut(pairs * max_rank).take(projection.slices());
+        for (s, h) in slices.enumerate() {
+            let inactive = segments.for_each_tile(
+                in_order(h, max_rank, pairs),
+                |pair| x.has(pair),
+                |scratch: &mut Scratch, tile, pairs, h| {
+                    let used = InUse::of(tile, projection, s, &call.a);
                     x.load(pairs, &mut scratch.x);
-                    h.iter_mut().for_each(|row| row[tile.rank..].fill(T::zeroed()));
-                    let a = Matrix::a(tile, projection, a);
+                    h.iter_mut().for_each(|row| row[used.rank..].fill(T::zeroed()));
+                    let a = Matrix::a(tile, projection, s, &used, &call.a);
                     multiply(&scratch.x, a, &mut scratch.weights, |i, q, sum| {
                         h[i][q] = T::from_f32(sum);
                     });
-                });
+                },
+            );
             inactive.for_each(|row| row.fill(T::zeroed()));
         }
         Ok(route)
@@ -144,30 +160,42 @@ impl Backend for Cpu {
         if call.tokens == 0 {
             return Ok(route);
         }
-        let epilogue = Epilogue::new(call.topk_weights, call.offset, call.accumulate);
-        let &ProjectionSizes { out_dim, max_rank, .. } = projection.sizes();
-        let rows = projection.pairs(call.tokens)?;
+        let epilogue = Epilogue::new(projection, call.topk_weights, &layout, call.accumulate);
+        let (rows, max_rank) = (projection.pairs(call.tokens)?, projection.sizes().max_rank);
         let hidden = call.h.as_slice();
         let inactive = segments.for_each_tile(
-            call.out.data.into_slice(),
-            (rows, layout.out_stride),
+            out_rows(call.out, &layout, projection.pairs(call.tokens)?),
+            |_| true,
             |Scratch { h, weights, .. }, tile, pairs, out| {
-                for (s, &b) in call.b.iter().enumerate() {
-                    h.clear(pairs.len(), tile.rank);
+                for s in 0..projection.slices() {
+                    let used = InUse::of(tile, projection, s, &call.b);
+                    h.clear(pairs.len(), used.rank);
                     for (i, pair) in pairs.iter().enumerate() {
-                        T::widen(&hidden[(s * rows + pair) * max_rank..][..tile.rank], h.row_mut(i));
+                        T::widen(&hidden[(s * rows + pair) * max_rank..][..used.rank], h.row_mut(i));
                     }
-                    multiply(h, Matrix::b(tile, projection, b), weights, |i, n, d| {
-                        epilogue.write(pairs[i], out[i], s * out_dim + n, d);
-                    });
+                    let b = Matrix::b(tile, projection, s, &used, &call.b);
+                    epilogue.expand((h, b), weights, (s, &used), pairs, out);
                 }
             },
         );
-        epilogue.write_inactive(inactive, projection.out_width());
+        epilogue.write_inactive(inactive);
         Ok(route)
     }
 
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// The row of `out` of each pair, unless it has none.
+fn out_rows<'a, T: Element>(
+    out: RowsMut<'a, Host, T>,
+    layout: &Layout,
+    pairs: usize,
+) -> Vec<Option<&'a mut [T]>> {
+    let matrix = out.data.into_slice();
+    match out.index {
+        None => in_order(matrix, layout.out_stride, layout.out_rows),
+        Some(index) => by_index(matrix, layout.out_stride, layout.out_rows, &index.as_slice()[..pairs]),
     }
 }

@@ -2,9 +2,11 @@
 //! them.
 
 use super::segments::Tile;
+use crate::call::{Factor, Layout, SliceOrder};
 use crate::dtype::Element;
-use crate::projection::{Projection, XRows};
-use crate::tensor::{Host, View};
+use crate::projection::{OutDims, Projection, XRows};
+use crate::table::AdapterEntry;
+use crate::tensor::{Host, Rows, View};
 
 /// Weight rows widened at a time: each load of an input then serves this many sums.
 const BLOCK_ROWS: usize = 4;
@@ -92,25 +94,82 @@ pub(super) struct Matrix<'a, T> {
     stride: usize,
 }
 
+/// What one segment and slice uses of its weights.
+#[derive(Clone, Copy)]
+pub(super) struct InUse {
+    /// Rank in use.
+    pub rank: usize,
+    /// Multiplies the delta.
+    pub scaling: f32,
+    /// Where the weights are, when it is not among stacked ones.
+    entry: Option<AdapterEntry>,
+}
+
+impl InUse {
+    pub fn of<T: Element>(
+        tile: &Tile,
+        projection: &Projection,
+        slice: usize,
+        weights: &Factor<'_, Host, T>,
+    ) -> Self {
+        let entry = match weights {
+            Factor::Stacked(_) => return InUse { rank: tile.rank, scaling: 1.0, entry: None },
+            Factor::Table(adapters) => adapters.entry(projection, tile.slot, slice),
+        };
+        InUse { rank: entry.rank_in_use(tile.rank), scaling: entry.scaling, entry: Some(entry) }
+    }
+}
+
 impl<'a, T: Element> Matrix<'a, T> {
+    /// Nothing: its products are none.
+    const NONE: Self = Matrix { data: &[], rows: 0, stride: 0 };
+
     fn row(&self, row: usize) -> &'a [T] {
         &self.data[row * self.stride..][..self.stride]
     }
 
     /// `[rank, K]`: the rows of the segment's `a` that are in use.
-    pub fn a(tile: &Tile, projection: &Projection, a: View<'a, Host, T>) -> Self {
+    pub fn a(
+        tile: &Tile,
+        projection: &Projection,
+        slice: usize,
+        used: &InUse,
+        a: &Factor<'a, Host, T>,
+    ) -> Self {
         let s = projection.sizes();
-        let first = tile.matrix(s.experts, s.a_experts) * s.max_rank * s.in_dim;
-        let data = &a.as_slice()[first..][..tile.rank * s.in_dim];
-        Matrix { data, rows: tile.rank, stride: s.in_dim }
+        let data = match (a, &used.entry) {
+            (Factor::Stacked(a), _) => {
+                &a[slice].as_slice()[tile.matrix(s.experts, s.a_experts) * s.max_rank * s.in_dim..]
+            }
+            (Factor::Table(adapters), Some(entry)) if used.rank > 0 => {
+                adapters.a(projection, entry, tile.expert)
+            }
+            (Factor::Table(_), _) => return Self::NONE,
+        };
+        Matrix { data: &data[..used.rank * s.in_dim], rows: used.rank, stride: s.in_dim }
     }
 
-    /// `[N, R]`: the segment's `b`, of whose rows the first `rank` columns are in use.
-    pub fn b(tile: &Tile, projection: &Projection, b: View<'a, Host, T>) -> Self {
-        let s = projection.sizes();
-        let first = tile.matrix(s.experts, s.b_experts) * s.out_dim * s.max_rank;
-        let data = &b.as_slice()[first..][..s.out_dim * s.max_rank];
-        Matrix { data, rows: s.out_dim, stride: s.max_rank }
+    /// `[N_s, r]`: the segment's `b`, of whose rows the first `rank` columns are in use.
+    pub fn b(
+        tile: &Tile,
+        projection: &Projection,
+        slice: usize,
+        used: &InUse,
+        b: &Factor<'a, Host, T>,
+    ) -> Self {
+        let (s, rows) = (projection.sizes(), projection.sizes().out_dims.get(slice));
+        let (data, stride) = match (b, &used.entry) {
+            (Factor::Stacked(b), _) => {
+                let first = tile.matrix(s.experts, s.b_experts) * rows * s.max_rank;
+                (&b[slice].as_slice()[first..], s.max_rank)
+            }
+            (Factor::Table(adapters), Some(entry)) if used.rank > 0 => {
+                (adapters.b(projection, slice, entry, tile.expert), entry.max_rank as usize)
+            }
+            // Of no columns: its products are zeros.
+            (Factor::Table(_), _) => return Matrix { data: &[], rows, stride: 0 },
+        };
+        Matrix { data: &data[..rows * stride], rows, stride }
     }
 }
 
@@ -121,22 +180,44 @@ pub(super) struct X<'a, T> {
     width: usize,
     /// Pairs that share a row.
     pairs_a_row: usize,
+    rows: usize,
+    index: Option<&'a [i32]>,
 }
 
 impl<'a, T: Element> X<'a, T> {
-    pub fn new(projection: &Projection, data: View<'a, Host, T>, stride: usize) -> Self {
+    pub fn new(projection: &Projection, x: &Rows<'a, Host, T>, layout: &Layout) -> Self {
         let sizes = projection.sizes();
-        let pairs_a_row = match sizes.x_rows {
-            XRows::Token => sizes.top_k,
-            XRows::Pair => 1,
-        };
-        X { data: data.as_slice(), stride, width: sizes.in_dim, pairs_a_row }
+        X {
+            data: x.data.as_slice(),
+            stride: layout.x_stride,
+            width: sizes.in_dim,
+            pairs_a_row: match sizes.x_rows {
+                XRows::Token => sizes.top_k,
+                XRows::Pair => 1,
+            },
+            rows: layout.x_rows,
+            index: x.index.map(|index| index.as_slice()),
+        }
     }
 
+    /// Whether a pair has a row.
+    pub fn has(&self, pair: usize) -> bool {
+        self.row(pair).is_some()
+    }
+
+    fn row(&self, pair: usize) -> Option<&'a [T]> {
+        let row = match self.index {
+            None => pair / self.pairs_a_row,
+            Some(index) => usize::try_from(index[pair]).ok().filter(|&row| row < self.rows)?,
+        };
+        Some(&self.data[row * self.stride..][..self.width])
+    }
+
+    /// Widens the rows of pairs that have one.
     pub fn load(&self, pairs: &[usize], rows: &mut LaneRows) {
         rows.clear(pairs.len(), self.width);
-        for (i, pair) in pairs.iter().enumerate() {
-            T::widen(&self.data[pair / self.pairs_a_row * self.stride..][..self.width], rows.row_mut(i));
+        for (i, row) in pairs.iter().filter_map(|&pair| self.row(pair)).enumerate() {
+            T::widen(row, rows.row_mut(i));
         }
     }
 }
@@ -145,24 +226,54 @@ impl<'a, T: Element> X<'a, T> {
 pub(super) struct Epilogue<'a> {
     topk_weights: Option<&'a [f32]>,
     offset: usize,
+    order: SliceOrder,
+    out_dims: OutDims,
     accumulate: bool,
 }
 
 impl<'a> Epilogue<'a> {
-    pub fn new(topk_weights: Option<View<'a, Host, f32>>, offset: usize, accumulate: bool) -> Self {
-        Epilogue { topk_weights: topk_weights.map(|weights| weights.as_slice()), offset, accumulate }
+    pub fn new(
+        projection: &Projection,
+        topk_weights: Option<View<'a, Host, f32>>,
+        layout: &Layout,
+        accumulate: bool,
+    ) -> Self {
+        Epilogue {
+            topk_weights: topk_weights.map(|weights| weights.as_slice()),
+            offset: layout.offset,
+            order: layout.order,
+            out_dims: projection.sizes().out_dims,
+            accumulate,
+        }
     }
 
-    pub fn write<T: Element>(&self, pair: usize, row: &mut [T], column: usize, d: f32) {
-        let delta = self.topk_weights.map_or(d, |weights| d * weights[pair]);
-        let out = &mut row[self.offset + column];
-        *out = T::from_f32(if self.accumulate { out.to_f32() + delta } else { delta });
+    /// Expands `h` by a slice's `b` into the rows of `pairs`.
+    pub fn expand<T: Element>(
+        &self,
+        (h, b): (&LaneRows, Matrix<'_, T>),
+        widened: &mut LaneRows,
+        (slice, used): (usize, &InUse),
+        pairs: &[usize],
+        out: &mut [&mut [T]],
+    ) {
+        // Nothing is added: not even a rounding may show.
+        if used.rank == 0 && self.accumulate {
+            return;
+        }
+        let first = self.offset + self.order.first_column(&self.out_dims, slice);
+        let step = self.order.column_step(&self.out_dims);
+        multiply(h, b, widened, |i, n, d| {
+            let column = &mut out[i][first + n * step];
+            let weighted = self.topk_weights.map_or(d, |weights| d * weights[pairs[i]]);
+            let delta = weighted * used.scaling;
+            *column = T::from_f32(if self.accumulate { column.to_f32() + delta } else { delta });
+        });
     }
 
-    /// Writes the rows of pairs that no segment has.
-    pub fn write_inactive<'m, T: Element>(&self, rows: impl Iterator<Item = &'m mut [T]>, width: usize) {
+    /// Writes the rows of inactive pairs.
+    pub fn write_inactive<'m, T: Element>(&self, rows: impl Iterator<Item = &'m mut [T]>) {
         if !self.accumulate {
-            rows.for_each(|row| row[self.offset..][..width].fill(T::zeroed()));
+            rows.for_each(|row| row[self.offset..][..self.out_dims.total()].fill(T::zeroed()));
         }
     }
 }

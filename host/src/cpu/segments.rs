@@ -1,7 +1,7 @@
 //! The route of a call on the CPU: pairs grouped by segment (slot, expert), and segments cut into tiles.
 
 use crate::blocks::{BlockShape, SortedTensors};
-use crate::call::{Enabled, Routing, RoutingTensors};
+use crate::call::{Enabled, Routing, RoutingTensors, TopkIds};
 use crate::error::{Error, Result};
 use crate::projection::{ExpertWeights, Projection};
 use crate::route::{HeldRoute, NOT_RECORDED, Route, RouteSizes};
@@ -89,16 +89,11 @@ impl Segments {
             projection.check_ranks(ranks)?;
         }
         let enabled = on(&routing.adapter_enabled, sizes.slots);
-        let (topk_ids, token_lora) = (routing.topk_ids.as_slice(), routing.token_lora.as_slice());
-        let expert_map = routing.expert_map.map(|map| map.as_slice());
+        let token_lora = routing.token_lora.as_slice();
         let segment = |pair: usize| {
             let slot = usize::try_from(token_lora[pair / sizes.top_k]).ok()?;
-            let id = match expert_map {
-                None => topk_ids[pair],
-                Some(map) => *map.get(usize::try_from(topk_ids[pair]).ok()?)?,
-            };
-            let expert = usize::try_from(id).ok()?;
-            (slot < sizes.slots && enabled[slot] && expert < sizes.experts).then_some((slot, expert))
+            let expert = local_expert(&routing.topk_ids, &routing.expert_map, pair, sizes.experts)?;
+            (slot < sizes.slots && enabled[slot]).then_some((slot, expert))
         };
         let active = (0..pairs).filter_map(|pair| Some((segment(pair)?, pair))).collect();
         Ok(Self::of(active, |slot| ranks.map_or(sizes.max_rank, |ranks| ranks[slot].max(0) as usize)))
@@ -153,30 +148,81 @@ impl Segments {
         Segments { pairs: active.into_iter().map(|(_, pair)| pair).collect(), tiles, only_active: false }
     }
 
-    /// Runs `work` on every tile, with the rows of `matrix` that belong to the tile's pairs, in parallel;
-    /// each thread has an `S` of its own. Returns the rows of the inactive pairs, as far as they are part of
-    /// the call.
+    /// Runs `work` on every tile with the pairs that are `active` in this call and have a row of their own, and
+    /// with those rows, in parallel; each thread has an `S` of its own. Returns the rows of inactive pairs, as
+    /// far as they are part of the call.
     pub fn for_each_tile<'m, T: Send, S: Default>(
         &self,
-        matrix: &'m mut [T],
-        (rows, stride): (usize, usize),
+        mut by_pair: Vec<Option<&'m mut [T]>>,
+        active: impl Fn(usize) -> bool,
         work: impl Fn(&mut S, &Tile, &[usize], &mut [&'m mut [T]]) + Sync,
     ) -> impl Iterator<Item = &'m mut [T]> {
-        let mut by_pair: Vec<_> = matrix.chunks_mut(stride).take(rows).map(Some).collect();
-        let mut by_segment: Vec<_> =
-            self.pairs.iter().map(|&pair| by_pair[pair].take().expect("a pair is in one segment")).collect();
-        let mut rest = by_segment.as_mut_slice();
-        let mut jobs = Vec::with_capacity(self.tiles.len());
+        let (mut pairs, mut rows, mut inactive) = (Vec::new(), Vec::new(), Vec::new());
+        let mut counts = Vec::with_capacity(self.tiles.len());
         for tile in &self.tiles {
-            let (rows, others) = rest.split_at_mut(tile.count);
-            jobs.push((tile, rows));
-            rest = others;
+            let before = pairs.len();
+            for &pair in &self.pairs[tile.first..][..tile.count] {
+                match by_pair[pair].take() {
+                    Some(row) if active(pair) => {
+                        pairs.push(pair);
+                        rows.push(row);
+                    }
+                    // The route names it all the same.
+                    Some(row) => inactive.push(row),
+                    None => {}
+                }
+            }
+            counts.push(pairs.len() - before);
         }
-        jobs.into_par_iter().for_each_init(S::default, |scratch, (tile, rows)| {
-            work(scratch, tile, &self.pairs[tile.first..][..tile.count], rows);
+        let (mut pairs, mut rows) = (pairs.as_slice(), rows.as_mut_slice());
+        let mut jobs = Vec::with_capacity(self.tiles.len());
+        for (tile, count) in self.tiles.iter().zip(counts) {
+            let (own_pairs, other_pairs) = pairs.split_at(count);
+            let (own_rows, other_rows) = rows.split_at_mut(count);
+            jobs.push((tile, own_pairs, own_rows));
+            (pairs, rows) = (other_pairs, other_rows);
+        }
+        jobs.into_par_iter().for_each_init(S::default, |scratch, (tile, pairs, rows)| {
+            work(scratch, tile, pairs, rows);
         });
-        by_pair.into_iter().flatten().filter(|_| !self.only_active)
+        inactive.extend(by_pair.into_iter().flatten().filter(|_| !self.only_active));
+        inactive.into_iter()
     }
+}
+
+/// The first `rows` rows of a matrix, in the order of pairs.
+pub(super) fn in_order<T>(matrix: &mut [T], stride: usize, rows: usize) -> Vec<Option<&mut [T]>> {
+    matrix.chunks_mut(stride).take(rows).map(Some).collect()
+}
+
+/// The rows that an index names, of the first `rows` rows of a matrix: `None` for a pair that it gives none.
+/// Of pairs with one row, the last has it.
+pub(super) fn by_index<'m, T>(
+    matrix: &'m mut [T],
+    stride: usize,
+    rows: usize,
+    index: &[i32],
+) -> Vec<Option<&'m mut [T]>> {
+    let mut all = in_order(matrix, stride, rows);
+    let mut take = |&row: &i32| all.get_mut(usize::try_from(row).ok()?)?.take();
+    let mut by_pair: Vec<_> = index.iter().rev().map(|row| take(row)).collect();
+    by_pair.reverse();
+    by_pair
+}
+
+/// The local expert of a pair, when it is below E.
+pub(super) fn local_expert(
+    topk_ids: &TopkIds<'_, Host>,
+    expert_map: &Option<View<'_, Host, i32>>,
+    pair: usize,
+    experts: usize,
+) -> Option<usize> {
+    let id = topk_ids.id(pair);
+    let local = match expert_map {
+        None => id,
+        Some(map) => i64::from(*map.as_slice().get(usize::try_from(id).ok()?)?),
+    };
+    usize::try_from(local).ok().filter(|&expert| expert < experts)
 }
 
 /// Which slots are on.

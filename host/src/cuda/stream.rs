@@ -3,6 +3,7 @@
 use crate::backend::Backend;
 use crate::blocks::Align;
 use crate::call::{Expand, Forward, Layout, RoutingTensors, Shrink};
+use crate::check::check_room;
 use crate::cuda::buffer::Buffer;
 use crate::cuda::context::Relaxed;
 use crate::cuda::device::Device;
@@ -133,11 +134,7 @@ impl Stream {
     /// [`Error::TooShort`] when they do not fit, [`Error::NotRecordable`] in a recording, [`Error::Driver`]
     /// when the driver refuses or queued work failed.
     pub fn write<T: Pod>(&self, buffer: &mut Buffer<T>, start: usize, elements: &[T]) -> Result<()> {
-        let end = start.saturating_add(elements.len());
-        if end > buffer.len() {
-            let shape = format!("[{start}..{end}]");
-            return Err(Error::TooShort { tensor: "buffer", shape, expected: end, got: buffer.len() });
-        }
+        check_room(buffer.len(), start, elements.len())?;
         let address = buffer.address() + (start * size_of::<T>()) as u64;
         self.copy("a copy from the host", buffer.memory(), Access::Write, |api| {
             // SAFETY: the elements fit, and are not let go before the copy has ended.
@@ -337,6 +334,14 @@ impl Backend for Stream {
         let mut buffer = unsafe { Buffer::uninitialized(self.device(), elements.len())? };
         self.write(&mut buffer, 0, elements)?;
         Ok(buffer)
+    }
+
+    fn write<T: Pod>(&self, buffer: &mut Buffer<T>, start: usize, elements: &[T]) -> Result<()> {
+        Stream::write(self, buffer, start, elements)
+    }
+
+    fn check_own<T: Pod>(&self, what: &'static str, buffer: &Buffer<T>) -> Result<()> {
+        buffer.memory().check_device(what, self.device())
     }
 
     fn download<T: Pod>(&self, buffer: &Buffer<T>) -> Result<Vec<T>> {

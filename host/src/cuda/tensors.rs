@@ -1,10 +1,10 @@
 //! The memory that a call names, and what it does with it.
 
 use crate::blocks::{Align, SortedTensors};
-use crate::call::{Enabled, Expand, Forward, Routing, RoutingTensors, Shrink};
+use crate::call::{Enabled, Expand, Factor, Forward, Routing, RoutingTensors, Shrink, TopkIds};
 use crate::cuda::memory::{Access, Memory};
 use crate::error::Result;
-use crate::tensor::{Cuda, View, ViewMut};
+use crate::tensor::{Cuda, Rows, RowsMut, View, ViewMut};
 use std::sync::Arc;
 
 /// Takes a tensor's name, the allocation that it lies in, and what a call does with it.
@@ -34,10 +34,45 @@ impl Tensors for Enabled<'_, Cuda> {
     }
 }
 
+impl Tensors for TopkIds<'_, Cuda> {
+    fn each(&self, visit: Visit<'_>) -> Result<()> {
+        match self {
+            TopkIds::None => Ok(()),
+            TopkIds::I32(ids) => read("topk_ids", ids, visit),
+            TopkIds::I64(ids) => read("topk_ids", ids, visit),
+        }
+    }
+}
+
+impl<T: bytemuck::Pod> Tensors for (&'static str, Factor<'_, Cuda, T>) {
+    fn each(&self, visit: Visit<'_>) -> Result<()> {
+        let (name, factor) = self;
+        match factor {
+            Factor::Stacked(slices) => slices.iter().try_for_each(|slice| read(name, slice, visit)),
+            // What the table names is its owner's to keep.
+            Factor::Table(adapters) => read("adapters", &adapters.entries(), visit),
+        }
+    }
+}
+
+impl<T: bytemuck::Pod> Tensors for Rows<'_, Cuda, T> {
+    fn each(&self, visit: Visit<'_>) -> Result<()> {
+        read("x", &self.data, visit)?;
+        self.index.iter().try_for_each(|index| read("x_index", index, visit))
+    }
+}
+
+impl<T: bytemuck::Pod> Tensors for RowsMut<'_, Cuda, T> {
+    fn each(&self, visit: Visit<'_>) -> Result<()> {
+        self.index.iter().try_for_each(|index| read("out_index", index, visit))?;
+        write("out", &self.data, visit)
+    }
+}
+
 impl Tensors for RoutingTensors<'_, Cuda> {
     fn each(&self, visit: Visit<'_>) -> Result<()> {
         let RoutingTensors { topk_ids, token_lora, adapter_enabled, ranks, expert_map } = self;
-        read("topk_ids", topk_ids, visit)?;
+        topk_ids.each(visit)?;
         read("token_lora", token_lora, visit)?;
         adapter_enabled.each(visit)?;
         ranks.iter().try_for_each(|ranks| read("ranks", ranks, visit))?;
@@ -69,19 +104,19 @@ impl Tensors for Routing<'_, Cuda> {
 impl<T: bytemuck::Pod> Tensors for Forward<'_, Cuda, T> {
     fn each(&self, visit: Visit<'_>) -> Result<()> {
         self.routing.each(visit)?;
-        read("x", &self.x.data, visit)?;
-        self.a.iter().try_for_each(|a| read("a", a, visit))?;
-        self.b.iter().try_for_each(|b| read("b", b, visit))?;
+        self.x.each(visit)?;
+        ("a", self.weights.a()).each(visit)?;
+        ("b", self.weights.b()).each(visit)?;
         self.topk_weights.iter().try_for_each(|weights| read("topk_weights", weights, visit))?;
-        write("out", &self.out.data, visit)
+        self.out.each(visit)
     }
 }
 
 impl<T: bytemuck::Pod> Tensors for Shrink<'_, Cuda, T> {
     fn each(&self, visit: Visit<'_>) -> Result<()> {
         self.routing.each(visit)?;
-        read("x", &self.x.data, visit)?;
-        self.a.iter().try_for_each(|a| read("a", a, visit))?;
+        self.x.each(visit)?;
+        ("a", self.a).each(visit)?;
         write("h", &self.h, visit)
     }
 }
@@ -90,15 +125,15 @@ impl<T: bytemuck::Pod> Tensors for Expand<'_, Cuda, T> {
     fn each(&self, visit: Visit<'_>) -> Result<()> {
         self.routing.each(visit)?;
         read("h", &self.h, visit)?;
-        self.b.iter().try_for_each(|b| read("b", b, visit))?;
+        ("b", self.b).each(visit)?;
         self.topk_weights.iter().try_for_each(|weights| read("topk_weights", weights, visit))?;
-        write("out", &self.out.data, visit)
+        self.out.each(visit)
     }
 }
 
 impl Tensors for Align<'_, Cuda> {
     fn each(&self, visit: Visit<'_>) -> Result<()> {
-        read("topk_ids", &self.topk_ids, visit)?;
+        self.topk_ids.each(visit)?;
         read("token_lora", &self.token_lora, visit)?;
         self.adapter_enabled.each(visit)?;
         read("lora_ids", &self.lora_ids, visit)?;

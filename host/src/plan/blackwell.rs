@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::dtype::DType;
-use crate::projection::{ExpertWeights, ProjectionSizes, XRows};
+use crate::projection::{ExpertWeights, OutDims, ProjectionSizes, XRows};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::align;
 
@@ -53,12 +53,11 @@ fn projections() -> impl Iterator<Item = Projection> {
         a_experts: ExpertWeights::PerExpert,
         b_experts: ExpertWeights::PerExpert,
         top_k,
-        slices: if is_w2 { 1 } else { 2 },
         max_rank,
         experts,
         slots,
         in_dim: if is_w2 { inner } else { hidden },
-        out_dim: if is_w2 { hidden } else { inner },
+        out_dims: OutDims::uniform(if is_w2 { hidden } else { inner }, if is_w2 { 1 } else { 2 }),
     };
     let each = move |model| {
         [false, true].into_iter().flat_map(move |is_w2| {
@@ -80,15 +79,7 @@ fn plan(
     options: &Options,
     chip: &Chip,
 ) -> Plan {
-    let sizes = projection.sizes();
-    let layout = Layout {
-        tokens,
-        x_stride: sizes.in_dim,
-        out_stride: sizes.slices * sizes.out_dim,
-        offset: 0,
-        aligned: true,
-        ranked: false,
-    };
+    let layout = Layout::packed(projection, tokens);
     let plan = Plan::new(projection, &layout, stage, route, &chip.limits, options);
     let plan = plan.expect("no size is too large").expect("there are tokens");
     // Among others, that each launch fits the shared memory.
@@ -154,12 +145,11 @@ fn decode_is_planned_where_shared_memory_has_room() {
             a_experts: ExpertWeights::PerExpert,
             b_experts: ExpertWeights::PerExpert,
             top_k,
-            slices: 2,
             max_rank: rank,
             experts,
             slots: 2,
             in_dim: hidden,
-            out_dim: inner,
+            out_dims: OutDims::uniform(inner, 2),
         };
         let projection = Projection::new(sizes).expect("sizes as a model has them");
         let plan = plan(&projection, 4, Stage::Forward, RouteSource::Made, &Options::default(), chip);

@@ -191,8 +191,7 @@ mod tests {
             }
         };
         let projection = Projection::new(sizes).expect("sizes as a model has them");
-        let (x_stride, out_stride) = (sizes.in_dim, projection.out_width());
-        let layout = Layout { tokens, x_stride, out_stride, offset: 0, aligned: true, ranked: false };
+        let layout = Layout::packed(&projection, tokens);
         let problem = Problem::new(&projection, &layout, Stage::Forward, RouteSource::Made, limits);
         check(&problem.expect("no size is too large"));
     }

@@ -76,7 +76,7 @@ fn is_legal(problem: &Problem<'_>) -> bool {
         && problem.limits.has_clusters()
         && sizes.max_rank <= kernel::MAX_RANK as usize
         // Elements of one matrix of b are counted in 32 bits, whatever the index width.
-        && sizes.out_dim.saturating_mul(sizes.max_rank) <= i32::MAX as usize
+        && sizes.out_dims.max().saturating_mul(sizes.max_rank) <= i32::MAX as usize
 }
 
 /// Whether it may be chosen where it is not forced: the costs of larger ranks were not measured.
@@ -106,7 +106,7 @@ impl Candidate {
     /// Microseconds that the call is likely to take so, with its routing.
     pub fn cost(&self, problem: &Problem<'_>, likely: &Likely, costs: &Costs) -> f64 {
         let &Candidate { rows, cluster, fit } = self;
-        let (slices, limits) = (problem.sizes().slices as f64, problem.limits);
+        let (slices, limits) = (problem.sizes().out_dims.len() as f64, problem.limits);
         let multiprocessors = f64::from(limits.multiprocessors);
         let costs = match rows {
             DecodeRows::M8 => &costs.decode_m8,
@@ -145,7 +145,8 @@ impl Candidate {
     /// Microseconds of a work item's shrink, and of its expand.
     fn item_times(&self, problem: &Problem<'_>, likely: &Likely, costs: &DecodeCosts) -> [f64; 2] {
         let (sizes, rank) = (problem.sizes(), likely.rank);
-        let (in_dim, out_dim, cluster) = (sizes.in_dim as f64, sizes.out_dim as f64, f64::from(self.cluster));
+        let (in_dim, out_dim, cluster) =
+            (sizes.in_dim as f64, sizes.out_dims.max() as f64, f64::from(self.cluster));
         // Blocks of a cluster share groups of ranks, and where there are more blocks K as well.
         let groups = (rank / GROUP).ceil();
         let group_blocks = (groups as u32).next_power_of_two().min(self.cluster);
@@ -175,7 +176,7 @@ impl Candidate {
         let Candidate { rows, cluster, fit: Fit { blocks, finds, room, stages } } = self;
         let sizes = problem.sizes();
         let tile_parts = tiles.parts(rows.count());
-        let items = tiles.most * u64::from(tile_parts) * sizes.slices as u64;
+        let items = tiles.most * u64::from(tile_parts) * sizes.out_dims.len() as u64;
         let fixed = kernel::fixed_bytes(rows.count(), sizes.max_rank as u32, cluster, room);
         let shared_bytes = fixed + stages_bytes(rows.count(), stages);
         let clusters = clusters(items, cluster, blocks, problem.limits);
@@ -195,7 +196,7 @@ impl Fit {
         let (mut room, mut scratch) = (Room::NONE, 0);
         if finds {
             let tiles = problem.most_tiles(rows);
-            let items = tiles * sizes.slices as u64;
+            let items = tiles * sizes.out_dims.len() as u64;
             let own = items.div_ceil(clusters(items, cluster, blocks, problem.limits));
             let pairs = problem.pairs as u32;
             room = Room::new(pairs, problem.segments, tiles as u32, rows, own as u32);
@@ -254,7 +255,7 @@ fn stages(problem: &Problem<'_>, rows: u32, bytes: u32) -> Option<[u32; 2]> {
         let [shrink, expand] = stages;
         let more = [[shrink + 1, expand], [shrink, expand + 1]];
         let wanted = usize::from(
-            (shrink * kernel::A_STAGE) as usize * sizes.out_dim
+            (shrink * kernel::A_STAGE) as usize * sizes.out_dims.max()
                 > (expand * kernel::B_STAGE) as usize * sizes.in_dim,
         );
         match [more[wanted], more[1 - wanted]].into_iter().find(|stages| fits(*stages)) {
@@ -283,9 +284,9 @@ impl DecodePlan {
             out_stride: problem.layout.out_stride as u64,
             x_row: arguments.x_row(),
             in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dim as u32,
-            slices: sizes.slices as u32,
-            over_slices: Divider::new(sizes.slices as u32),
+            out_dim: sizes.out_dims.max() as u32,
+            slices: sizes.out_dims.len() as u32,
+            over_slices: Divider::new(sizes.out_dims.len() as u32),
             tile_parts,
             over_parts: Divider::new(tile_parts),
             a_experts: projection.a_experts() as u32,
@@ -296,7 +297,7 @@ impl DecodePlan {
             shrink_stages: stages[0],
             expand_stages: stages[1],
             clusters,
-            over_listed: Divider::new(if room.lists_all() { sizes.slices as u32 } else { clusters }),
+            over_listed: Divider::new(if room.lists_all() { sizes.out_dims.len() as u32 } else { clusters }),
         }
     }
 }

@@ -104,8 +104,8 @@ impl Candidate {
             TileKind::M64 => &costs.generic_m64,
         };
         let tiles = likely.tiles(problem, self.tile.shape().rows());
-        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dim as f64);
-        let columns = sizes.slices as f64 * likely.rank;
+        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dims.max() as f64);
+        let columns = sizes.out_dims.len() as f64 * likely.rank;
         let copies = |elements: f64| elements * DType::SIZE as f64 / COPIED;
         let mut item = 0.0;
         if problem.shrinks() {
@@ -116,7 +116,7 @@ impl Candidate {
         }
         if problem.expands() {
             item += costs.b_bytes * copies(columns * out_dim)
-                + costs.n_step * sizes.slices as f64 * out_dim / 512.0;
+                + costs.n_step * sizes.out_dims.len() as f64 * out_dim / 512.0;
         }
         let items = tiles.max(1.0) / f64::from(problem.limits.multiprocessors);
         let routed = costs.thousand_pairs * problem.pairs as f64 / 1e3;
@@ -163,13 +163,13 @@ impl Candidate {
             Ok(ShrinkPlan { launch, column_blocks, column_room, steps_per_split })
         };
         let expand = || {
-            let slices = sizes.slices as u64;
+            let slices = sizes.out_dims.len() as u64;
             // As many columns a block as still leave the device full, since h is read again by each.
-            let column_tiles = (sizes.out_dim as u32).div_ceil(shape.columns());
+            let column_tiles = (sizes.out_dims.max() as u32).div_ceil(shape.columns());
             let busy = self.busy_tiles(problem, route) * slices;
             let runs = blocks_each(busy, problem.limits).clamp(1, column_tiles);
             let columns_per_block = column_tiles.div_ceil(runs) * shape.columns();
-            let blocks_per_slice = (sizes.out_dim as u32).div_ceil(columns_per_block);
+            let blocks_per_slice = (sizes.out_dims.max() as u32).div_ceil(columns_per_block);
             let blocks = tiles * slices * u64::from(blocks_per_slice);
             let shared_bytes = expand::shared_bytes(shape, sizes.max_rank as u32);
             let launch = Launch::new(Kernel::Expand(variant), blocks, 1, shared_bytes)?;
@@ -186,7 +186,7 @@ impl Candidate {
 
     /// Blocks that share a tile's columns of h.
     fn column_blocks(self, problem: &Problem<'_>) -> u32 {
-        let columns = problem.sizes().slices * problem.sizes().max_rank;
+        let columns = problem.sizes().out_dims.len() * problem.sizes().max_rank;
         (columns as u32).div_ceil(self.tile.shape().columns())
     }
 
@@ -205,7 +205,7 @@ fn blocks_each(items: u64, limits: &DeviceLimits) -> u32 {
 
 /// Columns that a stage of `shrink` must have room for.
 fn column_room(problem: &Problem<'_>, shape: TileShape) -> u32 {
-    let columns = (problem.sizes().slices * problem.sizes().max_rank).next_multiple_of(COLUMN_GROUP);
+    let columns = (problem.sizes().out_dims.len() * problem.sizes().max_rank).next_multiple_of(COLUMN_GROUP);
     shape.columns().min(columns as u32)
 }
 
@@ -236,7 +236,7 @@ impl GenericPlan {
             pair_count: arguments.pair_count(),
             in_dim: sizes.in_dim as u32,
             max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
+            slices: sizes.out_dims.len() as u32,
             a_experts: problem.projection.a_experts() as u32,
             column_blocks: shrink.column_blocks,
             column_room: shrink.column_room,
@@ -263,9 +263,9 @@ impl GenericPlan {
             counts: parts.counts,
             out_stride: problem.layout.out_stride as u64,
             pair_count: arguments.pair_count(),
-            out_dim: sizes.out_dim as u32,
+            out_dim: sizes.out_dims.max() as u32,
             max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
+            slices: sizes.out_dims.len() as u32,
             b_experts: problem.projection.b_experts() as u32,
             blocks_per_slice: expand.blocks_per_slice,
             columns_per_block: expand.columns_per_block,

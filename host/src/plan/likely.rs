@@ -38,17 +38,18 @@ impl Likely {
         };
         let segments = problem.likely_segments();
         let time = |elements: f64| elements * DType::SIZE as f64 / rate;
-        let [k, n, slices] = [sizes.in_dim, sizes.out_dim, sizes.slices].map(|size| size as f64);
+        let [k, n, slices] =
+            [sizes.in_dim, sizes.out_dims.total(), sizes.out_dims.len()].map(|size| size as f64);
         // The half that a call does not do moves neither its weights nor its rows.
         let (shrinks, expands) = (problem.shrinks(), problem.expands());
         let of = |does: bool, elements: f64| if does { elements } else { 0.0 };
-        let columns = of(shrinks, k) + of(expands, n);
+        let columns = of(shrinks, slices * k) + of(expands, n);
         Likely {
             segments,
             rank,
-            weights: time(segments * slices * rank * columns),
+            weights: time(segments * rank * columns),
             x: time(of(shrinks, problem.x_rows() as f64 * k)),
-            out: time(of(expands, 2.0 * problem.pairs as f64 * slices * n)),
+            out: time(of(expands, 2.0 * problem.pairs as f64 * n)),
             tiles: TILE_ROWS.map(|rows| problem.likely_tiles(rows)),
         }
     }

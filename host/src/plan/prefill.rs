@@ -72,7 +72,7 @@ pub(crate) struct Splits {
 fn is_legal(problem: &Problem<'_>) -> bool {
     let sizes = problem.sizes();
     // Elements of one matrix are counted in 32 bits, whatever the index width.
-    let matrix = sizes.in_dim.max(sizes.out_dim).saturating_mul(sizes.max_rank);
+    let matrix = sizes.in_dim.max(sizes.out_dims.max()).saturating_mul(sizes.max_rank);
     problem.limits.wgmma
         && problem.vectors
         && problem.has_vector_sizes()
@@ -97,7 +97,7 @@ impl Candidate {
     pub fn legal(problem: &Problem<'_>, tile: PrefillTile, shared: bool) -> Option<Self> {
         let (sizes, shape) =
             (problem.sizes(), shape(problem.projection, tile).filter(|_| is_legal(problem))?);
-        let passes = shape.passes(sizes.slices as u32, sizes.max_rank as u32);
+        let passes = shape.passes(sizes.out_dims.len() as u32, sizes.max_rank as u32);
         let whole = Candidate { tile, shared: false, shape, passes, most_split_k: 0 };
         // Tiles of a route may have been made somewhat smaller than the larger tile.
         let is_in_route = |rows| tile.rows() < rows + PrefillTile::M64.rows();
@@ -149,11 +149,11 @@ impl Candidate {
         let tiles = likely.tiles(problem, tile.rows());
         // The ranks in use decide what a pass costs, and not those that weights are allocated for.
         let rank_room = kernel::rank_room(likely.rank.round() as u32);
-        let slices = (shape.width / rank_room).max(1).min(sizes.slices as u32);
-        let work_tiles = tiles * f64::from((sizes.slices as u32).div_ceil(slices));
+        let slices = (shape.width / rank_room).max(1).min(sizes.out_dims.len() as u32);
+        let work_tiles = tiles * f64::from((sizes.out_dims.len() as u32).div_ceil(slices));
         let blocks = f64::from(problem.limits.multiprocessors * shape.blocks_per_sm());
         let columns = (slices * rank_room).next_power_of_two().max(32).min(shape.width);
-        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dim as f64);
+        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dims.max() as f64);
         let millions = |columns: u32, length: f64| f64::from(tile.rows() * columns) * length / 1e6;
         let x_bytes = problem.pairs as f64 / tiles * in_dim * DType::SIZE as f64;
         let mut work_tile = costs.tile;
@@ -214,7 +214,7 @@ impl Candidate {
         let [most_k, most_n] = division::splits(problem, self);
         Splits {
             split_k: split(sizes.in_dim, most_k.min(self.most_split_k), shape.split_k_unit()),
-            split_n: split(sizes.out_dim, most_n, shape.split_n_unit()),
+            split_n: split(sizes.out_dims.max(), most_n, shape.split_n_unit()),
             h_words: passes * kernel::h_words(shape),
         }
     }
@@ -241,7 +241,7 @@ pub(crate) fn shared_pass_room(projection: &Projection, pairs: usize) -> u64 {
         let widest = kernel::Shape { rows: tile.rows(), width: kernel::MAX_WIDTH };
         let shape = shape(projection, tile).unwrap_or(widest);
         let tiles = route::max_tiles(pairs as u64, buckets, u64::from(shape.rows));
-        let passes = sizes.slices as u64 * tiles;
+        let passes = sizes.out_dims.len() as u64 * tiles;
         let shares =
             (2 * MOST_SHARING * u64::from(shape.blocks_per_sm())).min(passes * u64::from(Split::MAX));
         // Of a share the sums are twice as many bytes as h of a pass.
@@ -264,7 +264,7 @@ impl PrefillPlan {
         let &PrefillPlan { launch, tile_parts, passes, stages, under_way, ahead, splits, .. } = self;
         let &Arguments { problem, operands, parts, .. } = arguments;
         let sizes = problem.sizes();
-        let whole = Split { count: 1, each: sizes.out_dim as u32 };
+        let whole = Split { count: 1, each: sizes.out_dims.max() as u32 };
         let [split_k, split_n] =
             splits.map_or([Split::NONE, whole], |splits| [splits.split_k, splits.split_n]);
         let fragments = splits.map_or(Global::NULL, |_| parts.shared_passes);
@@ -287,9 +287,9 @@ impl PrefillPlan {
             x_row: arguments.x_row(),
             pair_count: arguments.pair_count(),
             in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dim as u32,
+            out_dim: sizes.out_dims.max() as u32,
             max_rank: sizes.max_rank as u32,
-            slices: sizes.slices as u32,
+            slices: sizes.out_dims.len() as u32,
             a_experts: problem.projection.a_experts() as u32,
             b_experts: problem.projection.b_experts() as u32,
             accumulate: operands.accumulate.into(),

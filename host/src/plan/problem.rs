@@ -92,9 +92,8 @@ impl<'c> Problem<'c> {
         limits: &'c DeviceLimits,
     ) -> Result<Self> {
         let sizes = projection.sizes();
-        let multiples =
-            [sizes.in_dim, sizes.out_dim, sizes.max_rank, layout.x_stride, layout.out_stride, layout.offset];
-        let aligned = layout.aligned && multiples.iter().all(|size| size % VECTOR == 0);
+        let strides = [layout.x_stride, layout.out_stride, layout.offset];
+        let aligned = layout.aligned && are_vectors(&strides) && has_vector_sizes(sizes);
         Ok(Problem {
             projection,
             layout,
@@ -140,18 +139,20 @@ impl<'c> Problem<'c> {
 
     /// Whether K, N and R themselves are such that rows of every matrix begin at multiples of 16 bytes.
     pub fn has_vector_sizes(&self) -> bool {
-        let sizes = self.sizes();
-        [sizes.in_dim, sizes.out_dim, sizes.max_rank].iter().all(|size| size % VECTOR == 0)
+        has_vector_sizes(self.sizes())
     }
 
     /// Largest element offset over all tensors of the call, where `h` has `splits` parts.
     pub fn largest_offset(&self, splits: u32) -> Result<u64> {
         let (projection, layout) = (self.projection, self.layout);
+        let b_elements = |s| projection.b_elements(s).map(|elements| elements as u64);
+        let b_elements =
+            (0..projection.slices()).map(b_elements).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
         let offsets = [
             self.x_rows().saturating_mul(layout.x_stride as u64),
             (self.pairs as u64).saturating_mul(layout.out_stride as u64),
             projection.a_elements()? as u64,
-            projection.b_elements()? as u64,
+            b_elements,
             self.h_elements * u64::from(splits),
         ];
         Ok(offsets.into_iter().fold(0, u64::max))
@@ -211,6 +212,14 @@ impl<'c> Problem<'c> {
         }
         segments * tiles
     }
+}
+
+fn are_vectors(sizes: &[usize]) -> bool {
+    sizes.iter().all(|size| size % VECTOR == 0)
+}
+
+fn has_vector_sizes(sizes: &ProjectionSizes) -> bool {
+    are_vectors(&[sizes.in_dim, sizes.max_rank]) && are_vectors(sizes.out_dims.as_slice())
 }
 
 /// Deviations from the mean past which no segment is.

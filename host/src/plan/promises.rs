@@ -26,8 +26,8 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
         wide(&[rows, layout.x_stride]),
         wide(&[pairs, layout.out_stride]),
         wide(&[sizes.slots, projection.a_experts(), sizes.max_rank, sizes.in_dim]),
-        wide(&[sizes.slots, projection.b_experts(), sizes.out_dim, sizes.max_rank]),
-        wide(&[plan.splits() as usize, sizes.slices, pairs, sizes.max_rank]),
+        wide(&[sizes.slots, projection.b_experts(), sizes.out_dims.max(), sizes.max_rank]),
+        wide(&[plan.splits() as usize, sizes.out_dims.len(), pairs, sizes.max_rank]),
     ];
     if plan.index == kernels::IndexWidth::I32 {
         assert!(offsets.iter().all(|&elements| elements <= i32::MAX as u128), "{offsets:?}: {plan}");
@@ -48,11 +48,17 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
                     u64::from(generic.splits) * u64::from(shrink.steps_per_split) >= steps as u64,
                     "{plan}"
                 );
-                assert!((shrink.column_blocks * columns) as usize >= sizes.slices * sizes.max_rank, "{plan}");
+                assert!(
+                    (shrink.column_blocks * columns) as usize >= sizes.out_dims.len() * sizes.max_rank,
+                    "{plan}"
+                );
             }
             if let Some(expand) = generic.expand {
                 let covered = u64::from(expand.blocks_per_slice) * u64::from(expand.columns_per_block);
-                assert!(covered >= sizes.out_dim as u64 && expand.columns_per_block % columns == 0, "{plan}");
+                assert!(
+                    covered >= sizes.out_dims.max() as u64 && expand.columns_per_block % columns == 0,
+                    "{plan}"
+                );
             }
         }
     }
@@ -72,7 +78,7 @@ fn hold_prefill(projection: &Projection, limits: &DeviceLimits, plan: &Plan, pre
     let depth = u64::from(splits.split_k.count);
     let sums = if depth > 1 { 2 * depth * splits.h_words } else { 0 };
     assert!(splits.h_words + sums <= 4 << 20, "{plan}");
-    for (split, length) in [(splits.split_k, sizes.in_dim), (splits.split_n, sizes.out_dim)] {
+    for (split, length) in [(splits.split_k, sizes.in_dim), (splits.split_n, sizes.out_dims.max())] {
         let (count, each) = (split.count as usize, split.each as usize);
         assert!((1..=64).contains(&count) && each.is_multiple_of(128) && count * each >= length, "{plan}");
         assert!((count - 1) * each < length, "{plan}");

@@ -214,7 +214,7 @@ impl Scratch {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::projection::{ExpertWeights, ProjectionSizes, XRows};
+    use crate::projection::{ExpertWeights, OutDims, ProjectionSizes, XRows};
 
     fn projection(max_rank: usize, slices: usize, in_dim: usize, out_dim: usize) -> Projection {
         let weights = ExpertWeights::PerExpert;
@@ -224,9 +224,8 @@ mod tests {
             experts: 8,
             slots: 2,
             max_rank,
-            slices,
             in_dim,
-            out_dim,
+            out_dims: OutDims::uniform(out_dim, slices),
             x_rows: XRows::Token,
             a_experts: weights,
             b_experts: weights,

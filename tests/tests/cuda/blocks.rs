@@ -2,12 +2,15 @@
 
 use libtest_mimic::Failed;
 use moe_lora::cuda::{self, Device, Options, TileKind};
-use moe_lora::{Align, Backend, BlockShape, Buffer, Cuda, Enabled, RoutingTensors, SortedTensors};
+use moe_lora::{
+    Align, Backend, BlockShape, Buffer, Cuda, Enabled, OutDims, RoutingTensors, SliceOrder, SortedTensors,
+    Weights,
+};
 use moe_lora_verify::{Case, CaseData, Experts, Flags, Form, Loras, Ranks, check_each};
 
 /// Narrow matrices: what counts is who goes where.
 fn narrow() -> Case {
-    Case { in_dim: 8, out_dim: 8, max_rank: 8, loras: Loras::Random, ..Case::default() }
+    Case { in_dim: 8, out_dims: OutDims::uniform(8, 1), max_rank: 8, loras: Loras::Random, ..Case::default() }
 }
 
 fn check(device: &Device, case: &Case) -> Result<(), Failed> {
@@ -105,7 +108,7 @@ pub fn captured_blocks_replay_with_other_routing(device: &Device) -> Result<(), 
                 experts: first.experts,
                 slots,
                 shape,
-                topk_ids: topk_ids.view(),
+                topk_ids: topk_ids.view().into(),
                 token_lora: token_lora.view(),
                 adapter_enabled: Enabled::All,
                 lora_ids: lora_ids.view(),
@@ -129,11 +132,11 @@ pub fn captured_blocks_replay_with_other_routing(device: &Device) -> Result<(), 
                 tokens: first.tokens,
                 routing: routing.into(),
                 x: x.view().into(),
-                a: &a,
-                b: &b,
+                weights: Weights::Stacked { a: &a, b: &b },
                 topk_weights: None,
                 out,
                 offset: 0,
+                order: SliceOrder::InOrder,
                 accumulate: false,
             };
             stream.forward(&mut workspace, &projection, call).map(drop)
@@ -154,11 +157,11 @@ pub fn captured_blocks_replay_with_other_routing(device: &Device) -> Result<(), 
             tokens: first.tokens,
             routing: RoutingTensors::new(topk_ids.view(), token_lora.view()).into(),
             x: x.view().into(),
-            a: &a,
-            b: &b,
+            weights: Weights::Stacked { a: &a, b: &b },
             topk_weights: None,
             out: own_out.view_mut().into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: false,
         };
         let mut workspace = stream.workspace(&[projection], first.tokens)?;

@@ -4,7 +4,7 @@
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cuda::{Buffer, Device, Graph, Stream};
-use moe_lora::{Backend, Operator, Projection};
+use moe_lora::{Backend, Operator, OutDims, Projection};
 use moe_lora_verify::{Case, CaseData, Loras};
 use std::sync::Arc;
 use std::thread;
@@ -16,9 +16,8 @@ fn case() -> Case {
         top_k: 4,
         experts: 8,
         max_rank: 32,
-        slices: 2,
         in_dim: 256,
-        out_dim: 128,
+        out_dims: OutDims::uniform(128, 2),
         loras: Loras::Random,
         accumulate: false,
         seed: 7,

@@ -3,7 +3,7 @@
 use half::bf16;
 use libtest_mimic::Failed;
 use moe_lora::cuda::{self, Device, Stream};
-use moe_lora::{Backend, Buffer, Cuda, Projection, RoutingTensors};
+use moe_lora::{Backend, Buffer, Cuda, OutDims, Projection, RoutingTensors};
 use moe_lora_verify::{Case, CaseData, Loras, Operands};
 
 /// A layer's call on few tokens, K shared between blocks, with inactive pairs.
@@ -13,9 +13,8 @@ fn case(seed: u64) -> Case {
         top_k: 4,
         experts: 8,
         max_rank: 32,
-        slices: 2,
         in_dim: 1024,
-        out_dim: 256,
+        out_dims: OutDims::uniform(256, 2),
         loras: Loras::Random,
         routed_weight: true,
         accumulate: false,
@@ -57,6 +56,9 @@ impl Uploaded {
         Operands {
             routing: RoutingTensors::new(self.topk_ids.view(), self.token_lora.view()),
             x: self.x.view(),
+            x_index: None,
+            adapters: None,
+            out_index: None,
             a: self.a.iter().map(Buffer::view).collect(),
             b: self.b.iter().map(Buffer::view).collect(),
             topk_weights: Some(self.topk_weights.view()),

@@ -2,8 +2,8 @@
 //! a call has no business to touch NaN, or compares it afterwards, so an offset that wraps shows.
 
 use libtest_mimic::Failed;
-use moe_lora::XRows;
 use moe_lora::cuda::{Device, Options, TileKind};
+use moe_lora::{OutDims, XRows};
 use moe_lora_verify::{Case, Loras, check_each};
 
 /// Just past what 31 bits count.
@@ -28,7 +28,14 @@ pub fn rows_past_31_bits_are_reached(device: &Device) -> Result<(), Failed> {
 
 /// All tokens use the last slot of `a` and `b`, which lies past 2³¹ elements.
 pub fn weights_past_31_bits_are_reached(device: &Device) -> Result<(), Failed> {
-    let case = Case { tokens: 40, experts: 1, top_k: 1, in_dim: 16_384, out_dim: 16_384, ..Case::default() };
+    let case = Case {
+        tokens: 40,
+        experts: 1,
+        top_k: 1,
+        in_dim: 16_384,
+        out_dims: OutDims::uniform(16_384, 1),
+        ..Case::default()
+    };
     let slots = PAST_31_BITS / (case.max_rank * case.in_dim) + 1;
     check(device, &Case { slots, loras: Loras::One, ..case })
 }

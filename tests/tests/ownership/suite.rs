@@ -6,7 +6,7 @@ use moe_lora::cuda::{Buffer, Device, Form, Graph, Options, Stream, Workspace, de
 use moe_lora::tuning::{Tuned, Tuning};
 use moe_lora::{
     Backend, Buffer as _, Cuda, Error, Forward, Projection, ProjectionSizes, Route, Routing, RoutingTensors,
-    ViewMut,
+    SliceOrder, ViewMut,
 };
 use moe_lora_tests::fake::{Control, Log, Version, trial};
 use std::ffi::c_void;
@@ -79,11 +79,14 @@ impl Inputs {
             tokens: TOKENS,
             routing,
             x: self.x.view().into(),
-            a: &self.a.each_ref().map(|a| a.view()),
-            b: &self.b.each_ref().map(|b| b.view()),
+            weights: moe_lora::Weights::Stacked {
+                a: &self.a.each_ref().map(|a| a.view()),
+                b: &self.b.each_ref().map(|b| b.view()),
+            },
             topk_weights: None,
             out: out.into(),
             offset: 0,
+            order: SliceOrder::InOrder,
             accumulate: true,
         })
     }
@@ -550,7 +553,7 @@ mod lent {
                 tokens: TOKENS,
                 routing: (topk_ids, token_lora).into(),
                 x: read.view().slice(0..TOKENS * 64).into(),
-                a: &engine.layer.inputs.a.each_ref().map(|a| a.view()),
+                a: moe_lora::Factor::Stacked(&engine.layer.inputs.a.each_ref().map(|a| a.view())),
                 h: engine.layer.out.view_mut(),
             };
             stream.shrink(&mut engine.workspace, &projection(), shrink).map(drop)

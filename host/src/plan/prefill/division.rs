@@ -18,7 +18,7 @@ const FULL_TILES: u64 = 96;
 /// of 128 that costs more, unless a stage then holds rows of x twice as long.
 pub(super) fn columns(tile: PrefillTile, sizes: &ProjectionSizes) -> u32 {
     let of_slice = kernel::rank_room(sizes.max_rank as u32);
-    let of_all = sizes.slices as u32 * of_slice;
+    let of_all = sizes.out_dims.len() as u32 * of_slice;
     if tile == PrefillTile::M64 || of_all > MOST_COLUMNS { of_slice } else { of_all }
 }
 
@@ -31,7 +31,7 @@ fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
 
 /// Elements that a pass of so many slices moves for a pair: x, and old and new values of `out`.
 fn pair_elements(sizes: &ProjectionSizes, slices: f64) -> f64 {
-    sizes.in_dim as f64 + 2.0 * slices * sizes.out_dim as f64
+    sizes.in_dim as f64 + 2.0 * slices * sizes.out_dims.max() as f64
 }
 
 /// Tiles of the route have multiples of so many pairs.
@@ -55,8 +55,8 @@ pub(super) fn route_rows(problem: &Problem<'_>, candidate: &Candidate) -> u32 {
     // Of nearly all segments, where experts are chosen evenly.
     let most = mean + 2.0 * mean.sqrt();
     // Elements of a pass's weights, and of a pair in it.
-    let slices = sizes.slices.div_ceil(passes as usize);
-    let weights = (slices * sizes.max_rank * (sizes.in_dim + sizes.out_dim)) as f64;
+    let slices = sizes.out_dims.len().div_ceil(passes as usize);
+    let weights = (slices * sizes.max_rank * (sizes.in_dim + sizes.out_dims.max())) as f64;
     let pair = pair_elements(sizes, slices as f64);
     let time = |(_, tiles): &(u32, f64)| {
         let rounds = (tiles * f64::from(passes) / blocks(tile.rows(), problem.limits)).ceil();
@@ -130,6 +130,6 @@ pub(super) fn splits(problem: &Problem<'_>, candidate: &Candidate) -> [u32; 2] {
     let depth = ((blocks(shape.rows, problem.limits) / passes) as u32).max(1);
     let is_full = problem.pairs as u64 / problem.segments >= FULL_TILES;
     let out = if is_full { SHARED_OUT } else { SHARED_OUT / 2 };
-    let columns = (problem.sizes().out_dim as u64 * u64::from(shape.rows)).div_ceil(out);
+    let columns = (problem.sizes().out_dims.max() as u64 * u64::from(shape.rows)).div_ceil(out);
     [depth, u32::try_from(columns).unwrap_or(u32::MAX)]
 }
