@@ -2,9 +2,9 @@
 //! kernel. Whatever runs the kernels, a GPU or the emulated machine, runs what comes from here.
 
 use crate::blocks::Align;
-use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink, SliceOrder, TopkIds};
+use crate::call::{Expand, Factor, Forward, Layout, Routing, RoutingTensors, Shrink};
 use crate::dtype::Element;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::{
     self, Arguments, DeviceLimits, Launch, Operands, Options, Plan, Problem, RouteSource, Scratch, Stage,
     Step, Work,
@@ -16,7 +16,7 @@ use crate::tuning::Tuning;
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
-    AdoptParams, AlignParams, DecodeParams, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
+    AdapterEntry, AdoptParams, AlignParams, DecodeParams, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
     ShrinkParams,
 };
 
@@ -124,10 +124,6 @@ impl Planner<'_> {
         routing: &Routing<'_, S>,
         operands: &Operands,
     ) -> Result<Launched> {
-        has_kernels_for(projection, layout)?;
-        if let Routing::Tokens(tensors) = routing {
-            has_kernels_of(&tensors.topk_ids)?;
-        }
         let sizes = RouteSizes::new(projection, layout.tokens);
         let after = |tile_rows| match *routing {
             Routing::On(route) => AfterCall::Given(route),
@@ -153,7 +149,6 @@ impl Planner<'_> {
         tensors: RoutingTensors<'_, S>,
     ) -> Result<Launched> {
         tensors.check(projection, tokens)?;
-        has_kernels_of(&tensors.topk_ids)?;
         let ranked = tensors.ranks.is_some();
         let layout = Layout { tokens, aligned: true, ranked, ..Layout::default() };
         let routing = Routing::Tokens(tensors);
@@ -163,7 +158,6 @@ impl Planner<'_> {
     /// Checks and plans the sorting of pairs into blocks, which has no workspace and leaves no route.
     pub fn align<S: Space>(&self, call: &Align<'_, S>) -> Result<Launches> {
         call.check()?;
-        has_kernels_of(&call.topk_ids)?;
         let launch = plan::align(call.pairs(), call.experts, call.slots, &self.limits)?;
         Ok([Some((launch, Parameters::Align(plan::align_parameters(call)))), None, None])
     }
@@ -178,11 +172,14 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             x: Global::new(call.x.data.address()),
-            a: addresses(call.weights.a().stacked()),
+            x_index: address(&call.x.index),
+            table: table(&call.weights.a()),
+            a: addresses(&call.weights.a()),
             h: Global::NULL,
-            b: addresses(call.weights.b().stacked()),
+            b: addresses(&call.weights.b()),
             out: Global::new(call.out.data.address()).at(layout.offset as u64),
-            topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
+            out_index: address(&call.out.index),
+            topk_weights: address(&call.topk_weights),
             accumulate: call.accumulate,
         };
         self.prepare(place, projection, &layout, Stage::Forward, &call.routing, &operands)
@@ -198,7 +195,9 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             x: Global::new(call.x.data.address()),
-            a: addresses(call.a.stacked()),
+            x_index: address(&call.x.index),
+            table: table(&call.a),
+            a: addresses(&call.a),
             h: Global::new(call.h.address()),
             ..Operands::NONE
         };
@@ -215,37 +214,15 @@ impl Planner<'_> {
         let layout = call.check(projection)?;
         let operands = Operands {
             h: Global::new(call.h.address()),
-            b: addresses(call.b.stacked()),
+            table: table(&call.b),
+            b: addresses(&call.b),
             out: Global::new(call.out.data.address()).at(layout.offset as u64),
-            topk_weights: Global::new(call.topk_weights.map_or(0, |weights| weights.address())),
+            out_index: address(&call.out.index),
+            topk_weights: address(&call.topk_weights),
             accumulate: call.accumulate,
             ..Operands::NONE
         };
         self.prepare(place, projection, &layout, Stage::Expand, &call.routing, &operands)
-    }
-}
-
-/// Refuses the forms of a call that no kernel has.
-fn has_kernels_for(projection: &Projection, layout: &Layout) -> Result<()> {
-    let forms = [
-        (!projection.sizes().out_dims.is_uniform(), "slices of their own widths"),
-        (layout.x_indexed, "an index of the rows of x"),
-        (layout.out_indexed, "an index of the rows of out"),
-        (layout.order != SliceOrder::InOrder, "slices in another order"),
-        (layout.table, "adapters by address"),
-    ];
-    match forms.into_iter().find(|(asked, _)| *asked) {
-        Some((_, what)) => Err(Error::Unsupported { what }),
-        None => Ok(()),
-    }
-}
-
-/// Refuses forms of `topk_ids` that no kernel reads.
-fn has_kernels_of<S: Space>(topk_ids: &TopkIds<'_, S>) -> Result<()> {
-    match topk_ids {
-        TopkIds::I32(_) => Ok(()),
-        TopkIds::I64(_) => Err(Error::Unsupported { what: "64-bit topk_ids" }),
-        TopkIds::None => Err(Error::Unsupported { what: "topk_ids that are left out" }),
     }
 }
 
@@ -306,9 +283,23 @@ fn launches<S: Space>(plan: &Plan, arguments: &Arguments<'_>, routing: &Routing<
     }
 }
 
-fn addresses<S: Space, T: Pod>(slices: &[View<'_, S, T>]) -> [Global<u16>; MAX_SLICES] {
+/// The address of a tensor; null where there is none.
+fn address<S: Space, T: Pod, G>(tensor: &Option<View<'_, S, T>>) -> Global<G> {
+    Global::new(tensor.map_or(0, |tensor| tensor.address()))
+}
+
+/// The table of adapters; null where weights are stacked.
+fn table<S: Space, T>(factor: &Factor<'_, S, T>) -> Global<AdapterEntry> {
+    match factor {
+        Factor::Stacked(_) => Global::NULL,
+        Factor::Table(adapters) => Global::new(adapters.entries().address()),
+    }
+}
+
+/// The addresses of stacked tensors.
+fn addresses<S: Space, T: Pod>(factor: &Factor<'_, S, T>) -> [Global<u16>; MAX_SLICES] {
     let mut addresses = [Global::NULL; MAX_SLICES];
-    for (address, slice) in addresses.iter_mut().zip(slices) {
+    for (address, slice) in addresses.iter_mut().zip(factor.stacked()) {
         *address = Global::new(slice.address());
     }
     addresses

@@ -13,10 +13,6 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct AdapterEntry {
-    /// Address of `[E or 1, r, K]`.
-    pub a: u64,
-    /// Address of `[E or 1, N_s, r]`.
-    pub b: u64,
     /// Rank in use. At 0 or less the slice contributes nothing.
     pub rank: i32,
     /// r: the rank that both are allocated for. Rows of `b` are as many elements apart.
@@ -25,7 +21,23 @@ pub struct AdapterEntry {
     pub scaling: f32,
     /// 0.
     pub reserved: u32,
+    /// Address of `[E or 1, r, K]`.
+    pub a: u64,
+    /// Address of `[E or 1, N_s, r]`.
+    pub b: u64,
 }
+
+/// An entry is read by kernels: it has their layout.
+const _: () = {
+    use moe_lora_kernels::params::AdapterEntry as Kernels;
+    use std::mem::offset_of;
+    assert!(offset_of!(AdapterEntry, rank) == offset_of!(Kernels, rank));
+    assert!(offset_of!(AdapterEntry, max_rank) == offset_of!(Kernels, max_rank));
+    assert!(offset_of!(AdapterEntry, scaling) == offset_of!(Kernels, scaling));
+    assert!(offset_of!(AdapterEntry, a) == offset_of!(Kernels, a));
+    assert!(offset_of!(AdapterEntry, b) == offset_of!(Kernels, b));
+    assert!(size_of::<AdapterEntry>() == size_of::<Kernels>());
+};
 
 impl AdapterEntry {
     /// Rank in use of a slot whose rank is `limit` at most.

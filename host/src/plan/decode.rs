@@ -271,33 +271,28 @@ impl DecodePlan {
     pub fn parameters(&self, arguments: &Arguments<'_>, route: RouteParams) -> DecodeParams {
         let &DecodePlan { launch, tile_parts, finds, room, stages } = self;
         let &Arguments { problem, operands, .. } = arguments;
-        let (sizes, projection) = (problem.sizes(), problem.projection);
+        let slices = problem.sizes().out_dims.len() as u32;
         let clusters = launch.blocks / launch.cluster;
         DecodeParams {
             route,
             x: operands.x,
-            a: operands.a,
-            b: operands.b,
+            weights: arguments.weights(),
             out: operands.out,
             topk_weights: operands.topk_weights,
             x_stride: problem.layout.x_stride as u64,
             out_stride: problem.layout.out_stride as u64,
-            x_row: arguments.x_row(),
-            in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dims.max() as u32,
-            slices: sizes.out_dims.len() as u32,
-            over_slices: Divider::new(sizes.out_dims.len() as u32),
+            rows: arguments.rows(),
+            over_slices: Divider::new(slices),
             tile_parts,
             over_parts: Divider::new(tile_parts),
-            a_experts: projection.a_experts() as u32,
-            b_experts: projection.b_experts() as u32,
             accumulate: operands.accumulate.into(),
             finds: finds.into(),
             room,
             shrink_stages: stages[0],
             expand_stages: stages[1],
             clusters,
-            over_listed: Divider::new(if room.lists_all() { sizes.out_dims.len() as u32 } else { clusters }),
+            over_listed: Divider::new(if room.lists_all() { slices } else { clusters }),
+            reserved: 0,
         }
     }
 }

@@ -12,6 +12,7 @@ use crate::plan::{DeviceLimits, Problem, RouteTiles, Stage};
 use moe_lora_kernels::memory::Global;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::params::{ExpandParams, ShrinkParams};
+use moe_lora_kernels::params::MAX_SLICES;
 use moe_lora_kernels::tile::{self, TileShape};
 use moe_lora_kernels::{ElementType, IndexWidth, Kernel, TileKind, Variant, expand, shrink};
 use std::fmt;
@@ -71,8 +72,10 @@ pub(crate) struct ShrinkPlan {
 pub(crate) struct ExpandPlan {
     /// The launch.
     pub launch: Launch,
-    /// Blocks that share a slice's columns.
-    pub blocks_per_slice: u32,
+    /// For each slice, the number of the first block of a part that takes it; [`u32::MAX`] past the last.
+    pub first_blocks: [u32; MAX_SLICES],
+    /// Blocks that share a part's columns.
+    pub column_blocks: u32,
     /// Columns that each of them takes.
     pub columns_per_block: u32,
 }
@@ -163,17 +166,21 @@ impl Candidate {
             Ok(ShrinkPlan { launch, column_blocks, column_room, steps_per_split })
         };
         let expand = || {
-            let slices = sizes.out_dims.len() as u64;
             // As many columns a block as still leave the device full, since h is read again by each.
             let column_tiles = (sizes.out_dims.max() as u32).div_ceil(shape.columns());
-            let busy = self.busy_tiles(problem, route) * slices;
+            let busy = self.busy_tiles(problem, route) * sizes.out_dims.len() as u64;
             let runs = blocks_each(busy, problem.limits).clamp(1, column_tiles);
             let columns_per_block = column_tiles.div_ceil(runs) * shape.columns();
-            let blocks_per_slice = (sizes.out_dims.max() as u32).div_ceil(columns_per_block);
-            let blocks = tiles * slices * u64::from(blocks_per_slice);
+            let mut column_blocks = 0;
+            let mut first_blocks = [u32::MAX; MAX_SLICES];
+            for (first, &out_dim) in first_blocks.iter_mut().zip(sizes.out_dims.as_slice()) {
+                *first = column_blocks;
+                column_blocks += (out_dim as u32).div_ceil(columns_per_block);
+            }
+            let blocks = tiles * u64::from(column_blocks);
             let shared_bytes = expand::shared_bytes(shape, sizes.max_rank as u32);
             let launch = Launch::new(Kernel::Expand(variant), blocks, 1, shared_bytes)?;
-            Ok(ExpandPlan { launch, blocks_per_slice, columns_per_block })
+            Ok(ExpandPlan { launch, first_blocks, column_blocks, columns_per_block })
         };
         Ok(GenericPlan {
             tile,
@@ -222,22 +229,17 @@ impl GenericPlan {
     /// The parameter block of `shrink`.
     pub fn shrink_parameters(&self, shrink: &ShrinkPlan, arguments: &Arguments<'_>) -> ShrinkParams {
         let &Arguments { problem, operands, parts, .. } = arguments;
-        let sizes = problem.sizes();
         ShrinkParams {
             x: operands.x,
-            a: operands.a,
+            weights: arguments.weights(),
             h: Self::h(arguments),
             partial: Global::new(parts.scratch),
             pairs: parts.pairs,
             tiles: parts.tiles,
             counts: parts.counts,
             x_stride: problem.layout.x_stride as u64,
-            x_row: arguments.x_row(),
+            rows: arguments.rows(),
             pair_count: arguments.pair_count(),
-            in_dim: sizes.in_dim as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.out_dims.len() as u32,
-            a_experts: problem.projection.a_experts() as u32,
             column_blocks: shrink.column_blocks,
             column_room: shrink.column_room,
             splits: self.splits,
@@ -251,30 +253,27 @@ impl GenericPlan {
     /// The parameter block of `expand`.
     pub fn expand_parameters(&self, expand: &ExpandPlan, arguments: &Arguments<'_>) -> ExpandParams {
         let &Arguments { problem, operands, parts, .. } = arguments;
-        let sizes = problem.sizes();
         ExpandParams {
             h: Self::h(arguments),
             partial: Global::new(parts.scratch),
-            b: operands.b,
+            weights: arguments.weights(),
             out: operands.out,
             topk_weights: operands.topk_weights,
             pairs: parts.pairs,
             tiles: parts.tiles,
             counts: parts.counts,
             out_stride: problem.layout.out_stride as u64,
+            rows: arguments.rows(),
+            first_blocks: expand.first_blocks,
+            column_blocks: expand.column_blocks,
             pair_count: arguments.pair_count(),
-            out_dim: sizes.out_dims.max() as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.out_dims.len() as u32,
-            b_experts: problem.projection.b_experts() as u32,
-            blocks_per_slice: expand.blocks_per_slice,
             columns_per_block: expand.columns_per_block,
+            column_stride: problem.layout.order.column_step(&problem.sizes().out_dims) as u32,
             splits: self.splits,
             accumulate: operands.accumulate.into(),
             // `shrink` lies between it and the launch that made the route.
             route_is_old: self.shrink.is_some().into(),
             tile_parts: self.tile_parts,
-            reserved: 0,
         }
     }
 }

@@ -204,7 +204,8 @@ impl Candidate {
         // Blocks that share a pass wait for one another.
         let launch = Launch { cooperative: self.shared, ..launch };
         let under_way = division::under_way(&self, stages, is_full, problem.limits);
-        let ahead = if problem.stage == Stage::Expand { 0 } else { division::ahead(problem) };
+        let asks = problem.stage != Stage::Expand && !problem.layout.x_indexed;
+        let ahead = if asks { division::ahead(problem) } else { 0 };
         Ok(PrefillPlan { launch, tile, tile_parts, passes, stages, under_way, ahead, splits })
     }
 
@@ -270,12 +271,11 @@ impl PrefillPlan {
         let fragments = splits.map_or(Global::NULL, |_| parts.shared_passes);
         PrefillParams {
             x: operands.x,
-            a: operands.a,
+            weights: arguments.weights(),
             h: operands.h,
             fragments,
             sums: fragments.at(splits.map_or(0, |splits| splits.h_words)),
             counters: parts.counters,
-            b: operands.b,
             out: operands.out,
             topk_weights: operands.topk_weights,
             pairs: parts.pairs,
@@ -284,14 +284,8 @@ impl PrefillPlan {
             scheduler: parts.scheduler,
             x_stride: problem.layout.x_stride as u64,
             out_stride: problem.layout.out_stride as u64,
-            x_row: arguments.x_row(),
+            rows: arguments.rows(),
             pair_count: arguments.pair_count(),
-            in_dim: sizes.in_dim as u32,
-            out_dim: sizes.out_dims.max() as u32,
-            max_rank: sizes.max_rank as u32,
-            slices: sizes.out_dims.len() as u32,
-            a_experts: problem.projection.a_experts() as u32,
-            b_experts: problem.projection.b_experts() as u32,
             accumulate: operands.accumulate.into(),
             tile_parts,
             over_parts: Divider::new(tile_parts),

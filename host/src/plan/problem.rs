@@ -1,6 +1,6 @@
 //! The call that is planned: everything that a plan depends on, and what follows from it for every form.
 
-use crate::call::Layout;
+use crate::call::{Layout, SliceOrder};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::plan::DeviceLimits;
@@ -93,7 +93,9 @@ impl<'c> Problem<'c> {
     ) -> Result<Self> {
         let sizes = projection.sizes();
         let strides = [layout.x_stride, layout.out_stride, layout.offset];
-        let aligned = layout.aligned && are_vectors(&strides) && has_vector_sizes(sizes);
+        let side_by_side = layout.order != SliceOrder::Interleaved;
+        let aligned =
+            layout.aligned && side_by_side && are_vectors(&strides) && has_vector_sizes(sizes);
         Ok(Problem {
             projection,
             layout,
@@ -148,11 +150,13 @@ impl<'c> Problem<'c> {
         let b_elements = |s| projection.b_elements(s).map(|elements| elements as u64);
         let b_elements =
             (0..projection.slices()).map(b_elements).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
+        // What a table names is a slot's alone.
+        let slots = if layout.table { self.sizes().slots as u64 } else { 1 };
         let offsets = [
-            self.x_rows().saturating_mul(layout.x_stride as u64),
-            (self.pairs as u64).saturating_mul(layout.out_stride as u64),
-            projection.a_elements()? as u64,
-            b_elements,
+            self.x_rows().max(layout.x_rows as u64).saturating_mul(layout.x_stride as u64),
+            (self.pairs.max(layout.out_rows) as u64).saturating_mul(layout.out_stride as u64),
+            projection.a_elements()? as u64 / slots,
+            b_elements / slots,
             self.h_elements * u64::from(splits),
         ];
         Ok(offsets.into_iter().fold(0, u64::max))

@@ -22,11 +22,12 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
     let wide = |sizes: &[usize]| sizes.iter().map(|&size| size as u128).product::<u128>();
     let pairs = layout.tokens * sizes.top_k;
     let rows = if sizes.x_rows == XRows::Pair { pairs } else { layout.tokens };
+    let slots = if layout.table { 1 } else { sizes.slots };
     let offsets = [
-        wide(&[rows, layout.x_stride]),
-        wide(&[pairs, layout.out_stride]),
-        wide(&[sizes.slots, projection.a_experts(), sizes.max_rank, sizes.in_dim]),
-        wide(&[sizes.slots, projection.b_experts(), sizes.out_dims.max(), sizes.max_rank]),
+        wide(&[rows.max(layout.x_rows), layout.x_stride]),
+        wide(&[pairs.max(layout.out_rows), layout.out_stride]),
+        wide(&[slots, projection.a_experts(), sizes.max_rank, sizes.in_dim]),
+        wide(&[slots, projection.b_experts(), sizes.out_dims.max(), sizes.max_rank]),
         wide(&[plan.splits() as usize, sizes.out_dims.len(), pairs, sizes.max_rank]),
     ];
     if plan.index == kernels::IndexWidth::I32 {
@@ -54,11 +55,14 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
                 );
             }
             if let Some(expand) = generic.expand {
-                let covered = u64::from(expand.blocks_per_slice) * u64::from(expand.columns_per_block);
-                assert!(
-                    covered >= sizes.out_dims.max() as u64 && expand.columns_per_block % columns == 0,
-                    "{plan}"
-                );
+                let ends = expand.first_blocks[1..].iter().chain([&expand.column_blocks]);
+                for ((first, end), out_dim) in expand.first_blocks.iter().zip(ends).zip(sizes.out_dims.as_slice())
+                {
+                    let blocks = u64::from(*end.min(&expand.column_blocks) - first);
+                    let covered = blocks * u64::from(expand.columns_per_block);
+                    assert!(covered >= *out_dim as u64, "{plan}");
+                }
+                assert!(expand.columns_per_block % columns == 0, "{plan}");
             }
         }
     }

@@ -2,11 +2,11 @@
 
 use super::{RoutePlan, Step};
 use crate::blocks::{Align, BlockShape, SortedTensors};
-use crate::call::{Enabled, RoutingTensors};
+use crate::call::{Enabled, RoutingTensors, TopkIds};
 use crate::plan::arguments::Arguments;
 use crate::tensor::Space;
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{AdoptParams, AlignParams, Divider, RouteParams, enabled};
+use moe_lora_kernels::params::{AdoptParams, AlignParams, Divider, RouteParams, enabled, expert_ids};
 
 impl RoutePlan {
     /// What `route` is told, or `decode` in its place.
@@ -20,6 +20,7 @@ impl RoutePlan {
         let (adapter_enabled, enabled_kind) = flags(&routing.adapter_enabled);
         RouteParams {
             topk_ids: Global::new(routing.topk_ids.address()),
+            ids_kind: kind(&routing.topk_ids),
             token_lora: Global::new(routing.token_lora.address()),
             adapter_enabled,
             enabled_kind,
@@ -63,7 +64,7 @@ impl RoutePlan {
             run,
             window,
             exchange_room: parts.exchange_room,
-            reserved: 0,
+            ids_kind: expert_ids::NONE,
         }
     }
 
@@ -103,6 +104,15 @@ impl RoutePlan {
     }
 }
 
+/// How ids are stored.
+fn kind<S: Space>(topk_ids: &TopkIds<'_, S>) -> u32 {
+    match topk_ids {
+        TopkIds::None => expert_ids::NONE,
+        TopkIds::I32(_) => expert_ids::I32,
+        TopkIds::I64(_) => expert_ids::I64,
+    }
+}
+
 /// What `align` is told.
 pub(crate) fn align_parameters<S: Space>(call: &Align<'_, S>) -> AlignParams {
     let &Align { experts, slots, expert_map, .. } = call;
@@ -110,6 +120,7 @@ pub(crate) fn align_parameters<S: Space>(call: &Align<'_, S>) -> AlignParams {
     let (adapter_enabled, enabled_kind) = flags(&call.adapter_enabled);
     AlignParams {
         topk_ids: Global::new(call.topk_ids.address()),
+        ids_kind: kind(&call.topk_ids),
         token_lora: Global::new(call.token_lora.address()),
         adapter_enabled,
         lora_ids: Global::new(call.lora_ids.address()),
@@ -127,7 +138,6 @@ pub(crate) fn align_parameters<S: Space>(call: &Align<'_, S>) -> AlignParams {
         max_padded: max_padded as u32,
         max_blocks: max_blocks as u32,
         enabled_kind,
-        reserved: 0,
     }
 }
 

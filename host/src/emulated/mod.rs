@@ -3,9 +3,11 @@
 //!
 //! It is slow, and for tests. A race or wrong address is [`Error::KernelFault`], with kernel, thread, line.
 
+mod buffers;
+
 use crate::backend::{Backend, Buffer};
 use crate::blocks::Align;
-use crate::call::{Enabled, Expand, Forward, Layout, Routing, RoutingTensors, Shrink, TopkIds};
+use crate::call::{Expand, Forward, Layout, Routing, RoutingTensors, Shrink};
 use crate::check::check_room;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -13,14 +15,16 @@ use crate::launch::{Launched, Launches, Parameters, Place, Planner};
 use crate::plan::{DeviceLimits, Launch, Options, Plan, RouteSource, Scratch, Stage};
 use crate::projection::Projection;
 use crate::route::{HeldRoute, NOT_RECORDED, Route};
-use crate::tensor::{self, View, ViewMut};
+use crate::tensor::{self as space, View, ViewMut};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{PrefillParams, RouteParams, Tile, count, products};
-use moe_lora_kernels::prefill::{MAX_COUNTERS, sums_words};
-use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
-use moe_lora_kernels::tile::TileShape;
+use moe_lora_kernels::params::products;
+use moe_lora_kernels::route::EXCHANGE_HEAD;
+use buffers::{
+    Which, buffer, counts, flags, h_buffer, ids, made_route, routed, routing_tensors, split_k_workspace, tensor,
+    weights,
+};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -148,7 +152,7 @@ impl Emulated {
             Parameters::Prefill(p) => {
                 let counts = buffer("a count", p.tile_count, 1);
                 let routed = |tensors| routed(tensors, (p.pairs, listed), p.tiles, counts, p.pair_count);
-                let h = h_buffer(p.h, Global::NULL, [1, p.slices, p.pair_count, p.max_rank]);
+                let h = h_buffer(p.h, Global::NULL, [1, p.weights.slices, p.pair_count, p.weights.max_rank]);
                 let scheduler = buffer("scheduler", p.scheduler, 1);
                 if p.products == products::SHRINK {
                     return self.launch(launch, p, &routed(tensors), &[], &[h, scheduler]);
@@ -183,7 +187,7 @@ impl Emulated {
                 self.launch(launch, p, tensors, &written, &[])
             }
             Parameters::Shrink(p) => {
-                let h = h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]);
+                let h = h_buffer(p.h, p.partial, [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank]);
                 let read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
                 let (fresh, written) =
                     if p.write_all == 0 { (&[h][..], &[][..]) } else { (&[][..], &[h][..]) };
@@ -192,7 +196,7 @@ impl Emulated {
             Parameters::Expand(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
-                read.push(h_buffer(p.h, p.partial, [p.splits, p.slices, p.pair_count, p.max_rank]));
+                read.push(h_buffer(p.h, p.partial, [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank]));
                 self.launch(launch, p, &read, &[], std::slice::from_ref(out))
             }
         })
@@ -222,105 +226,6 @@ impl Emulated {
     }
 }
 
-fn buffer<T>(name: impl Into<String>, start: Global<T>, elements: u64) -> emulate::Buffer {
-    let bytes = elements * size_of::<T>() as u64;
-    emulate::Buffer { name: name.into(), address: start.address(), bytes, writable: false }
-}
-
-fn tensor<T: Pod>(name: impl Into<String>, view: View<'_, tensor::Emulated, T>) -> emulate::Buffer {
-    buffer(name, Global::<T>::new(view.address()), view.len() as u64)
-}
-
-/// h, or its parts.
-fn h_buffer(h: Global<u16>, partial: Global<f32>, sizes: [u32; 4]) -> emulate::Buffer {
-    let elements = sizes.map(u64::from).iter().product();
-    if sizes[0] == 1 { buffer("h", h, elements) } else { buffer("parts of h", partial, elements) }
-}
-
-/// The split-K workspace of `prefill`: h, partial sums, and counters.
-fn split_k_workspace(p: &PrefillParams) -> [emulate::Buffer; 3] {
-    let h = (p.sums.address() - p.fragments.address()) / size_of::<u32>() as u64;
-    [
-        buffer("fragments", p.fragments, h),
-        buffer("sums", p.sums, sums_words(h, p.split_k.count)),
-        buffer("counters", p.counters, MAX_COUNTERS.into()),
-    ]
-}
-
-/// The tile counts that `route` leaves.
-fn counts(counts: Global<u32>) -> emulate::Buffer {
-    buffer("counts", counts, count::LEN as u64)
-}
-
-/// `tensors`, and what `route` left.
-fn routed(
-    tensors: &[emulate::Buffer],
-    (pairs, listed): (Global<u32>, usize),
-    tiles: Global<Tile>,
-    counts: emulate::Buffer,
-    pair_count: u32,
-) -> Vec<emulate::Buffer> {
-    // A pair a bucket: as many tiles as the smallest tile can make of any route.
-    let pair_count = u64::from(pair_count);
-    let most = route::max_tiles(pair_count, pair_count, TileShape::M16.rows().into());
-    let mut buffers = tensors.to_vec();
-    buffers.extend([buffer("pairs", pairs, listed as u64), buffer("tiles", tiles, most), counts]);
-    buffers
-}
-
-/// What a kernel that makes a route leaves of it.
-fn made_route(p: &RouteParams) -> [emulate::Buffer; 3] {
-    let buckets = (p.slots * p.experts + 1).into();
-    let tiles = route::max_tiles(p.pair_count.into(), buckets, p.tile_rows.into());
-    [buffer("pairs", p.pairs, p.pair_count.into()), buffer("tiles", p.tiles, tiles), counts(p.counts)]
-}
-
-fn routing_tensors(routing: &Routing<'_, tensor::Emulated>) -> Vec<emulate::Buffer> {
-    let (mut buffers, adapter_enabled, ranks) = match routing {
-        Routing::Tokens(tensors) => {
-            let ids = ids(&tensors.topk_ids).into_iter().chain([tensor("token_lora", tensors.token_lora)]);
-            let map = tensors.expert_map.map(|map| tensor("expert_map", map));
-            (ids.chain(map).collect(), tensors.adapter_enabled, tensors.ranks)
-        }
-        Routing::Sorted(sorted) => {
-            let blocks = vec![
-                tensor("sorted_token_ids", sorted.sorted_token_ids),
-                tensor("expert_ids", sorted.expert_ids),
-                tensor("num_tokens_post_padded", sorted.num_tokens_post_padded),
-                tensor("lora_ids", sorted.lora_ids),
-            ];
-            (blocks, sorted.adapter_enabled, sorted.ranks)
-        }
-        Routing::On(_) => return Vec::new(),
-    };
-    buffers.extend(flags(adapter_enabled));
-    buffers.extend(ranks.map(|ranks| tensor("ranks", ranks)));
-    buffers
-}
-
-fn ids(topk_ids: &TopkIds<'_, tensor::Emulated>) -> Option<emulate::Buffer> {
-    match topk_ids {
-        TopkIds::None => None,
-        TopkIds::I32(ids) => Some(tensor("topk_ids", *ids)),
-        TopkIds::I64(ids) => Some(tensor("topk_ids", *ids)),
-    }
-}
-
-fn flags(adapter_enabled: Enabled<'_, tensor::Emulated>) -> Option<emulate::Buffer> {
-    match adapter_enabled {
-        Enabled::All => None,
-        Enabled::U8(flags) => Some(tensor("adapter_enabled", flags)),
-        Enabled::I32(flags) => Some(tensor("adapter_enabled", flags)),
-    }
-}
-
-fn slices<'a, T: Pod>(
-    name: &'a str,
-    views: &'a [View<'_, tensor::Emulated, T>],
-) -> impl Iterator<Item = emulate::Buffer> + 'a {
-    views.iter().enumerate().map(move |(slice, view)| tensor(format!("{name}[{slice}]"), *view))
-}
-
 impl<T> Drop for EmulatedBuffer<T> {
     fn drop(&mut self) {
         self.memory.borrow_mut().free(self.address);
@@ -328,14 +233,14 @@ impl<T> Drop for EmulatedBuffer<T> {
 }
 
 impl<T: Pod> Buffer<T> for EmulatedBuffer<T> {
-    type Space = tensor::Emulated;
+    type Space = space::Emulated;
 
-    fn view(&self) -> View<'_, tensor::Emulated, T> {
+    fn view(&self) -> View<'_, space::Emulated, T> {
         // SAFETY: the memory is this buffer's for as long as it is borrowed; no access leaves it unchecked.
         unsafe { View::from_raw(self.address, self.len) }
     }
 
-    fn view_mut(&mut self) -> ViewMut<'_, tensor::Emulated, T> {
+    fn view_mut(&mut self) -> ViewMut<'_, space::Emulated, T> {
         // SAFETY: as above, and nobody else may use it.
         unsafe { ViewMut::from_raw(self.address, self.len) }
     }
@@ -349,7 +254,7 @@ impl Workspace {
 }
 
 impl Backend for Emulated {
-    type Space = tensor::Emulated;
+    type Space = space::Emulated;
     type Buffer<T: Pod> = EmulatedBuffer<T>;
     type Workspace = Workspace;
 
@@ -402,14 +307,14 @@ impl Backend for Emulated {
         workspace: &mut Workspace,
         projection: &Projection,
         tokens: usize,
-        routing: RoutingTensors<'_, tensor::Emulated>,
+        routing: RoutingTensors<'_, space::Emulated>,
     ) -> Result<Route> {
         self.check_workspace(workspace)?;
         let launched = self.planner().route(&workspace.place(), projection, tokens, routing)?;
         self.queue(workspace, &launched, &routing_tensors(&Routing::Tokens(routing)))
     }
 
-    fn align(&self, call: Align<'_, tensor::Emulated>) -> Result<()> {
+    fn align(&self, call: Align<'_, space::Emulated>) -> Result<()> {
         let mut tensors = vec![tensor("token_lora", call.token_lora), tensor("lora_ids", call.lora_ids)];
         tensors.extend(ids(&call.topk_ids));
         tensors.extend(call.expert_map.map(|map| tensor("expert_map", map)));
@@ -421,16 +326,16 @@ impl Backend for Emulated {
         &self,
         workspace: &mut Workspace,
         projection: &Projection,
-        call: Forward<'_, tensor::Emulated, T>,
+        call: Forward<'_, space::Emulated, T>,
     ) -> Result<Route> {
         self.check_workspace(workspace)?;
         let launched = self.planner().forward(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
-        tensors.push(tensor("x", call.x.data));
-        tensors.extend(slices("a", call.weights.a().stacked()));
-        tensors.extend(slices("b", call.weights.b().stacked()));
+        tensors.extend(buffers::x(&call.x));
+        tensors.extend(weights(&self.memory.borrow(), projection, Which::A, &call.weights.a()));
+        tensors.extend(weights(&self.memory.borrow(), projection, Which::B, &call.weights.b()));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
-        tensors.push(tensor("out", call.out.data.as_view()));
+        tensors.extend(buffers::out(&call.out));
         self.queue(workspace, &launched, &tensors)
     }
 
@@ -438,13 +343,13 @@ impl Backend for Emulated {
         &self,
         workspace: &mut Workspace,
         projection: &Projection,
-        call: Shrink<'_, tensor::Emulated, T>,
+        call: Shrink<'_, space::Emulated, T>,
     ) -> Result<Route> {
         self.check_workspace(workspace)?;
         let launched = self.planner().shrink(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
-        tensors.push(tensor("x", call.x.data));
-        tensors.extend(slices("a", call.a.stacked()));
+        tensors.extend(buffers::x(&call.x));
+        tensors.extend(weights(&self.memory.borrow(), projection, Which::A, &call.a));
         self.queue(workspace, &launched, &tensors)
     }
 
@@ -452,14 +357,14 @@ impl Backend for Emulated {
         &self,
         workspace: &mut Workspace,
         projection: &Projection,
-        call: Expand<'_, tensor::Emulated, T>,
+        call: Expand<'_, space::Emulated, T>,
     ) -> Result<Route> {
         self.check_workspace(workspace)?;
         let launched = self.planner().expand(&workspace.place(), projection, &call)?;
         let mut tensors = routing_tensors(&call.routing);
-        tensors.extend(slices("b", call.b.stacked()));
+        tensors.extend(weights(&self.memory.borrow(), projection, Which::B, &call.b));
         tensors.extend(call.topk_weights.map(|weights| tensor("topk_weights", weights)));
-        tensors.push(tensor("out", call.out.data.as_view()));
+        tensors.extend(buffers::out(&call.out));
         self.queue(workspace, &launched, &tensors)
     }
 
