@@ -35,6 +35,8 @@ enum Failure {
 
 struct WatchedBuffer<T> {
     buffer: HostBuffer<T>,
+    /// Its first elements are not shown.
+    hidden: usize,
     seen: Rc<Seen>,
 }
 
@@ -48,7 +50,7 @@ impl<T: Pod> Buffer<T> for WatchedBuffer<T> {
     type Space = Host;
 
     fn view(&self) -> View<'_, Host, T> {
-        self.buffer.view()
+        self.buffer.view().slice(self.hidden..self.buffer.as_slice().len())
     }
 
     fn view_mut(&mut self) -> ViewMut<'_, Host, T> {
@@ -77,7 +79,7 @@ impl Backend for Watched {
 
     fn upload<T: Pod>(&self, elements: &[T]) -> Result<WatchedBuffer<T>> {
         self.0.alive.set(self.alive() + 1);
-        Ok(WatchedBuffer { buffer: Cpu.upload(elements)?, seen: self.0.clone() })
+        Ok(WatchedBuffer { buffer: Cpu.upload(elements)?, hidden: 0, seen: self.0.clone() })
     }
 
     fn write<T: Pod>(&self, buffer: &mut WatchedBuffer<T>, start: usize, elements: &[T]) -> Result<()> {
@@ -214,6 +216,11 @@ fn whatever_is_wrong_with_an_adapter_is_refused_and_nothing_changes() {
         spoil(&mut spoiled);
         assert_eq!(table.set(1, vec![Some(spoiled), None]), Err(expected));
     }
+    let mut off_boundary = slice(&backend, 0, 4, 2.0);
+    off_boundary.a = zeros(&backend, 36);
+    off_boundary.a.hidden = 4;
+    let refused = table.set(1, vec![Some(off_boundary), None]);
+    assert!(matches!(refused, Err(Error::OffBoundary { tensor: "a", expected: 16, .. })), "{refused:?}");
     let count = Error::SliceCount { tensor: "the adapter", expected: 2, got: 1 };
     assert_eq!(table.set(1, vec![Some(slice(&backend, 0, 4, 2.0))]), Err(count));
     let beyond = Error::SizeTooLarge { what: "slot", limit: 2, got: 3 };
