@@ -6,9 +6,9 @@ use half::bf16;
 use moe_lora::cpu::Cpu;
 use moe_lora::plan::{DeviceLimits, Options, Plan, RouteSource, Stage, promises};
 use moe_lora::{
-    Align, Backend, BlockShape, Buffer, Enabled, Expand, ExpertWeights, Factor, Forward, Host, Layout,
-    Projection, ProjectionSizes, Routing, RoutingTensors, Rows, Shrink, SliceOrder, SortedTensors, View,
-    Weights, XRows, reference,
+    AdapterSlice, AdapterTable, Align, Backend, BlockShape, Buffer, Enabled, Error, Expand, ExpertWeights,
+    Factor, Forward, Host, Layout, Operator, Projection, ProjectionSizes, Routing, RoutingTensors, Rows,
+    RowsMut, Shrink, SliceOrder, SortedTensors, View, Weights, XRows, reference,
 };
 
 /// Sizes that differ from one another, and ids of which some are none.
@@ -105,6 +105,61 @@ fn every_call_of_the_cpu_agrees_with_the_reference() {
         };
         calls(&projection, routing.into());
     }
+}
+
+/// Rows by index, weights by address, interleaved slices, and ids of 64 bits; two pairs share a row of `out`.
+#[test]
+fn every_form_of_the_cpu_agrees_with_the_reference() {
+    let projection = Projection::new(sizes(XRows::Token, ExpertWeights::Shared)).unwrap();
+    let mut table = AdapterTable::<Cpu, bf16>::new(&Cpu, &projection).unwrap();
+    let slice = |rank, scaling| {
+        let upload = |len| Cpu.upload(&values(len)).unwrap();
+        Some(AdapterSlice { a: upload(8 * 5), b: upload(3 * 4 * 8), rank, max_rank: 8, scaling })
+    };
+    table.set(0, vec![slice(2, 0.5), None]).unwrap();
+    table.set(1, vec![slice(3, 1.0), slice(1, -2.0)]).unwrap();
+    table.set(1, vec![slice(3, 1.0), slice(1, -1.5)]).unwrap();
+    let ids = TOPK_IDS.map(i64::from);
+    let routing = RoutingTensors::new(&ids[..], TOKEN_LORA[..].into());
+    let (x, x_index, out_index) = (values(4 * 5), [3, 0, 1, -1, 4, 2], [6, 1, 0, 2, -1, 1]);
+    let mut out = Cpu.upload(&[bf16::ZERO; 7 * 8]).unwrap();
+    let mut workspace = Cpu.workspace(&[projection], TOKENS).unwrap();
+    let call = Forward {
+        tokens: TOKENS,
+        routing: routing.into(),
+        x: Rows { index: Some(x_index[..].into()), ..View::from(&x[..]).into() },
+        weights: Weights::Table(table.adapters()),
+        topk_weights: None,
+        out: RowsMut { index: Some(out_index[..].into()), ..out.view_mut().into() },
+        offset: 0,
+        order: SliceOrder::Interleaved,
+        accumulate: false,
+    };
+    let expected = reference::forward(&projection, &call).unwrap().values;
+    Cpu.forward(&mut workspace, &projection, call).unwrap();
+    let rows: Vec<_> = out.as_slice().chunks(8).collect();
+    for (pair, row) in [(0, 6), (2, 0), (3, 2)] {
+        agrees(rows[row], &expected[pair * 8..][..8]);
+    }
+    for row in [3, 4, 5] {
+        agrees(rows[row], &[0.0; 8]);
+    }
+}
+
+#[test]
+fn a_dense_layer_needs_no_ids() {
+    let sizes = ProjectionSizes { max_rank: 1, ..ProjectionSizes::dense(2, &[1, 2, 1]) };
+    let [operator] = Operator::builder(&Cpu).max_tokens(2).build([sizes]).unwrap();
+    let (x, ones) = ([bf16::ONE; 4], [bf16::ONE; 2]);
+    let mut out = [bf16::ONE; 8];
+    let a = [&ones[..]; 3];
+    // There is a slot for a token that there is not.
+    let routing = RoutingTensors::dense([0, -1, 0][..].into());
+    let call = operator.call(&x[..], a, [&ones[..1], &ones[..], &ones[..1]], routing, &mut out[..]);
+    call.tokens(2).out_index(&[1, 0][..]).x_index(&[0, 1][..]).order(SliceOrder::Reversed).run().unwrap();
+    agrees(&out, &[1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0]);
+    let too_many = Projection::new(ProjectionSizes::dense(2, &[1; 5]));
+    assert_eq!(too_many.map(drop), Err(Error::SizeTooLarge { what: "slices", limit: 4, got: 5 }));
 }
 
 #[test]

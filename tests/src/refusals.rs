@@ -3,9 +3,9 @@
 use bytemuck::Pod;
 use half::bf16;
 use moe_lora::{
-    Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Factor, Forward, OutDims, Projection,
-    ProjectionSizes, Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, SliceOrder, Space,
-    TopkIds, View, ViewMut, Weights, XRows,
+    AdapterEntry, Adapters, Backend, Buffer, DType, Enabled, Error, Expand, ExpertWeights, Forward, OutDims,
+    Projection, ProjectionSizes, Result, Route, Routing, RoutingTensors, Rows, RowsMut, Shrink, SliceOrder,
+    Space, TopkIds, View, ViewMut, Weights, XRows,
 };
 
 /// Which call.
@@ -42,6 +42,10 @@ enum Tensor {
     TopkWeights,
     H,
     Out,
+    TopkIds64,
+    XIndex,
+    OutIndex,
+    Adapters,
 }
 
 /// What [`GOOD`] demands of a tensor.
@@ -73,7 +77,7 @@ pub const GOOD: ProjectionSizes = ProjectionSizes {
 };
 
 #[rustfmt::skip]
-const DEMANDS: [Demand; 12] = {
+const DEMANDS: [Demand; 16] = {
     use Tensor::*;
     type Text = &'static str;
     type Stages = &'static [Stage];
@@ -95,6 +99,10 @@ const DEMANDS: [Demand; 12] = {
         row(TopkWeights, "topk_weights",    "[3, 2]",                             6,    4, WRITES_OUT),
         row(H,           "h",               "[2, 6, 8]",                          96,   2, HALVES),
         row(Out,         "out",             "[6, 17] with a row stride of 17",    102,  2, WRITES_OUT),
+        row(TopkIds64,   "topk_ids",        "[3, 2]",                             6,    8, ALL),
+        row(XIndex,      "x_index",         "[6]",                                6,    4, READS_X),
+        row(OutIndex,    "out_index",       "[6]",                                6,    4, WRITES_OUT),
+        row(Adapters,    "adapters",        "[2, 2]",                             4,    8, WRITES),
     ]
 };
 
@@ -112,7 +120,10 @@ struct Call {
     tokens: usize,
     /// A route to be made on, in place of the tensors.
     on: Option<Route>,
-    flags: Tensor,
+    /// Of the tensors that take the place of others, or that are not in every call, the one that it has.
+    form: Tensor,
+    no_ids: bool,
+    order: SliceOrder,
     memory: [Memory; DEMANDS.len()],
     slices_a: usize,
     slices_b: usize,
@@ -144,12 +155,21 @@ impl Call {
         unsafe { ViewMut::from_raw(address, len) }
     }
 
+    /// The index, when the call has it.
+    fn index<S: Space>(&self, tensor: Tensor) -> Option<View<'_, S, i32>> {
+        (self.form as usize == tensor as usize).then(|| self.view(tensor))
+    }
+
     fn run<B: Backend>(&self, backend: &B, workspace: &mut B::Workspace, stage: Stage) -> Result<Route> {
         let projection = Projection::new(self.sizes)?;
         let tensors = RoutingTensors {
-            topk_ids: TopkIds::I32(self.view(Tensor::TopkIds)),
+            topk_ids: match self.form {
+                _ if self.no_ids => TopkIds::None,
+                Tensor::TopkIds64 => TopkIds::I64(self.view(Tensor::TopkIds64)),
+                _ => TopkIds::I32(self.view(Tensor::TopkIds)),
+            },
             token_lora: self.view(Tensor::TokenLora),
-            adapter_enabled: match self.flags {
+            adapter_enabled: match self.form {
                 Tensor::FlagsU8 => Enabled::U8(self.view(Tensor::FlagsU8)),
                 _ => Enabled::I32(self.view(Tensor::FlagsI32)),
             },
@@ -157,12 +177,18 @@ impl Call {
             expert_map: Some(self.view(Tensor::ExpertMap)),
         };
         let routing = self.on.map_or(Routing::Tokens(tensors), Routing::On);
-        let x = Rows { data: self.view(Tensor::X), stride: self.x_stride, index: None };
+        let x = Rows { data: self.view(Tensor::X), stride: self.x_stride, index: self.index(Tensor::XIndex) };
         let a = vec![self.view(Tensor::A); self.slices_a];
         let b = vec![self.view(Tensor::B); self.slices_b];
         let topk_weights = Some(self.view(Tensor::TopkWeights));
         let (tokens, offset) = (self.tokens, self.offset);
-        let out = RowsMut { data: self.view_mut(Tensor::Out), stride: self.out_stride, index: None };
+        let index = self.index(Tensor::OutIndex);
+        let out = RowsMut { data: self.view_mut(Tensor::Out), stride: self.out_stride, index };
+        // SAFETY: the entries are of no adapter.
+        let adapters = unsafe { Adapters::new(self.view(Tensor::Adapters)) };
+        let by_address = matches!(self.form, Tensor::Adapters);
+        let weights = if by_address { Weights::Table(adapters) } else { Weights::Stacked { a: &a, b: &b } };
+        let order = self.order;
         match stage {
             Stage::Route => backend.route(workspace, &projection, tokens, tensors),
             Stage::Forward => {
@@ -170,22 +196,18 @@ impl Call {
                     tokens,
                     routing,
                     x,
-                    weights: Weights::Stacked { a: &a, b: &b },
+                    weights,
                     topk_weights,
                     out,
                     offset,
-                    order: SliceOrder::InOrder,
+                    order,
                     accumulate: true,
                 };
                 backend.forward(workspace, &projection, call)
             }
             Stage::Shrink => {
                 let h = self.view_mut(Tensor::H);
-                backend.shrink(
-                    workspace,
-                    &projection,
-                    Shrink { tokens, routing, x, a: Factor::Stacked(&a), h },
-                )
+                backend.shrink(workspace, &projection, Shrink { tokens, routing, x, a: weights.a(), h })
             }
             Stage::Expand => {
                 let h = self.view(Tensor::H);
@@ -193,11 +215,11 @@ impl Call {
                     tokens,
                     routing,
                     h,
-                    b: Factor::Stacked(&b),
+                    b: weights.b(),
                     topk_weights,
                     out,
                     offset,
-                    order: SliceOrder::InOrder,
+                    order,
                     accumulate: true,
                 };
                 backend.expand(workspace, &projection, call)
@@ -214,7 +236,7 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     for &Demand { tensor, name, shape, elements, align, stages } in &DEMANDS {
         let mut refused = |how: &str, spoil: fn(&mut Memory), expected| {
-            let mut call = Call { flags: tensor, ..good.clone() };
+            let mut call = Call { form: tensor, ..good.clone() };
             spoil(&mut call.memory[tensor as usize]);
             refusals.push(Refusal { name: format!("{name} is {how}"), stages, call, expected });
         };
@@ -243,10 +265,14 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
     let overflow = |tensor, shape: String| Error::SizeOverflow { tensor, shape };
     let tokens = |limit| Error::SizeTooLarge { what: "tokens", limit, got: limit + 1 };
     let (stride, offset) = (format!("[2, {}]", usize::MAX), format!("[.., {} + Σ N_s]", usize::MAX));
+    let no_row = |tensor, width| {
+        let shape = format!("[1, {width}] with a row stride of {width}");
+        Error::TooShort { tensor, shape, expected: width, got: width - 1 }
+    };
     let room = |limit| Error::WorkspaceTooSmall { what: "pairs", limit, got: 6 };
     type Row = (&'static str, &'static [Stage], fn(&mut Call), Error);
     #[rustfmt::skip]
-    let rows: [Row; 12] = [
+    let rows: [Row; 17] = [
         ("x of another type", READS_X, |call| call.sizes.dtype = DType::F16, dtype("x")),
         ("h of another type", &[Stage::Expand], |call| call.sizes.dtype = DType::F16, dtype("h")),
         ("too few slices of a", READS_X, |call| call.slices_a = 1, slices("a", 1)),
@@ -255,6 +281,23 @@ fn refusals(good: &Call, ranks_on_host: bool) -> Vec<Refusal> {
         ("overlapping rows of out", WRITES_OUT, |call| call.out_stride = Some(16), overlap("out", 17)),
         ("a stride that overflows", READS_X, |call| call.x_stride = Some(usize::MAX), overflow("x", stride)),
         ("an offset that overflows", WRITES_OUT, |call| call.offset = usize::MAX, overflow("out", offset)),
+        ("an x without a row for its index", READS_X, |call| {
+            call.form = Tensor::XIndex;
+            call.memory[Tensor::X as usize].len = 15;
+        }, no_row("x", 16)),
+        ("an out without a row for its index", WRITES_OUT, |call| {
+            call.form = Tensor::OutIndex;
+            call.memory[Tensor::Out as usize].len = 16;
+        }, no_row("out", 17)),
+        ("interleaved slices of two widths", WRITES_OUT, |call| {
+            call.sizes.out_dims = OutDims::new(&[8, 4]).expect("two slices");
+            call.order = SliceOrder::Interleaved;
+        }, Error::UnequalSlices { out_dims: "8+4".to_owned() }),
+        ("no ids to choose by", ALL, |call| call.no_ids = true, Error::NoTopkIds { experts: 4, top_k: 2 }),
+        ("a map of no ids", ALL, |call| {
+            call.no_ids = true;
+            (call.sizes.experts, call.sizes.top_k) = (1, 1);
+        }, Error::NothingToMap),
         ("tokens over 31 bits", ALL, |call| call.tokens = MOST + 1, tokens(MOST)),
         ("pairs over 31 bits", ALL, |call| call.tokens = MOST / 2 + 1, tokens(MOST / 2)),
         ("a workspace for fewer tokens", ALL, |call| call.room = (2, 2), room(4)),
@@ -285,6 +328,8 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
     let flags = backend.upload(&[1u8; 2]).expect("room for flags");
     let weights = backend.upload(&[1f32; 6]).expect("room for weights");
     let values = backend.upload(&[bf16::ONE; 1024]).expect("room for weights");
+    let wide_ids = backend.upload(&[1i64; 6]).expect("room for ids");
+    let entries = backend.upload(&[AdapterEntry::default(); 4]).expect("room for a table");
     let mut h = backend.upload(&[bf16::ZERO; 96]).expect("room for h");
     let mut out = backend.upload(&[bf16::ZERO; 102]).expect("room for out");
     let memory = DEMANDS.map(|Demand { tensor, elements: len, .. }| {
@@ -292,6 +337,8 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
             Tensor::FlagsU8 => flags.view().address(),
             Tensor::X | Tensor::A | Tensor::B => values.view().address(),
             Tensor::TopkWeights => weights.view().address(),
+            Tensor::TopkIds64 => wide_ids.view().address(),
+            Tensor::Adapters => entries.view().address(),
             Tensor::H => h.view_mut().address(),
             Tensor::Out => out.view_mut().address(),
             _ => ids.view().address(),
@@ -302,7 +349,9 @@ pub fn check_refusals<B: Backend>(backend: &B, ranks_on_host: bool) {
         sizes: GOOD,
         tokens: TOKENS,
         on: None,
-        flags: Tensor::FlagsI32,
+        form: Tensor::FlagsI32,
+        no_ids: false,
+        order: SliceOrder::InOrder,
         memory,
         slices_a: GOOD.out_dims.len(),
         slices_b: GOOD.out_dims.len(),

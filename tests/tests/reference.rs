@@ -5,7 +5,7 @@ use moe_lora::cpu::Cpu;
 use moe_lora::reference::{self, Target};
 use moe_lora::{
     Backend, DType, Enabled, Expand, ExpertWeights, Factor, Forward, OutDims, Projection, ProjectionSizes,
-    Routing, RoutingTensors, Rows, Shrink, SliceOrder, View, ViewMut, Weights, XRows,
+    Routing, RoutingTensors, Rows, RowsMut, Shrink, SliceOrder, View, ViewMut, Weights, XRows,
 };
 
 fn values(values: &[f32]) -> Vec<bf16> {
@@ -118,4 +118,68 @@ fn a_call_of_two_tokens_by_hand() {
     assert_eq!(widened(&h), expected_h);
     assert_eq!(widened(&out), expected);
     assert_eq!(widened(&split_out), expected);
+}
+
+/// Pairs 0 … 3 of two tokens, K = 1, R = 1, x = 1, 2, 4, 8 by row, a = 1, and two slices of widths 2 and 2 whose
+/// columns multiply by 1, 2 and by 10, 20.
+#[test]
+fn rows_and_columns_are_where_the_call_says() {
+    let sizes = ProjectionSizes { top_k: 2, max_rank: 1, ..ProjectionSizes::gate_up(1, 2) };
+    let projection = Projection::new(sizes).expect("legal sizes");
+    let (x, a) = (values(&[1.0, 2.0, 4.0, 8.0]), values(&[1.0]));
+    let (gate, up) = (values(&[1.0, 2.0]), values(&[10.0, 20.0]));
+    let (a, b) = ([a[..].into(), a[..].into()], [gate[..].into(), up[..].into()]);
+    let old = f32::NAN;
+    let row = |x: f32, order| match order {
+        SliceOrder::InOrder => [x, 2.0 * x, 10.0 * x, 20.0 * x],
+        SliceOrder::Reversed => [10.0 * x, 20.0 * x, x, 2.0 * x],
+        SliceOrder::Interleaved => [x, 10.0 * x, 2.0 * x, 20.0 * x],
+    };
+    let (none, up_to) = ([0.0; 4], i32::MAX);
+    for (order, x_index, out_index, expected) in [
+        (SliceOrder::InOrder, None, None, [Some(1.0), Some(1.0), Some(2.0), Some(2.0)]),
+        (SliceOrder::Reversed, Some([3, 0, 0, 1]), None, [Some(8.0), Some(1.0), Some(1.0), Some(2.0)]),
+        (SliceOrder::Interleaved, Some([3, -1, 4, 2]), Some([1, 0, 3, up_to]), [None, Some(8.0), None, None]),
+        (SliceOrder::InOrder, None, Some([3, 2, 1, 0]), [Some(2.0), Some(2.0), Some(1.0), Some(1.0)]),
+    ] {
+        let routing = RoutingTensors::new(&[0i64; 4][..], [0, 0, 0][..].into());
+        let mut out = values(&[old; 16]);
+        let call = Forward {
+            tokens: 2,
+            routing: routing.into(),
+            x: Rows { index: x_index.as_ref().map(|index| index[..].into()), ..View::from(&x[..]).into() },
+            weights: Weights::Stacked { a: &a, b: &b },
+            topk_weights: None,
+            out: RowsMut {
+                index: out_index.as_ref().map(|index| index[..].into()),
+                ..ViewMut::from(&mut out[..]).into()
+            },
+            offset: 0,
+            order,
+            accumulate: false,
+        };
+        let mut workspace = Cpu.workspace(&[projection], 2).expect("room");
+        let reference = reference::forward(&projection, &call).expect("a legal call").values;
+        Cpu.forward(&mut workspace, &projection, call).expect("a legal call");
+        let got: Vec<_> =
+            out.chunks(4).map(|row| row.iter().map(|v| v.to_f32()).collect::<Vec<_>>()).collect();
+        let written = expected.map(|x| x.map_or(none, |x| row(x, order)));
+        // No pair names row 2 of the third call.
+        let untouched = |i: usize| out_index.is_some_and(|index| !index.contains(&(i as i32)));
+        for (i, (got, expected)) in got.iter().zip(written).enumerate() {
+            match untouched(i) {
+                true => assert!(got.iter().all(|v| v.is_nan()), "{order:?}: row {i} is {got:?}"),
+                false => assert_eq!(got[..], expected, "{order:?}: row {i}"),
+            }
+        }
+        let of_pair = |pair: usize| out_index.map_or(pair as i32, |index| index[pair]);
+        for (pair, values) in reference.chunks(4).enumerate() {
+            if let Some(row) = usize::try_from(of_pair(pair)).ok().filter(|&row| row < 4) {
+                assert!(
+                    values.iter().zip(&got[row]).all(|(value, got)| *value as f32 == *got),
+                    "pair {pair}"
+                );
+            }
+        }
+    }
 }

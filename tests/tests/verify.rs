@@ -4,11 +4,11 @@ use bytemuck::Pod;
 use moe_lora::cpu::{Cpu, HostBuffer, Workspace};
 use moe_lora::reference;
 use moe_lora::{
-    Align, Backend, Element, Enabled, Error, Expand, Forward, Host, OutDims, Projection, Result, Route,
-    Routing, RoutingTensors, Shrink, Weights, XRows,
+    AdapterEntry, Adapters, Align, Backend, Element, Enabled, Error, Expand, Forward, Host, OutDims,
+    Projection, Result, Route, Routing, RoutingTensors, Shrink, SliceOrder, Weights, XRows,
 };
 use moe_lora_tests::faults::caught;
-use moe_lora_verify::{Case, Fault, Flags, Form, Loras, Ranks, check};
+use moe_lora_verify::{Case, Fault, Flags, Form, Indexed, Loras, Ranks, check};
 use std::cell::Cell;
 
 /// What a back end does wrong.
@@ -21,6 +21,11 @@ enum Mistake {
     IgnoresWeights,
     IgnoresOffset,
     SwapsSlices,
+    IgnoresIndexOfX,
+    IgnoresIndexOfOut,
+    IgnoresOrder,
+    IgnoresRanksOfEntries,
+    IgnoresScaling,
     ConfusesModes,
     LeavesOneElementOut,
     IsOffInOneElement,
@@ -72,7 +77,10 @@ fn every_mistake_is_found() {
     let wrong = |fault: &Fault| matches!(fault, Fault::WrongElement { tensor: "out", .. });
     let touched = |fault: &Fault| matches!(fault, Fault::Touched { tensor: "out", .. });
     let differs = |fault: &Fault| matches!(fault, Fault::NotRepeatable { tensor: "out", .. });
-    let table: [Row; 24] = [
+    let indexed = || Case { x_index: Indexed::OutOfRange, out_index: Indexed::OutOfRange, ..case() };
+    let interleaved = || Case { order: SliceOrder::Interleaved, ..case() };
+    let by_address = || Case { table: true, ..case() };
+    let table: [Row; 31] = [
         // A rank, flag or id that is ignored leads to weights that are NaN.
         (IgnoresRanks, case(), wrong),
         (IgnoresFlags, case(), touched),
@@ -81,6 +89,13 @@ fn every_mistake_is_found() {
         (IgnoresWeights, case(), wrong),
         (IgnoresOffset, case(), touched),
         (SwapsSlices, case(), wrong),
+        (IgnoresIndexOfX, indexed(), wrong),
+        (IgnoresIndexOfX, Case { x_index: Indexed::Permuted, ..case() }, wrong),
+        (IgnoresIndexOfOut, indexed(), touched),
+        (IgnoresIndexOfOut, Case { out_index: Indexed::Permuted, ..overwrite() }, wrong),
+        (IgnoresOrder, interleaved(), wrong),
+        (IgnoresRanksOfEntries, by_address(), wrong),
+        (IgnoresScaling, by_address(), wrong),
         (ConfusesModes, case(), touched),
         (ConfusesModes, overwrite(), wrong),
         (LeavesOneElementOut, overwrite(), wrong),
@@ -130,6 +145,23 @@ fn change<T: Element>(address: u64, index: isize, new: impl Fn(f32) -> f32) {
     // SAFETY: a case's elements and the guards around them are in one live buffer, which nobody else uses
     // during a call.
     unsafe { element.write(T::from_f32(new(element.read().to_f32()))) }
+}
+
+/// The entries of a table.
+fn entries<'a>(adapters: &Adapters<'a, Host>) -> &'a [AdapterEntry] {
+    let entries = adapters.entries();
+    // SAFETY: a case's table is there, and nobody writes it.
+    unsafe { std::slice::from_raw_parts(entries.address() as *const AdapterEntry, entries.len()) }
+}
+
+impl Faulty {
+    fn mistaken(&self, entry: AdapterEntry) -> AdapterEntry {
+        match self.mistake {
+            IgnoresRanksOfEntries if entry.rank > 0 => AdapterEntry { rank: entry.max_rank as i32, ..entry },
+            IgnoresScaling => AdapterEntry { scaling: 1.0, ..entry },
+            _ => entry,
+        }
+    }
 }
 
 impl Backend for Faulty {
@@ -205,8 +237,7 @@ impl Backend for Faulty {
             let pair = targets.iter().position(|target| target.is_some() == active);
             pair.expect("pairs of both kinds") as isize * stride + offset
         };
-        let Weights::Stacked { a, b } = call.weights else { unreachable!("the cases have stacked weights") };
-        let swapped: Vec<_> = b.iter().rev().copied().collect();
+        let (swapped, changed): (Vec<_>, Vec<_>);
 
         match self.mistake {
             IgnoresRanks => routing.ranks = None,
@@ -214,12 +245,25 @@ impl Backend for Faulty {
             IgnoresExpertMap => routing.expert_map = None,
             IgnoresWeights => call.topk_weights = None,
             IgnoresOffset => call.offset = 0,
+            IgnoresIndexOfX => call.x.index = None,
+            IgnoresIndexOfOut => call.out.index = None,
+            IgnoresOrder => call.order = SliceOrder::InOrder,
             ConfusesModes => call.accumulate = !call.accumulate,
             Refuses => return Err(Error::NoDevice { reason: "a mistake".to_owned() }),
             _ => {}
         }
-        let b = if matches!(self.mistake, SwapsSlices) { &swapped } else { b };
-        let weights = Weights::Stacked { a, b };
+        let weights = match call.weights {
+            Weights::Stacked { a, b } if matches!(self.mistake, SwapsSlices) => {
+                swapped = b.iter().rev().copied().collect();
+                Weights::Stacked { a, b: &swapped }
+            }
+            Weights::Table(adapters) => {
+                changed = entries(&adapters).iter().map(|entry| self.mistaken(*entry)).collect();
+                // SAFETY: what the entries name is as large as before.
+                Weights::Table(unsafe { Adapters::new(changed[..].into()) })
+            }
+            stacked => stacked,
+        };
         let route =
             Cpu.forward(workspace, projection, Forward { routing: routing.into(), weights, ..call })?;
         match self.mistake {

@@ -85,7 +85,7 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
         (
             |call| call.projection.out_dims[0] = 9,
             TooShort,
-            "b holds 256 elements, expected at least 576 for [2, 4, 9, 8]",
+            "b holds 512 elements, expected at least 576 for [2, 4, 9, 8]",
         ),
         (|call| call.routing.size = 0, StructSize, "routing.size is 0, expected 96"),
         (|call| call.forward.size = 8, StructSize, "call.size is 8, expected 232"),
