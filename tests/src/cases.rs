@@ -30,7 +30,7 @@ fn routes() -> impl Strategy<Value = (usize, usize, usize, Option<usize>, usize)
 }
 
 /// Whether the kernels take the forms of a call that [`Forms`] adds.
-const NEW_FORMS_ON_KERNELS: bool = false;
+const NEW_FORMS_ON_KERNELS: bool = true;
 
 /// Which forms of a call are drawn.
 #[derive(Clone, Copy, PartialEq, Eq)]

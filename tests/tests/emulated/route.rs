@@ -5,7 +5,7 @@
 use super::seeds;
 use moe_lora_kernels::emulate::{self, Buffer, Grid, Memory};
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{Divider, RouteParams, Tile, count, enabled};
+use moe_lora_kernels::params::{Divider, RouteParams, Tile, count, enabled, expert_ids};
 use moe_lora_kernels::route::{self, EXCHANGE_HEAD};
 use moe_lora_kernels::{ENTRIES, Kernel};
 use rayon::prelude::*;
@@ -111,7 +111,7 @@ fn run(shapes: &[Shape], calls: &[Call], tile_rows: u32, seed: u64) -> Vec<Left>
             run: (pairs as u32).div_ceil(shape.blocks * sorters).next_multiple_of(32),
             window: shape.window + 4,
             exchange_room,
-            reserved: 0,
+            ids_kind: expert_ids::I32,
         };
         let bytes = 4 * u64::from(EXCHANGE_HEAD + 2 * exchange_room);
         let address = *exchange.get_or_insert_with(|| memory.allocate(&vec![0; bytes as usize]));
