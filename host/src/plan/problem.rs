@@ -148,9 +148,12 @@ impl<'c> Problem<'c> {
         let b_elements = |s| projection.b_elements(s).map(|elements| elements as u64);
         let b_elements =
             (0..projection.slices()).map(b_elements).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
+        // An index may name any row that there is.
+        let x_rows = if layout.x_indexed { layout.x_rows as u64 } else { self.x_rows() };
+        let out_rows = if layout.out_indexed { layout.out_rows } else { self.pairs } as u64;
         let offsets = [
-            self.x_rows().saturating_mul(layout.x_stride as u64),
-            (self.pairs as u64).saturating_mul(layout.out_stride as u64),
+            x_rows.saturating_mul(layout.x_stride as u64),
+            out_rows.saturating_mul(layout.out_stride as u64),
             projection.a_elements()? as u64,
             b_elements,
             self.h_elements * u64::from(splits),

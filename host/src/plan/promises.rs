@@ -23,8 +23,8 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
     let pairs = layout.tokens * sizes.top_k;
     let rows = if sizes.x_rows == XRows::Pair { pairs } else { layout.tokens };
     let offsets = [
-        wide(&[rows, layout.x_stride]),
-        wide(&[pairs, layout.out_stride]),
+        wide(&[if layout.x_indexed { layout.x_rows } else { rows }, layout.x_stride]),
+        wide(&[if layout.out_indexed { layout.out_rows } else { pairs }, layout.out_stride]),
         wide(&[sizes.slots, projection.a_experts(), sizes.max_rank, sizes.in_dim]),
         wide(&[sizes.slots, projection.b_experts(), sizes.out_dims.max(), sizes.max_rank]),
         wide(&[plan.splits() as usize, sizes.out_dims.len(), pairs, sizes.max_rank]),
