@@ -385,7 +385,7 @@ typedef struct {
      */
     moe_lora_tensor topk_ids;
     /**
-     * [T] int32_t: adapter slot of each token, -1 for none.
+     * [T or more] int32_t: adapter slot of each token, -1 for none.
      */
     moe_lora_tensor token_lora;
     /**

@@ -189,7 +189,7 @@ pub struct Routing {
     pub size: usize,
     /// [T, k] int32_t: global expert ids.
     pub topk_ids: Tensor,
-    /// [T] int32_t: adapter slot of each token, -1 for none.
+    /// [T or more] int32_t: adapter slot of each token, -1 for none.
     pub token_lora: Tensor,
     /// [L] uint8_t or int32_t: 0 switches a slot off for this layer. May be left out: all slots are on.
     pub adapter_enabled: Tensor,

@@ -46,8 +46,20 @@ fn sizes(u: &mut Unstructured<'_>) -> Result<ProjectionSizes> {
         experts: size(u)?,
         slots: size(u)?,
         in_dim: size(u)?,
-        out_dims: OutDims::uniform(size(u)?, u.int_in_range(0..=5)?),
+        out_dims: out_dims(u)?,
     })
+}
+
+fn out_dims(u: &mut Unstructured<'_>) -> Result<OutDims> {
+    if bool::arbitrary(u)? {
+        return Ok(OutDims::uniform(size(u)?, u.int_in_range(0..=5)?));
+    }
+    let mut widths = [0; Projection::MAX_SLICES];
+    let slices = u.int_in_range(1..=widths.len())?;
+    for width in &mut widths[..slices] {
+        *width = size(u)?;
+    }
+    Ok(OutDims::new(&widths[..slices]).expect("one to four slices"))
 }
 
 fn limits(u: &mut Unstructured<'_>) -> Result<DeviceLimits> {
@@ -75,10 +87,18 @@ fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Resu
     let call = Forward {
         tokens: size(u)?,
         routing: RoutingTensors::new(ids, ids).into(),
-        x: Rows { data: view, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
+        x: Rows {
+            data: view,
+            stride: Some(size(u)?).filter(|&stride| stride > 0),
+            index: either(u, [None, Some(ids)])?,
+        },
         weights: Weights::Stacked { a: &weights, b: &weights },
         topk_weights: None,
-        out: RowsMut { data: out, stride: Some(size(u)?).filter(|&stride| stride > 0), index: None },
+        out: RowsMut {
+            data: out,
+            stride: Some(size(u)?).filter(|&stride| stride > 0),
+            index: either(u, [None, Some(ids)])?,
+        },
         offset: size(u)?,
         order: *u.choose(&[SliceOrder::InOrder, SliceOrder::Reversed, SliceOrder::Interleaved])?,
         accumulate: u.arbitrary()?,

@@ -131,8 +131,8 @@ pub struct Layout {
     pub order: SliceOrder,
     /// Whether weights are named by address.
     pub table: bool,
-    /// True when every 16-bit tensor of the call's own starts on a 16-byte boundary. What a table names always
-    /// does.
+    /// True when every 16-bit tensor of the call's own starts on a 16-byte boundary. What a table names does
+    /// always.
     pub aligned: bool,
     /// True when the call's own routing names ranks of the slots' own, which may be smaller than the rank
     /// that weights are allocated for.

@@ -131,7 +131,8 @@ pub enum Error {
     },
     /// `topk_ids` is left out where tokens choose among experts.
     #[error(
-        "topk_ids may be left out of a dense layer alone (E = 1, k = 1), this one has E = {experts}, k = {top_k}"
+        "topk_ids may be left out of a dense layer alone (E = 1, k = 1), this one has E = {experts}, \
+         k = {top_k}"
     )]
     NoTopkIds {
         /// E.

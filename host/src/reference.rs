@@ -36,8 +36,8 @@ impl Target {
 /// What a call must compute, before it is rounded or added to anything.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Expected {
-    /// For each pair its weights; `None` when the pair is inactive, also where an index gives it no row of `x`.
-    /// A slice of an adapter by address may be of a smaller rank.
+    /// For each pair its weights; `None` when the pair is inactive, also where an index gives it no row of
+    /// `x`. A slice of an adapter by address may be of a smaller rank.
     pub targets: Vec<Option<Target>>,
     /// `[P, Σ N_s]` what is added to `out`, or `[S, P, R]` what `h` becomes; zero for inactive pairs.
     pub values: Vec<f64>,

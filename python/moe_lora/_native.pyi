@@ -99,7 +99,7 @@ def route(
     Ids are read on the device. An id that is out of range makes its pairs inactive.
 
     :param topk_ids: ``[T, k]`` int32, the global experts of each token.
-    :param token_lora: ``[T]`` int32, the adapter slot of each token, -1 for none.
+    :param token_lora: ``[T or more]`` int32, the adapter slot of each token, -1 for none.
     :param experts: E.
     :param slots: L.
     :param max_rank: R.

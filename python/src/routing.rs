@@ -154,7 +154,7 @@ impl Source {
                 };
                 Ok(Source::Tokens {
                     topk_ids: ids("topk_ids", topk_ids, &[Dim::Is(tokens), Dim::Is(top_k)])?,
-                    token_lora: ids("token_lora", token_lora, &[Dim::Is(tokens)])?,
+                    token_lora: ids("token_lora", token_lora, &[Dim::AtLeast(tokens)])?,
                     adapter_enabled: flags(adapter_enabled)?,
                     ranks: optional("ranks", ranks, &[Type::I32], Dim::AtLeast(slots))?,
                     expert_map: optional("expert_map", expert_map, &[Type::I32], Dim::AtLeast(1))?,

@@ -58,7 +58,7 @@ FORWARD: list[tuple[dict[str, Any], str]] = [
     (dict(b=weights(L, E, N, R)[:1]), "b has 1 slices, expected 2"),
     (dict(topk_ids=Fake(T, 3, **I32)), "topk_ids: expected shape [6, 2], got shape [6, 3]"),
     (dict(topk_ids=Fake(T * K_TOP, **I32)), "topk_ids: expected shape [6, 2], got shape [12]"),
-    (dict(token_lora=Fake(5, **I32)), "token_lora: expected shape [6], got shape [5]"),
+    (dict(token_lora=Fake(5, **I32)), "token_lora: expected shape [≥ 6], got shape [5]"),
     (dict(topk_weights=Fake(T, dtype="float32")), "topk_weights: expected shape [6, 2], got shape [6]"),
     (dict(topk_weights=None), "topk_weights: expected shape [6, 2] with mul_routed_weight, got None"),
     (dict(out=Fake(T * K_TOP, 2 * N)), "out: expected shape [T, k, ≥ offset + S·N], got shape [12, 48]"),
@@ -198,7 +198,7 @@ def test_expand_refuses(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         (dict(topk_ids=Fake(T, **I32)), "topk_ids: expected shape [T, k], got shape [6]"),
-        (dict(token_lora=Fake(T, 1, **I32)), "token_lora: expected shape [6], got shape [6, 1]"),
+        (dict(token_lora=Fake(T, 1, **I32)), "token_lora: expected shape [≥ 6], got shape [6, 1]"),
         (dict(experts=0), "experts is 0, expected at least 1"),
         (dict(max_rank=4096), "max_rank is 4096, expected at most 1024"),
     ],

@@ -203,6 +203,20 @@ pub fn later_structs(functions: &Functions) -> Result<(), Failed> {
     assert_eq!(create(0), Status::Ok);
     assert_eq!(create(1 << 56), Status::StructSize);
     assert_eq!(functions.message(), "projection.size is 120, expected 112");
+    // Of a struct as version 2 had it, what follows is not read.
+    let earlier = Projection { size: 80, out_dims: [usize::MAX; 4], ..PROJECTION };
+    let (projections, mut workspace) = ([ptr::from_ref(&earlier)], ptr::null_mut());
+    // SAFETY: as above.
+    unsafe {
+        functions.done((functions.workspace_create)(
+            context,
+            projections.as_ptr(),
+            1,
+            TOKENS,
+            &mut workspace,
+        ));
+        functions.done((functions.workspace_destroy)(workspace));
+    }
     functions.destroy(context, ptr::null_mut());
     Ok(())
 }

@@ -148,9 +148,9 @@ impl Segments {
         Segments { pairs: active.into_iter().map(|(_, pair)| pair).collect(), tiles, only_active: false }
     }
 
-    /// Runs `work` on every tile with the pairs that are `active` in this call and have a row of their own, and
-    /// with those rows, in parallel; each thread has an `S` of its own. Returns the rows of inactive pairs, as
-    /// far as they are part of the call.
+    /// Runs `work` on every tile, in parallel: with its pairs that are `active` in this call and have a row,
+    /// and with those rows. Each thread has an `S` of its own. Returns the rows of inactive pairs, as far as
+    /// they are part of the call.
     pub fn for_each_tile<'m, T: Send, S: Default>(
         &self,
         mut by_pair: Vec<Option<&'m mut [T]>>,
@@ -205,7 +205,7 @@ pub(super) fn by_index<'m, T>(
 ) -> Vec<Option<&'m mut [T]>> {
     let mut all = in_order(matrix, stride, rows);
     let mut take = |&row: &i32| all.get_mut(usize::try_from(row).ok()?)?.take();
-    let mut by_pair: Vec<_> = index.iter().rev().map(|row| take(row)).collect();
+    let mut by_pair: Vec<_> = index.iter().rev().map(&mut take).collect();
     by_pair.reverse();
     by_pair
 }

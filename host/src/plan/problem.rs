@@ -150,13 +150,20 @@ impl<'c> Problem<'c> {
         let b_elements = |s| projection.b_elements(s).map(|elements| elements as u64);
         let b_elements =
             (0..projection.slices()).map(b_elements).try_fold(0, |most, b| b.map(|b| b.max(most)))?;
-        // What a table names is a slot's alone.
-        let slots = if layout.table { self.sizes().slots as u64 } else { 1 };
+        // An index may name any row that there is.
+        let x_rows = if layout.x_indexed { layout.x_rows as u64 } else { self.x_rows() };
+        let out_rows = if layout.out_indexed { layout.out_rows } else { self.pairs } as u64;
+        // What a table names is a slot's alone, of a rank in multiples of 8.
+        let sizes = self.sizes();
+        let slots = if layout.table { sizes.slots as u64 } else { 1 };
+        let rank = sizes.max_rank as u64;
+        let named = |elements: u64| elements / slots / rank * rank.next_multiple_of(VECTOR as u64);
+        let of_weights = |elements: u64| if layout.table { named(elements) } else { elements };
         let offsets = [
-            self.x_rows().max(layout.x_rows as u64).saturating_mul(layout.x_stride as u64),
-            (self.pairs.max(layout.out_rows) as u64).saturating_mul(layout.out_stride as u64),
-            projection.a_elements()? as u64 / slots,
-            b_elements / slots,
+            x_rows.saturating_mul(layout.x_stride as u64),
+            out_rows.saturating_mul(layout.out_stride as u64),
+            of_weights(projection.a_elements()? as u64),
+            of_weights(b_elements),
             self.h_elements * u64::from(splits),
         ];
         Ok(offsets.into_iter().fold(0, u64::max))

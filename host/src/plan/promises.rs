@@ -24,8 +24,8 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
     let rows = if sizes.x_rows == XRows::Pair { pairs } else { layout.tokens };
     let slots = if layout.table { 1 } else { sizes.slots };
     let offsets = [
-        wide(&[rows.max(layout.x_rows), layout.x_stride]),
-        wide(&[pairs.max(layout.out_rows), layout.out_stride]),
+        wide(&[if layout.x_indexed { layout.x_rows } else { rows }, layout.x_stride]),
+        wide(&[if layout.out_indexed { layout.out_rows } else { pairs }, layout.out_stride]),
         wide(&[slots, projection.a_experts(), sizes.max_rank, sizes.in_dim]),
         wide(&[slots, projection.b_experts(), sizes.out_dims.max(), sizes.max_rank]),
         wide(&[plan.splits() as usize, sizes.out_dims.len(), pairs, sizes.max_rank]),
