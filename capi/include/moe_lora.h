@@ -200,9 +200,13 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_NOTHING_TO_MAP = 33,
     /**
+     * A table of adapters is of matrices of other sizes than the call's. Not returned by this version.
+     */
+    MOE_LORA_STATUS_OTHER_TABLE = 34,
+    /**
      * The back end has no kernels for this form of a call.
      */
-    MOE_LORA_STATUS_UNSUPPORTED = 34,
+    MOE_LORA_STATUS_UNSUPPORTED = 35,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

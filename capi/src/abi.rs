@@ -92,8 +92,10 @@ pub enum Status {
     NoTopkIds = 32,
     /// `expert_map` is given where `topk_ids` is left out. Not returned by this version.
     NothingToMap = 33,
+    /// A table of adapters is of matrices of other sizes than the call's. Not returned by this version.
+    OtherTable = 34,
     /// The back end has no kernels for this form of a call.
-    Unsupported = 34,
+    Unsupported = 35,
 }
 
 /// Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.

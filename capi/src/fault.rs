@@ -77,6 +77,7 @@ impl Fault {
                 Error::UnequalSlices { .. } => Status::UnequalSlices,
                 Error::NoTopkIds { .. } => Status::NoTopkIds,
                 Error::NothingToMap => Status::NothingToMap,
+                Error::OtherTable { .. } => Status::OtherTable,
                 Error::Unsupported { .. } => Status::Unsupported,
                 // An emulated kernel's: no emulated device is behind this interface.
                 _ => Status::Internal,
@@ -168,6 +169,7 @@ mod tests {
             Error::UnequalSlices { out_dims: text() },
             Error::NoTopkIds { experts: 2, top_k: 1 },
             Error::NothingToMap,
+            Error::OtherTable { table: text(), call: text() },
             Error::Unsupported { what },
             Error::DriverTooOld { version: text(), needed: "" },
             Error::Driver { call: "", code: 1, name: text(), reason: text() },
@@ -176,7 +178,7 @@ mod tests {
         let mut statuses: Vec<_> = errors.map(|error| Fault::from(error).status() as i32).into();
         statuses.sort_unstable();
         let of_arguments = [Status::NullArgument, Status::StructSize, Status::InvalidValue, Status::Internal];
-        let of_errors = (1..=34).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
+        let of_errors = (1..=35).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
         assert_eq!(statuses, of_errors.collect::<Vec<_>>());
     }
 

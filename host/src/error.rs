@@ -123,6 +123,14 @@ pub enum Error {
         /// Address given.
         address: u64,
     },
+    /// A table of adapters was made for a projection whose matrices are of other sizes.
+    #[error("the adapters are of {table}, this call is of {call}")]
+    OtherTable {
+        /// Sizes of the table's matrices.
+        table: String,
+        /// Sizes of the call's.
+        call: String,
+    },
     /// Slices of different widths cannot be interleaved column by column.
     #[error("interleaved slices have the widths {out_dims}, expected one width")]
     UnequalSlices {

@@ -52,3 +52,14 @@
 //! Device::new(0)?.foreign_stream(std::ptr::null_mut());
 //! # Ok::<(), moe_lora::Error>(())
 //! ```
+//! An adapter is not exchanged while a call is made of its table:
+//! ```compile_fail,E0502
+//! # use half::bf16;
+//! # use moe_lora::{AdapterTable, Projection, ProjectionSizes, cpu::Cpu};
+//! let projection = Projection::new(ProjectionSizes::gate_up(16, 32))?;
+//! let mut table = AdapterTable::<Cpu, bf16>::new(&Cpu, &projection)?;
+//! let adapters = table.adapters();
+//! table.remove(0)?;
+//! adapters.entries();
+//! # Ok::<(), moe_lora::Error>(())
+//! ```

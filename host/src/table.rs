@@ -2,9 +2,9 @@
 
 use crate::backend::{Backend, Buffer};
 use crate::check::check_view;
-use crate::dtype::Element;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::projection::Projection;
+use crate::projection::{OutDims, Projection, ProjectionSizes};
 use crate::tensor::{Host, Space, View};
 use bytemuck::{Pod, Zeroable};
 use std::fmt;
@@ -54,6 +54,8 @@ impl AdapterEntry {
 #[derive(Clone, Copy, Debug)]
 pub struct Adapters<'a, S: Space> {
     entries: View<'a, S, AdapterEntry>,
+    /// What they were checked to be of; `None` where whoever made the table has promised that of each call.
+    projection: Option<&'a Projection>,
 }
 
 impl<'a, S: Space> Adapters<'a, S> {
@@ -66,7 +68,7 @@ impl<'a, S: Space> Adapters<'a, S> {
     ///   `[E or 1, N_s, r]` as the call's projection has them, that nobody writes meanwhile;
     /// - both are on 16-byte boundaries, and r = `max_rank` is a multiple of 8.
     pub unsafe fn new(entries: View<'a, S, AdapterEntry>) -> Self {
-        Adapters { entries }
+        Adapters { entries, projection: None }
     }
 
     /// The table.
@@ -74,9 +76,37 @@ impl<'a, S: Space> Adapters<'a, S> {
         self.entries
     }
 
-    /// Refuses a table that is too short.
+    /// Refuses a table that is too short, or of matrices of other sizes than the call's.
     pub(crate) fn check(&self, projection: &Projection) -> Result<()> {
+        if let Some([table, call]) = self.projection.map(|own| [Matrices::of(own), Matrices::of(projection)])
+            && table != call
+        {
+            return Err(Error::OtherTable { table: table.to_string(), call: call.to_string() });
+        }
         check_view("adapters", &self.entries, &[projection.sizes().slots, projection.slices()])
+    }
+}
+
+/// All that the sizes of an adapter's matrices depend on, but its rank.
+#[derive(PartialEq)]
+struct Matrices {
+    dtype: DType,
+    in_dim: usize,
+    out_dims: OutDims,
+    experts: [usize; 2],
+}
+
+impl Matrices {
+    fn of(projection: &Projection) -> Self {
+        let &ProjectionSizes { dtype, in_dim, out_dims, .. } = projection.sizes();
+        Matrices { dtype, in_dim, out_dims, experts: [projection.a_experts(), projection.b_experts()] }
+    }
+}
+
+impl fmt::Display for Matrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Matrices { dtype, in_dim, out_dims, experts: [a, b] } = self;
+        write!(f, "{dtype} K={in_dim} N={out_dims} S={}, {a} matrices of a and {b} of b", out_dims.len())
     }
 }
 
@@ -140,6 +170,28 @@ pub struct AdapterSlice<B: Backend, T: Pod> {
 /// An adapter may be exchanged between any two calls, and between any two replays of a graph that records
 /// the table: [`AdapterTable::set`] waits until no queued work reads what it replaces. A recorded graph that
 /// outlives the table finds every slot off.
+///
+/// ```
+/// use half::bf16;
+/// use moe_lora::{AdapterSlice, AdapterTable, Backend, Operator, ProjectionSizes, RoutingTensors, cpu::Cpu};
+///
+/// // q, k and v of an attention layer. Slot 1 has an adapter of q and v, of rank 2.
+/// let sizes = ProjectionSizes { slots: 2, max_rank: 8, ..ProjectionSizes::dense(4, &[4, 2, 2]) };
+/// let [qkv] = Operator::builder(&Cpu).max_tokens(2).build([sizes])?;
+/// let mut table = AdapterTable::new(&Cpu, qkv.projection())?;
+/// let slice = |n: usize| -> moe_lora::Result<_> {
+///     let (a, b) = (Cpu.upload(&vec![bf16::ONE; 8 * 4])?, Cpu.upload(&vec![bf16::ONE; n * 8])?);
+///     Ok(Some(AdapterSlice { a, b, rank: 2, max_rank: 8, scaling: 0.5 }))
+/// };
+/// table.set(1, vec![slice(4)?, None, slice(2)?])?;
+///
+/// let (x, token_lora, mut out) = ([bf16::ONE; 2 * 4], [1, 0], [bf16::ZERO; 2 * 8]);
+/// let routing = RoutingTensors::dense(token_lora[..].into());
+/// qkv.call_adapters(&x[..], &table.adapters(), routing, &mut out[..]).run()?;
+/// assert_eq!(out.map(f32::from), [4., 4., 4., 4., 0., 0., 4., 4., 0., 0., 0., 0., 0., 0., 0., 0.]);
+/// table.remove(1)?;
+/// # Ok::<(), moe_lora::Error>(())
+/// ```
 pub struct AdapterTable<B: Backend + Clone, T: Element> {
     backend: B,
     projection: Projection,
@@ -210,7 +262,9 @@ impl<B: Backend + Clone, T: Element> AdapterTable<B, T> {
         // SAFETY: the buffers that the entries name are kept with the table, of the sizes and on the
         // boundaries that `entry` has checked. They are let go of after entries that do not name them are
         // written, which waits for all that reads the table.
-        unsafe { Adapters::new(self.entries.view()) }
+        // Calls of other sizes are refused.
+        let adapters = unsafe { Adapters::new(self.entries.view()) };
+        Adapters { projection: Some(&self.projection), ..adapters }
     }
 
     fn replace(

@@ -231,6 +231,39 @@ fn whatever_is_wrong_with_an_adapter_is_refused_and_nothing_changes() {
     assert_eq!((backend.alive(), backend.0.writes.borrow().len()), (alive, writes));
 }
 
+/// Sizes of matrices are the table's promise: a call of others would read past them.
+#[test]
+fn a_call_of_other_sizes_refuses_the_table() {
+    let backend = Watched::default();
+    let table = AdapterTable::<Watched, bf16>::new(&backend, &projection()).expect("a table");
+    let good = *projection().sizes();
+    let shared = ExpertWeights::Shared;
+    let dims = |widths: &[usize]| OutDims::new(widths).expect("slices");
+    let others = [
+        (ProjectionSizes { in_dim: 5, ..good }, "bf16 K=5 N=3+2 S=2, 1 matrices of a and 2 of b"),
+        (ProjectionSizes { out_dims: dims(&[3, 3]), ..good }, "bf16 K=4 N=3 S=2, 1 matrices of a and 2 of b"),
+        (ProjectionSizes { out_dims: dims(&[3]), ..good }, "bf16 K=4 N=3 S=1, 1 matrices of a and 2 of b"),
+        (ProjectionSizes { b_experts: shared, ..good }, "bf16 K=4 N=3+2 S=2, 1 matrices of a and 1 of b"),
+        (ProjectionSizes { experts: 3, ..good }, "bf16 K=4 N=3+2 S=2, 1 matrices of a and 3 of b"),
+    ];
+    let (x, ids, loras) = (vec![bf16::ONE; 8], [0], [0]);
+    for (sizes, call) in others {
+        let [operator] = Operator::builder(&backend).max_tokens(1).build([sizes]).expect("an operator");
+        let mut out = [bf16::ONE; 8];
+        let routing = (&ids[..], &loras[..]);
+        let refused = operator.call_adapters(&x[..], &table.adapters(), routing, &mut out[..]).run();
+        let table = "bf16 K=4 N=3+2 S=2, 1 matrices of a and 2 of b".to_owned();
+        assert_eq!(refused, Err(Error::OtherTable { table, call: call.to_owned() }));
+    }
+    // Of more slots than the table has.
+    let more = ProjectionSizes { slots: 4, ..good };
+    let [operator] = Operator::builder(&backend).max_tokens(1).build([more]).expect("an operator");
+    let mut out = [bf16::ONE; 8];
+    let refused =
+        operator.call_adapters(&x[..], &table.adapters(), (&ids[..], &loras[..]), &mut out[..]).run();
+    assert!(matches!(refused, Err(Error::TooShort { tensor: "adapters", expected: 8, got: 6, .. })));
+}
+
 #[test]
 fn weights_are_let_go_of_when_no_entry_names_them() {
     let backend = Watched::default();
