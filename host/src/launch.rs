@@ -16,8 +16,8 @@ use crate::tuning::Tuning;
 use bytemuck::Pod;
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::{
-    AdapterEntry, AdoptParams, AlignParams, DecodeParams, ExpandParams, MAX_SLICES, PrefillParams, RouteParams,
-    ShrinkParams,
+    AdapterEntry, AdoptParams, AlignParams, DecodeParams, ExpandParams, MAX_SLICES, PrefillParams,
+    RouteParams, ShrinkParams,
 };
 
 /// The parameter block of a launch.

@@ -14,6 +14,9 @@ fn main() {
 }
 
 #[cfg(feature = "cuda")]
+#[path = "cuda/adapters.rs"]
+mod adapters;
+#[cfg(feature = "cuda")]
 #[path = "cuda/blocks.rs"]
 mod blocks;
 #[cfg(feature = "cuda")]
@@ -28,13 +31,15 @@ mod wide;
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{blocks, engine, graphs, skipped, wide};
+    use super::{adapters, blocks, engine, graphs, skipped, wide};
     use libtest_mimic::{Arguments, Failed, Trial};
-    use moe_lora::OutDims;
     use moe_lora::cuda::{Cubin, Device, Embedded, LoadedFrom, Options, Packed, Stream};
+    use moe_lora::{DType, OutDims};
     use moe_lora_tests::cases::check_cases;
     use moe_lora_tests::refusals::check_refusals;
-    use moe_lora_verify::{Case, Experts, Loras, check_each, full_grid, quick_grid, vllm_grid};
+    use moe_lora_verify::{
+        Case, Experts, Form, Loras, check_each, full_grid, new_forms, quick_grid, vllm_grid,
+    };
 
     type Test = Box<dyn FnOnce(&Device) -> Result<(), Failed> + Send>;
 
@@ -87,6 +92,7 @@ mod gpu {
             }
             Ok(())
         });
+        test("every_form_takes_what_engines_have", |device| all_pass(device, &what_engines_have()));
         // As planned: its adapters are large, and each way would upload them again.
         test("vllms_own_grid_passes", |device| pass(device, vec![Options::default()], &vllm_grid()));
         test("any_number_of_buckets_is_routed", |device| all_pass(device, &many_buckets()));
@@ -98,6 +104,7 @@ mod gpu {
             engine::an_engine_owns_all_of_it_and_drops_it_in_any_order,
         );
         test("captured_calls_replay_with_other_routing", graphs::captured_calls_replay_with_other_routing);
+        test("adapters_are_exchanged_between_replays", adapters::adapters_are_exchanged_between_replays);
         test("rows_past_31_bits_are_reached", wide::rows_past_31_bits_are_reached);
         test("weights_past_31_bits_are_reached", wide::weights_past_31_bits_are_reached);
         for (name, options) in ways() {
@@ -129,6 +136,16 @@ mod gpu {
         let overwriting =
             tokens.clone().map(|case| Case { accumulate: false, routing: Experts::OutOfRange, ..case });
         tokens.into_iter().chain(overwriting).collect()
+    }
+
+    /// Slices of own widths and in other orders, rows by an index, adapters by address and other ids: few pairs a
+    /// segment, many, and a call in halves.
+    fn what_engines_have() -> Vec<Case> {
+        let few = Case { tokens: 12, out_dims: OutDims::uniform(64, 2), in_dim: 136, ..Case::default() };
+        let many = Case { tokens: 700, max_rank: 40, dtype: DType::F16, in_dim: 520, ..few.clone() };
+        let one = Case { tokens: 1, max_rank: 64, in_dim: 2048, ..few.clone() };
+        let split = Case { form: Form::Split, tokens: 90, max_rank: 24, ..few.clone() };
+        [few, many, one, split].iter().flat_map(new_forms).collect()
     }
 
     fn all_pass(device: &Device, cases: &[Case]) -> Result<(), Failed> {

@@ -10,7 +10,9 @@ use moe_lora_tests::plans::{distinct, kernels, splits_k};
 use moe_lora_tests::refusals::check_refusals;
 use moe_lora_tests::tally::Tally;
 use moe_lora_tests::tier::amount;
-use moe_lora_verify::{Case, Experts, Failure, Form, Loras, Ranks, Runs, check, check_runs, short_grid};
+use moe_lora_verify::{
+    Case, Experts, Failure, Form, Loras, Ranks, Runs, check, check_runs, new_forms, short_grid,
+};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -162,6 +164,18 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     let tally = small.plus(check_repeated(&others)).plus(check_all(&wide(), &prefills()));
     tally.log();
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
+}
+
+/// Slices of own widths and in other orders, rows by an index, adapters by address and other ids, in every form
+/// and on every tile: few pairs a segment, and tiles of more than one.
+#[test]
+fn every_form_takes_what_engines_have() {
+    let few = Case { tokens: 12, out_dims: OutDims::uniform(64, 2), in_dim: 136, ..Case::default() };
+    let many = Case { tokens: 80, top_k: 1, max_rank: 40, dtype: DType::F16, ..few.clone() };
+    let split = Case { form: Form::Split, max_rank: 24, ..few.clone() };
+    let plain = check_all(&new_forms(&few), &ways_of(IndexWidth::I32));
+    let wide = check_all(&new_forms(&many), &ways_of(IndexWidth::I64));
+    plain.plus(wide).plus(check_all(&new_forms(&split), &ways_of(IndexWidth::I32))).log();
 }
 
 /// Small K is not worth splitting: the calls of the table's test and most random ones run whole.

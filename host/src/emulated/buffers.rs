@@ -17,7 +17,10 @@ pub(super) fn buffer<T>(name: impl Into<String>, start: Global<T>, elements: u64
     emulate::Buffer { name: name.into(), address: start.address(), bytes, writable: false }
 }
 
-pub(super) fn tensor<T: Pod>(name: impl Into<String>, view: View<'_, tensor::Emulated, T>) -> emulate::Buffer {
+pub(super) fn tensor<T: Pod>(
+    name: impl Into<String>,
+    view: View<'_, tensor::Emulated, T>,
+) -> emulate::Buffer {
     buffer(name, Global::<T>::new(view.address()), view.len() as u64)
 }
 

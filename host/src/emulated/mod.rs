@@ -16,15 +16,15 @@ use crate::plan::{DeviceLimits, Launch, Options, Plan, RouteSource, Scratch, Sta
 use crate::projection::Projection;
 use crate::route::{HeldRoute, NOT_RECORDED, Route};
 use crate::tensor::{self as space, View, ViewMut};
+use buffers::{
+    Which, buffer, counts, flags, h_buffer, ids, made_route, routed, routing_tensors, split_k_workspace,
+    tensor, weights,
+};
 use bytemuck::Pod;
 use moe_lora_kernels::emulate::{self, Memory};
 use moe_lora_kernels::memory::Global;
 use moe_lora_kernels::params::products;
 use moe_lora_kernels::route::EXCHANGE_HEAD;
-use buffers::{
-    Which, buffer, counts, flags, h_buffer, ids, made_route, routed, routing_tensors, split_k_workspace, tensor,
-    weights,
-};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -187,7 +187,8 @@ impl Emulated {
                 self.launch(launch, p, tensors, &written, &[])
             }
             Parameters::Shrink(p) => {
-                let h = h_buffer(p.h, p.partial, [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank]);
+                let h =
+                    h_buffer(p.h, p.partial, [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank]);
                 let read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
                 let (fresh, written) =
                     if p.write_all == 0 { (&[h][..], &[][..]) } else { (&[][..], &[h][..]) };
@@ -196,7 +197,11 @@ impl Emulated {
             Parameters::Expand(p) => {
                 let (out, tensors) = tensors.split_last().expect("a call that expands has an out");
                 let mut read = routed(tensors, (p.pairs, listed), p.tiles, counts(p.counts), p.pair_count);
-                read.push(h_buffer(p.h, p.partial, [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank]));
+                read.push(h_buffer(
+                    p.h,
+                    p.partial,
+                    [p.splits, p.weights.slices, p.pair_count, p.weights.max_rank],
+                ));
                 self.launch(launch, p, &read, &[], std::slice::from_ref(out))
             }
         })

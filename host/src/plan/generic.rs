@@ -10,9 +10,9 @@ use crate::plan::likely::{Likely, side_by_side};
 use crate::plan::{DeviceLimits, Problem, RouteTiles, Stage};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::memory::Global;
+use moe_lora_kernels::params::MAX_SLICES;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::params::{ExpandParams, ShrinkParams};
-use moe_lora_kernels::params::MAX_SLICES;
 use moe_lora_kernels::tile::{self, TileShape};
 use moe_lora_kernels::{ElementType, IndexWidth, Kernel, TileKind, Variant, expand, shrink};
 use std::fmt;

@@ -94,8 +94,7 @@ impl<'c> Problem<'c> {
         let sizes = projection.sizes();
         let strides = [layout.x_stride, layout.out_stride, layout.offset];
         let side_by_side = layout.order != SliceOrder::Interleaved;
-        let aligned =
-            layout.aligned && side_by_side && are_vectors(&strides) && has_vector_sizes(sizes);
+        let aligned = layout.aligned && side_by_side && are_vectors(&strides) && has_vector_sizes(sizes);
         Ok(Problem {
             projection,
             layout,

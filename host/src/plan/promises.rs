@@ -56,7 +56,8 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
             }
             if let Some(expand) = generic.expand {
                 let ends = expand.first_blocks[1..].iter().chain([&expand.column_blocks]);
-                for ((first, end), out_dim) in expand.first_blocks.iter().zip(ends).zip(sizes.out_dims.as_slice())
+                for ((first, end), out_dim) in
+                    expand.first_blocks.iter().zip(ends).zip(sizes.out_dims.as_slice())
                 {
                     let blocks = u64::from(*end.min(&expand.column_blocks) - first);
                     let covered = blocks * u64::from(expand.columns_per_block);

@@ -17,9 +17,9 @@ pub use generic::{ExpandParams, ShrinkParams};
 pub use prefill::{PrefillParams, products};
 pub use route::{AdoptParams, AlignParams, RouteParams};
 pub use rows::{PairRows, RowParams};
-pub use weights::{AdapterEntry, WeightParams};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use weights::Matrix;
+pub use weights::{AdapterEntry, WeightParams};
 
 /// Most slices of a projection.
 pub const MAX_SLICES: usize = 4;

@@ -262,14 +262,7 @@ impl OutRows {
     /// If `p.accumulate`, the panel must hold the old values.
     #[inline(always)]
     #[track_caller]
-    unsafe fn old(
-        &self,
-        p: &PrefillParams,
-        end: u32,
-        old: Panel,
-        first: u32,
-        position: &Position,
-    ) -> Old {
+    unsafe fn old(&self, p: &PrefillParams, end: u32, old: Panel, first: u32, position: &Position) -> Old {
         let mut values = [[[0; 4]; 2]; 2];
         unroll::<2>(|group| {
             unroll::<2>(|half| {
