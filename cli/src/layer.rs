@@ -51,7 +51,14 @@ impl Layer {
         let own = || {
             let &Layer { hidden, intermediate, experts, top_k, .. } = self;
             let (hidden, intermediate) = (hidden?, intermediate?);
-            Some(Model { name: "", hidden, intermediate, experts: experts?, top_k: top_k? })
+            Some(Model {
+                name: "",
+                hidden,
+                intermediate,
+                experts: experts?,
+                top_k: top_k?,
+                attention: [0; 2],
+            })
         };
         self.model.or_else(own).ok_or_else(|| {
             let which =

@@ -1,10 +1,10 @@
-//! The layers of well-known models.
+//! The layers of well-known models: mixtures of experts, and the projections of attention.
 
 use clap::ValueEnum;
-use moe_lora::{DType, ExpertWeights, OutDims, Projection, ProjectionSizes, XRows};
+use moe_lora::{DType, Projection, ProjectionSizes};
 use std::fmt;
 
-/// A model's mixture-of-experts layer.
+/// A model's layer.
 #[derive(Clone, Copy)]
 pub struct Model {
     pub name: &'static str,
@@ -12,6 +12,8 @@ pub struct Model {
     pub intermediate: usize,
     pub experts: usize,
     pub top_k: usize,
+    /// Widths of q, and of k and of v; 0 where they do not matter.
+    pub attention: [usize; 2],
 }
 
 /// A projection of such a layer.
@@ -21,16 +23,44 @@ pub enum Op {
     W13,
     /// Down: one slice, a row of x a pair, weighted
     W2,
+    /// q, k and v of attention: a dense layer of three slices of their own widths
+    Qkv,
+    /// Attention's output: a dense layer
+    O,
 }
 
-pub const QWEN3_30B: Model =
-    Model { name: "qwen3-30b-a3b", hidden: 2048, intermediate: 768, experts: 128, top_k: 8 };
-pub const GPT_OSS_20B: Model =
-    Model { name: "gpt-oss-20b", hidden: 2880, intermediate: 2880, experts: 32, top_k: 4 };
-pub const OLMOE_1B: Model =
-    Model { name: "olmoe-1b-7b", hidden: 2048, intermediate: 1024, experts: 64, top_k: 8 };
-pub const MIXTRAL_8X7B: Model =
-    Model { name: "mixtral-8x7b", hidden: 4096, intermediate: 14336, experts: 8, top_k: 2 };
+pub const QWEN3_30B: Model = Model {
+    name: "qwen3-30b-a3b",
+    hidden: 2048,
+    intermediate: 768,
+    experts: 128,
+    top_k: 8,
+    attention: [4096, 512],
+};
+pub const GPT_OSS_20B: Model = Model {
+    name: "gpt-oss-20b",
+    hidden: 2880,
+    intermediate: 2880,
+    experts: 32,
+    top_k: 4,
+    attention: [4096, 512],
+};
+pub const OLMOE_1B: Model = Model {
+    name: "olmoe-1b-7b",
+    hidden: 2048,
+    intermediate: 1024,
+    experts: 64,
+    top_k: 8,
+    attention: [2048, 2048],
+};
+pub const MIXTRAL_8X7B: Model = Model {
+    name: "mixtral-8x7b",
+    hidden: 4096,
+    intermediate: 14336,
+    experts: 8,
+    top_k: 2,
+    attention: [4096, 1024],
+};
 
 /// All of them.
 pub const MODELS: [Model; 4] = [QWEN3_30B, GPT_OSS_20B, OLMOE_1B, MIXTRAL_8X7B];
@@ -44,23 +74,14 @@ impl Model {
         slots: usize,
         dtype: DType,
     ) -> moe_lora::Result<Projection> {
-        let &Model { hidden, intermediate, experts, top_k, .. } = self;
-        let (in_dim, out_dim, slices, x_rows) = match op {
-            Op::W13 => (hidden, intermediate, 2, XRows::Token),
-            Op::W2 => (intermediate, hidden, 1, XRows::Pair),
+        let &Model { hidden, intermediate, experts, top_k, attention: [q, kv], .. } = self;
+        let sizes = match op {
+            Op::W13 => ProjectionSizes { top_k, experts, ..ProjectionSizes::gate_up(hidden, intermediate) },
+            Op::W2 => ProjectionSizes { top_k, experts, ..ProjectionSizes::down(hidden, intermediate) },
+            Op::Qkv => ProjectionSizes::dense(hidden, &[q, kv, kv]),
+            Op::O => ProjectionSizes::dense(q, &[hidden]),
         };
-        Projection::new(ProjectionSizes {
-            dtype,
-            top_k,
-            experts,
-            slots,
-            max_rank: rank,
-            in_dim,
-            out_dims: OutDims::uniform(out_dim, slices),
-            x_rows,
-            a_experts: ExpertWeights::PerExpert,
-            b_experts: ExpertWeights::PerExpert,
-        })
+        Projection::new(ProjectionSizes { dtype, slots, max_rank: rank, ..sizes })
     }
 }
 
@@ -69,6 +90,8 @@ impl fmt::Display for Op {
         f.write_str(match self {
             Op::W13 => "w13",
             Op::W2 => "w2",
+            Op::Qkv => "qkv",
+            Op::O => "o",
         })
     }
 }

@@ -78,6 +78,7 @@ pub fn tune(args: &Args) -> anyhow::Result<()> {
                 rank: args.layer.rank,
                 weighted: op == Op::W2,
                 split: false,
+                table: false,
                 choice: Choice::Uniform,
             };
             let tuned = fastest(&gpu, &workload).with_context(|| format!("{op}, {tokens} tokens"))?;

@@ -49,13 +49,17 @@ pub fn of_models(dtype: DType, split: bool) -> moe_lora::Result<Vec<Case>> {
         // Small adapters, and the same beside a large one that needs a large allocation.
         (QWEN3_30B, Op::W13, 8, 8, 2, &[80, 1024]),
         (QWEN3_30B, Op::W13, 128, 8, 2, &[80, 1024]),
+        // Dense layers: few segments of many rows, and small weights.
+        (QWEN3_30B, Op::Qkv, 64, 64, 2, &[1, 16, 80, 256, 1024, 8192]),
+        (QWEN3_30B, Op::O, 64, 64, 2, &[1, 16, 80, 256, 1024, 8192]),
     ];
     let mut cases = Vec::new();
     for &(model, op, max_rank, rank, slots, tokens) in rows {
         let projection = model.projection(op, max_rank, slots, dtype)?;
         let weighted = op == Op::W2;
         cases.extend(tokens.iter().map(|&tokens| {
-            let workload = Workload { projection, tokens, rank, weighted, split, choice: Choice::Uniform };
+            let workload =
+                Workload { projection, tokens, rank, weighted, split, table: false, choice: Choice::Uniform };
             Case { name: model.name, op, workload }
         }));
     }
@@ -101,7 +105,7 @@ pub fn random(seed: u64) -> Case {
         let choice = one_of(rng, &[Choice::Uniform, Choice::Uniform, Choice::Uniform, Choice::Zipf]);
         // One call in eight has small adapters in an allocation for large ones.
         let rank = if rng.random_range(0..8) == 0 { max_rank.min(8) } else { max_rank };
-        let model = Model { name: "random", hidden, intermediate, experts, top_k };
+        let model = Model { name: "random", hidden, intermediate, experts, top_k, attention: [0; 2] };
         let Ok(projection) = model.projection(op, max_rank, slots, dtype) else { continue };
         let ProjectionSizes { in_dim, out_dims, x_rows, .. } = *projection.sizes();
         let weights = slots * experts * max_rank * (out_dims.len() * in_dim + out_dims.total()) * DType::SIZE;
@@ -111,7 +115,7 @@ pub fn random(seed: u64) -> Case {
             continue;
         }
         let weighted = op == Op::W2;
-        let workload = Workload { projection, tokens, rank, weighted, split: false, choice };
+        let workload = Workload { projection, tokens, rank, weighted, split: false, table: false, choice };
         return Case { name: model.name, op, workload };
     }
 }

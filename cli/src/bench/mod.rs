@@ -5,7 +5,7 @@ mod record;
 mod route;
 
 use crate::DTypeArg;
-use crate::measure::{Candidates, Measured, Times, time};
+use crate::measure::{Candidates, Measured, Times, Workload, median, time};
 use crate::models::Op;
 use crate::print::say;
 use anyhow::Context;
@@ -73,6 +73,9 @@ pub struct Args {
     /// Time calls of the split form: shrink, then expand
     #[arg(long)]
     split: bool,
+    /// Time each call on stacked weights, and on the same weights by address
+    #[arg(long, conflicts_with_all = ["random", "route", "record"])]
+    table: bool,
     /// Time the route alone, on --tokens of 8 pairs each, 128 experts and 2 adapters
     #[arg(long, conflicts_with_all = ["op", "tile", "every_candidate", "split"])]
     route: bool,
@@ -146,6 +149,7 @@ fn bench_models(
             && args.rank.is_none_or(|rank| rank == case.workload.rank)
     };
     let cases = of_models(args.dtype.into(), args.split)?;
+    let mut by_address = Vec::new();
     for (seed, case) in (0..).zip(cases).filter(|(_, case)| wanted(case)) {
         let Candidates { options, streams, .. } = Candidates::new(device, options, &case.workload)?;
         let measured = measure(&streams, &case, seed, args.record.is_none())?;
@@ -153,6 +157,9 @@ fn bench_models(
         let Case { name, op, workload } = case;
         let (tokens, loras, rank) = (workload.tokens, workload.projection.sizes().slots, rank(&case));
         let floor = measured.floor;
+        if args.table {
+            by_address.push(by_address_and_stacked(&streams[..1], &case, seed)?);
+        }
         for (stream, Times { kernels, routed, host, error }) in streams.iter().zip(measured.times) {
             let (option, ratio) = (stream.variant(), routed / floor);
             say!(
@@ -161,7 +168,28 @@ fn bench_models(
             )?;
         }
     }
+    if let Some(worst) = by_address.iter().copied().max_by(f64::total_cmp) {
+        let mean = (by_address.iter().map(|ratio| ratio.ln()).sum::<f64>() / by_address.len() as f64).exp();
+        say!("\nBy address: {mean:.3} times as long as stacked (geometric mean), at most {worst:.3} times")?;
+    }
     Ok(())
+}
+
+/// Rounds in which stacked weights and those by address take turns.
+const ROUNDS: usize = 3;
+
+/// How many times as long as on stacked weights a call takes on the same weights by address.
+fn by_address_and_stacked(streams: &[Stream], case: &Case, seed: u64) -> anyhow::Result<f64> {
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..ROUNDS {
+        for (times, table) in times.iter_mut().zip([false, true]) {
+            let case = Case { workload: Workload { table, ..case.workload }, ..*case };
+            times.push(measure(streams, &case, seed, false)?.times[0].routed);
+        }
+    }
+    let [stacked, by_address] = times.map(median);
+    say!("by address {by_address:.1} µs, stacked {stacked:.1}: {:.3}", by_address / stacked)?;
+    Ok(by_address / stacked)
 }
 
 /// What a summary of random calls says of one.

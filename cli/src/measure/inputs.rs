@@ -36,8 +36,6 @@ pub struct Inputs<T> {
     pub token_lora: Vec<i32>,
     /// [T, K], or [P, K].
     pub x: Vec<T>,
-    /// Elements of `a`, and of `b`, of one slice.
-    weights: [usize; 2],
     /// Where in the pool each slice of `a`, then of `b`, begins.
     starts: Vec<usize>,
     pool: Vec<f32>,
@@ -73,9 +71,8 @@ impl<T: Element> Inputs<T> {
         // Whole sequences share an adapter.
         let run = tokens.div_ceil(tokens.min(SEQUENCES));
         let token_lora = (0..tokens).map(|t| (t / run % s.slots) as i32).collect();
-        let weights = [s.in_dim, s.out_dims.max()].map(|dim| s.slots * s.experts * s.max_rank * dim);
         let starts = (0..2 * s.out_dims.len()).map(|_| rng.random_range(0..POOL)).collect();
-        Inputs { topk_ids, topk_weights, token_lora, x, weights, starts, pool }
+        Inputs { topk_ids, topk_weights, token_lora, x, starts, pool }
     }
 
     /// Slices of `a`, then of `b`.
@@ -85,17 +82,19 @@ impl<T: Element> Inputs<T> {
         [0, 1].map(|which| {
             let pool: Vec<T> = self.pool.iter().map(|value| T::from_f32(value * scales[which])).collect();
             let starts = &self.starts[which * s.out_dims.len()..][..s.out_dims.len()];
-            let slice = |start: &usize| {
-                let mut slice = Vec::with_capacity(self.weights[which]);
+            let slice = |(slice, start): (usize, &usize)| {
+                let dim = [s.in_dim, s.out_dims.get(slice)][which];
+                let elements = s.slots * s.experts * s.max_rank * dim;
+                let mut slice = Vec::with_capacity(elements);
                 let mut start = *start;
-                while slice.len() < self.weights[which] {
-                    let count = (POOL - start).min(self.weights[which] - slice.len());
+                while slice.len() < elements {
+                    let count = (POOL - start).min(elements - slice.len());
                     slice.extend_from_slice(&pool[start..][..count]);
                     start = 0;
                 }
                 slice
             };
-            starts.iter().map(slice).collect()
+            starts.iter().enumerate().map(slice).collect()
         })
     }
 
@@ -146,7 +145,7 @@ impl<T: Element> Inputs<T> {
         let weight = if weighted { f64::from(self.topk_weights[pair]) } else { 1.0 };
         (0..s.out_dims.len())
             .flat_map(|slice| {
-                let [a, b] = [(0, s.in_dim), (1, s.out_dims.max())].map(|(which, dim)| {
+                let [a, b] = [(0, s.in_dim), (1, s.out_dims.get(slice))].map(|(which, dim)| {
                     let (len, terms) = (s.max_rank * dim, [s.in_dim, s.max_rank][which]);
                     self.row(which, slice, s.out_dims.len(), matrix * len, len, scale(terms))
                 });

@@ -10,8 +10,8 @@ pub use inputs::Choice;
 use inputs::Inputs;
 use moe_lora::cuda::{self, Stream};
 use moe_lora::{
-    Backend, Buffer, Cuda, DType, Element, Expand, Factor, Forward, Layout, Projection, Route, Routing,
-    RoutingTensors, Rows, Shrink, SliceOrder, View, Weights,
+    AdapterEntry, Adapters, Backend, Buffer, Cuda, DType, Element, Expand, Factor, Forward, Layout,
+    Projection, Route, Routing, RoutingTensors, Rows, Shrink, SliceOrder, TopkIds, View, Weights,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -43,6 +43,8 @@ pub struct Workload {
     pub weighted: bool,
     /// Whether both halves are called apart, as where tensor parallelism comes between them.
     pub split: bool,
+    /// Whether weights are named by address.
+    pub table: bool,
     /// How tokens choose their experts.
     pub choice: Choice,
 }
@@ -51,7 +53,8 @@ impl Workload {
     /// Its tensors are contiguous and aligned.
     pub fn layout(&self) -> Layout {
         let &Workload { projection, tokens, rank, .. } = self;
-        contiguous(&projection, tokens, rank < projection.sizes().max_rank)
+        let ranked = rank < projection.sizes().max_rank;
+        Layout { table: self.table, ..contiguous(&projection, tokens, ranked) }
     }
 }
 
@@ -136,6 +139,24 @@ fn views<T: Element>(slices: &[cuda::Buffer<T>]) -> Vec<View<'_, Cuda, T>> {
     slices.iter().map(Buffer::view).collect()
 }
 
+/// The table that names a set of stacked weights.
+fn entries<T: Element>(projection: &Projection, [a, b]: &[Vec<cuda::Buffer<T>>; 2]) -> Vec<AdapterEntry> {
+    let s = projection.sizes();
+    let of = |slot: usize, slice: usize| {
+        let [a_slot, b_slot] = [s.in_dim, s.out_dims.get(slice)]
+            .map(|dim| (slot * s.experts * s.max_rank * dim * DType::SIZE) as u64);
+        AdapterEntry {
+            rank: s.max_rank as i32,
+            max_rank: s.max_rank as u32,
+            scaling: 1.0,
+            reserved: 0,
+            a: a[slice].view().address() + a_slot,
+            b: b[slice].view().address() + b_slot,
+        }
+    };
+    (0..s.slots).flat_map(|slot| (0..s.out_dims.len()).map(move |slice| of(slot, slice))).collect()
+}
+
 /// Times a call on each of `streams`, after each of which `done` is called. `apart`: with the route of a call
 /// before, and on the host, too.
 pub fn time(
@@ -159,7 +180,7 @@ fn time_in<T: Element>(
     mut done: impl FnMut(),
 ) -> anyhow::Result<Measured> {
     let stream = &streams[0];
-    let &Workload { projection, tokens, rank, weighted, split, .. } = workload;
+    let &Workload { projection, tokens, rank, weighted, split, table, .. } = workload;
     let s = *projection.sizes();
     let inputs = Inputs::<T>::new(workload, seed);
     let pairs = tokens * s.top_k;
@@ -182,29 +203,38 @@ fn time_in<T: Element>(
     let weights = (0..rotation.sets)
         .map(|_| Ok([upload(&host_weights[0])?, upload(&host_weights[1])?]))
         .collect::<moe_lora::Result<Vec<[Vec<cuda::Buffer<T>>; 2]>>>()?;
+    let tables = weights.iter().map(|set| stream.upload(&entries(&projection, set)));
+    let tables = tables.collect::<moe_lora::Result<Vec<_>>>()?;
     let mut h = stream.zeros::<T>(if split { projection.h_elements(tokens)? } else { 0 })?;
     let mut call = |stream: &Stream, out: &mut cuda::Buffer<T>, number: usize, on: Option<Route>| {
         let [set, group] = rotation.of(number);
         let [a, b] = [0, 1].map(|which| views(&weights[set][which]));
+        // SAFETY: the entries name the set's own weights, which are aligned, of ranks in multiples of 8.
+        let adapters = unsafe { Adapters::new(tables[set].view()) };
         let workspaces_len = workspaces.len();
         let workspace = &mut workspaces[group % workspaces_len];
         let tensors = RoutingTensors {
             ranks: (rank < s.max_rank).then(|| ranks.view()),
             ..RoutingTensors::new(ids[group].view(), token_lora.view())
         };
+        let tensors = match (s.experts, s.top_k) {
+            (1, 1) => RoutingTensors { topk_ids: TopkIds::None, ..tensors },
+            _ => tensors,
+        };
         let routing = on.map_or(Routing::Tokens(tensors), Routing::On);
+        let factor = |stacked| if table { Factor::Table(adapters) } else { Factor::Stacked(stacked) };
         let topk_weights = weighted.then(|| topk_weights.view());
         let (x, out) = (Rows::from(x.view()), out.view_mut().into());
         let (offset, accumulate) = (0, true);
         if split {
-            let shrink = Shrink { tokens, routing, x, a: Factor::Stacked(&a), h: h.view_mut() };
+            let shrink = Shrink { tokens, routing, x, a: factor(&a), h: h.view_mut() };
             let routing = stream.shrink(workspace, &projection, shrink)?.into();
             let h = h.view();
             let expand = Expand {
                 tokens,
                 routing,
                 h,
-                b: Factor::Stacked(&b),
+                b: factor(&b),
                 topk_weights,
                 out,
                 offset,
@@ -217,7 +247,10 @@ fn time_in<T: Element>(
                 tokens,
                 routing,
                 x,
-                weights: Weights::Stacked { a: &a, b: &b },
+                weights: match table {
+                    true => Weights::Table(adapters),
+                    false => Weights::Stacked { a: &a, b: &b },
+                },
                 topk_weights,
                 out,
                 offset,
