@@ -84,9 +84,7 @@ mod kernel {
             slice: u32,
             wanted: bool,
         ) -> Self {
-            // SAFETY: as the caller promises.
-            let scaling = unsafe { p.weights.scaling(tile, slice) };
-            let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[scaling; 2]; M] };
+            let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[1.0; 2]; M] };
             unroll::<M>(|m| {
                 unroll::<2>(|half| {
                     let row = warp_row + row_of(m, half);
@@ -102,11 +100,15 @@ mod kernel {
                         // An inactive pair's weight may be anything; its zeros stay zeros.
                         if !p.topk_weights.is_null() && tile.rank > 0 {
                             // SAFETY: as above.
-                            rows.weight[m][half] *= unsafe { p.topk_weights.at(pair).load() };
+                            rows.weight[m][half] = unsafe { p.topk_weights.at(pair).load() };
                         }
                     }
                 });
             });
+            // SAFETY: as the caller promises.
+            if let Some(scaling) = unsafe { p.weights.scaling(tile, slice) } {
+                rows.weight.as_flattened_mut().iter_mut().for_each(|weight| *weight *= scaling);
+            }
             rows
         }
     }

@@ -316,7 +316,7 @@ mod kernel {
                     // SAFETY: `first` + `rows` pairs are in the list.
                     let pair = unsafe { p.pairs.at(tile.first + row).load() };
                     // SAFETY: the pair is one of P.
-                    let is_active = unsafe { p.rows.x.has(pair) };
+                    let is_active = unsafe { p.rows.has_x(pair) };
                     unroll::<G>(|g| {
                         let column = warp_column + 32 * g as u32 + column_of();
                         let values = if is_active { sum.columns(m, half, g) } else { [0.0; 8] };

@@ -4,7 +4,7 @@ use crate::plan::Problem;
 use crate::plan::scratch::Parts;
 use crate::projection::XRows;
 use moe_lora_kernels::memory::Global;
-use moe_lora_kernels::params::{AdapterEntry, Divider, MAX_SLICES, PairRows, RowParams, WeightParams};
+use moe_lora_kernels::params::{AdapterEntry, Divider, MAX_SLICES, PairRows, WeightParams, indexed};
 
 /// The addresses of a checked call's tensors, apart from its routing; null where the stage has none.
 #[derive(Clone, Copy, Debug)]
@@ -69,16 +69,18 @@ impl Arguments<'_> {
             XRows::Token => sizes.top_k as u32,
             XRows::Pair => 1,
         };
-        let rows = |index: Global<u32>, over, count: usize| RowParams {
-            index,
-            over: Divider::new(over),
-            // More than an index can name are as good as these.
-            count: count.min(1 << 31) as u32,
-            is_indexed: (!index.is_null()).into(),
-        };
+        // More rows than an index can name are as good as these.
+        let count = |rows: usize| rows.min(1 << 31) as u32;
+        let &Operands { x_index, out_index, .. } = self.operands;
+        let bit = |index: Global<u32>, which: u32| if index.is_null() { 0 } else { which };
         PairRows {
-            x: rows(self.operands.x_index, pairs_a_row, layout.x_rows),
-            out: rows(self.operands.out_index, 1, layout.out_rows),
+            indexed: bit(x_index, indexed::X) | bit(out_index, indexed::OUT),
+            x_count: count(layout.x_rows),
+            x_over: Divider::new(pairs_a_row),
+            x_index,
+            out_index,
+            out_count: count(layout.out_rows),
+            reserved: 0,
         }
     }
 

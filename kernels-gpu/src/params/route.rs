@@ -20,6 +20,37 @@ pub struct RouteParams {
     pub ranks: Global<u32>,
     /// `[global_experts]` local ids, or null.
     pub expert_map: Global<u32>,
+    /// P.
+    pub pair_count: u32,
+    /// P / k gives the token.
+    pub top_k: Divider,
+    /// L.
+    pub slots: u32,
+    /// E.
+    pub experts: u32,
+    /// Length of `expert_map`; E without one.
+    pub global_experts: u32,
+    /// R.
+    pub max_rank: u32,
+    /// One of [`enabled`](super::enabled).
+    pub enabled_kind: u32,
+    /// One of [`expert_ids`](super::expert_ids).
+    pub ids_kind: u32,
+    /// A bucket over these gives its slot.
+    pub over_experts: Divider,
+    /// Pairs a tile.
+    pub tile_rows: u32,
+    /// Pairs over these gives tiles.
+    pub over_tile_rows: Divider,
+    /// Blocks.
+    pub blocks: u32,
+    /// Pairs that each warp sorts, a multiple of 32.
+    pub run: u32,
+    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of
+    /// 4.
+    pub window: u32,
+    /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
+    pub exchange_room: u32,
     /// `[P]` out: pairs sorted by bucket; inactive pairs last.
     pub pairs: Global<u32>,
     /// Out: the tiles.
@@ -31,37 +62,6 @@ pub struct RouteParams {
     /// Where blocks tell one another their counts: [`crate::route::EXCHANGE_HEAD`] words and two tables, all
     /// zero before the first launch.
     pub exchange: Global<u32>,
-    /// P.
-    pub pair_count: u32,
-    /// P / k gives the token.
-    pub top_k: Divider,
-    /// L.
-    pub slots: u32,
-    /// E.
-    pub experts: u32,
-    /// A bucket over these gives its slot.
-    pub over_experts: Divider,
-    /// Length of `expert_map`; E without one.
-    pub global_experts: u32,
-    /// R.
-    pub max_rank: u32,
-    /// Pairs a tile.
-    pub tile_rows: u32,
-    /// Pairs over these gives tiles.
-    pub over_tile_rows: Divider,
-    /// One of [`enabled`](super::enabled).
-    pub enabled_kind: u32,
-    /// Blocks.
-    pub blocks: u32,
-    /// Pairs that each warp sorts, a multiple of 32.
-    pub run: u32,
-    /// Counters that a warp has room for, four more than active buckets are counted at a time: a multiple of
-    /// 4.
-    pub window: u32,
-    /// Words of each of the two tables of the exchange: [`crate::route::table_words`].
-    pub exchange_room: u32,
-    /// One of [`expert_ids`](super::expert_ids).
-    pub ids_kind: u32,
 }
 
 /// Parameters of `align`.

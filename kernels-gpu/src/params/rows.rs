@@ -7,90 +7,93 @@ use crate::memory::Global;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
-/// Which row of a tensor each pair has.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
-pub struct RowParams {
-    /// `[P]` rows, which nobody has checked, if `is_indexed`.
-    pub index: Global<u32>,
-    /// Without an index: the pair over this is its row.
-    pub over: Divider,
-    /// Rows of the tensor.
-    pub count: u32,
-    /// 1: there is an index.
-    pub is_indexed: u32,
-}
-
-/// The rows of both.
+/// Which rows of x and of `out` each pair has.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct PairRows {
-    /// Those of x: of a token, or of a pair, unless there is an index.
-    pub x: RowParams,
-    /// Those of `out`: of a pair, unless there is an index.
-    pub out: RowParams,
+    /// Which indices there are: bits of [`indexed`].
+    pub indexed: u32,
+    /// Rows of x.
+    pub x_count: u32,
+    /// Without an index: a pair over this is its row of x, k or 1.
+    pub x_over: Divider,
+    /// `[P]` rows of x, which nobody has checked.
+    pub x_index: Global<u32>,
+    /// `[P]` rows of `out`, likewise. Without an index a pair is its row.
+    pub out_index: Global<u32>,
+    /// Rows of `out`.
+    pub out_count: u32,
+    /// Keeps the block a multiple of 8 bytes.
+    pub reserved: u32,
+}
+
+/// Which rows have an index.
+pub mod indexed {
+    /// Those of x.
+    pub const X: u32 = 1;
+    /// Those of `out`.
+    pub const OUT: u32 = 2;
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-impl RowParams {
-    /// The row of a pair, if it has one.
+impl PairRows {
+    /// Whether these rows have an index.
+    #[inline(always)]
+    fn are_indexed(&self, which: u32) -> bool {
+        anew(self.indexed) & which != 0
+    }
+
+    /// The row of x to be read for a pair. For one that has none it is the first: what comes of it is stored
+    /// nowhere.
     ///
     /// # Safety
     /// The index must be as its field says, and the pair one of P.
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn of(&self, pair: u32) -> Option<u32> {
-        if anew(self.is_indexed) == 0 {
-            return Some(self.over.quotient(pair));
+    pub unsafe fn x(&self, pair: u32) -> u32 {
+        if !self.are_indexed(indexed::X) {
+            return self.x_over.quotient(pair);
         }
         // SAFETY: as the caller promises.
-        let row = unsafe { self.index.at(pair).load() };
-        (row < self.count).then_some(row)
+        let row = unsafe { self.x_index.at(pair).load() };
+        if row < self.x_count { row } else { 0 }
     }
 
-    /// Whether a pair has a row.
+    /// Whether a pair has a row of x.
     ///
     /// # Safety
-    /// As for [`RowParams::of`].
+    /// As for [`PairRows::x`].
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn has(&self, pair: u32) -> bool {
+    pub unsafe fn has_x(&self, pair: u32) -> bool {
         // SAFETY: as the caller promises.
-        anew(self.is_indexed) == 0 || unsafe { self.index.at(pair).load() } < self.count
-    }
-}
-
-#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
-impl PairRows {
-    /// The row of x to be read for a pair. For one that has none it is the first: what comes of it is stored
-    /// nowhere.
-    ///
-    /// # Safety
-    /// As for [`RowParams::of`].
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn x(&self, pair: u32) -> u32 {
-        // SAFETY: as the caller promises.
-        unsafe { self.x.of(pair) }.unwrap_or(0)
+        !self.are_indexed(indexed::X) || unsafe { self.x_index.at(pair).load() } < self.x_count
     }
 
     /// The row of `out` of a pair, if it has one, and a row of x exactly if that is `wanted`: rows with one
     /// get the pair's delta, and those without are an inactive pair's.
     ///
     /// # Safety
-    /// As for [`RowParams::of`].
+    /// As for [`PairRows::x`].
     #[inline(always)]
     #[track_caller]
     pub unsafe fn out(&self, pair: u32, wanted: bool) -> Option<u32> {
+        if anew(self.indexed) == 0 {
+            return wanted.then_some(pair);
+        }
+        let mut row = pair;
+        if self.are_indexed(indexed::OUT) {
+            // SAFETY: as the caller promises.
+            row = unsafe { self.out_index.at(pair).load() };
+        }
         // SAFETY: as the caller promises.
-        unsafe { self.out.of(pair).filter(|_| self.x.has(pair) == wanted) }
+        (row < self.out_count && unsafe { self.has_x(pair) } == wanted).then_some(row)
     }
 
     /// Whether rows of `out` are to be cleared of pairs that have no row of x: of calls that overwrite.
     #[inline(always)]
     pub fn may_clear(&self, accumulate: u32) -> bool {
-        accumulate == 0 && anew(self.x.is_indexed) != 0
+        self.are_indexed(indexed::X) && accumulate == 0
     }
 }

@@ -37,8 +37,18 @@ pub struct AdapterEntry {
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(not(target_arch = "nvptx64"), derive(Pod, Zeroable))]
 pub struct WeightParams {
-    /// `[L, S]`, fewer than 2³¹ entries, if `has_table`.
-    pub table: Global<AdapterEntry>,
+    /// 1: weights are where the table says. 0: they are stacked.
+    pub has_table: u32,
+    /// S.
+    pub slices: u32,
+    /// K.
+    pub in_dim: u32,
+    /// R: the rank that stacked weights are allocated for, and the largest of any adapter.
+    pub max_rank: u32,
+    /// Matrices of `a` in a slot: E or 1.
+    pub a_experts: u32,
+    /// Matrices of `b` in a slot: E or 1.
+    pub b_experts: u32,
     /// S of `[L, E or 1, R, K]`, without a table.
     pub a: [Global<u16>; MAX_SLICES],
     /// S of `[L, E or 1, N, R]`, without a table.
@@ -47,18 +57,8 @@ pub struct WeightParams {
     pub out_dims: [u32; MAX_SLICES],
     /// First column of `out` of each slice.
     pub first_columns: [u32; MAX_SLICES],
-    /// K.
-    pub in_dim: u32,
-    /// R: the rank that stacked weights are allocated for, and the largest of any adapter.
-    pub max_rank: u32,
-    /// S.
-    pub slices: u32,
-    /// Matrices of `a` in a slot: E or 1.
-    pub a_experts: u32,
-    /// Matrices of `b` in a slot: E or 1.
-    pub b_experts: u32,
-    /// 1: weights are where the table says. 0: they are stacked.
-    pub has_table: u32,
+    /// `[L, S]`, fewer than 2³¹ entries, if `has_table`.
+    pub table: Global<AdapterEntry>,
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
@@ -73,6 +73,12 @@ pub struct Matrix {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 impl WeightParams {
+    /// Whether weights are where the table says.
+    #[inline(always)]
+    pub fn has_table(&self) -> bool {
+        anew(self.has_table) != 0
+    }
+
     /// N of a slice.
     #[inline(always)]
     pub fn out_dim(&self, slice: u32) -> u32 {
@@ -108,7 +114,7 @@ impl WeightParams {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn rank(&self, tile: &Tile, slice: u32) -> u32 {
-        if anew(self.has_table) == 0 || tile.rank == 0 {
+        if !self.has_table() || tile.rank == 0 {
             return tile.rank;
         }
         // SAFETY: as the caller promises.
@@ -124,7 +130,7 @@ impl WeightParams {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn largest_rank(&self, tile: &Tile) -> u32 {
-        if anew(self.has_table) == 0 || tile.rank == 0 {
+        if !self.has_table() || tile.rank == 0 {
             return tile.rank;
         }
         let (mut largest, mut left) = (0, self.slices);
@@ -137,19 +143,20 @@ impl WeightParams {
         largest
     }
 
-    /// What a slice's deltas are multiplied by, for a tile with a rank.
+    /// What a slice's deltas are multiplied by, for a tile with a rank; `None` for 1. (So nobody waits for a
+    /// pair's weight only to multiply it.)
     ///
     /// # Safety
     /// As for [`WeightParams::rank`].
     #[inline(always)]
     #[track_caller]
-    pub unsafe fn scaling(&self, tile: &Tile, slice: u32) -> f32 {
-        if anew(self.has_table) == 0 || tile.rank == 0 {
-            return 1.0;
+    pub unsafe fn scaling(&self, tile: &Tile, slice: u32) -> Option<f32> {
+        if !self.has_table() || tile.rank == 0 {
+            return None;
         }
         // SAFETY: as the caller promises.
         let [_, _, scaling, _] = unsafe { self.load_sizes(tile.slot, slice) };
-        f32::from_bits(scaling)
+        Some(f32::from_bits(scaling))
     }
 
     /// The tile's expert's matrix of `a`, for a tile with a rank.
@@ -192,7 +199,7 @@ impl WeightParams {
         of: impl Fn([Global<u16>; 2]) -> Global<u16>,
     ) -> Matrix {
         let expert = I::from_u32(if experts == 1 { 0 } else { tile.expert });
-        let (start, max_rank, number) = if anew(self.has_table) == 0 {
+        let (start, max_rank, number) = if !self.has_table() {
             let number = I::from_u32(tile.slot).times(I::from_u32(experts)).plus(expert);
             (stacked, self.max_rank, number)
         } else {

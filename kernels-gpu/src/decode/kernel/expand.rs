@@ -102,11 +102,9 @@ impl OutRows {
     #[inline(always)]
     pub unsafe fn new<C: Config>(context: &Context<'_>, item: &WorkItem, wanted: bool) -> Self {
         let (p, tile) = (context.p, &item.tile);
-        // SAFETY: the tensors are as their fields say.
-        let scaling = unsafe { p.weights.scaling(tile, item.slice) };
         let in_quad = thread::lane() % 4;
         let mut start = [[Global::<u16>::NULL; 2]; MAX_FRAGMENTS];
-        let mut weight = [[scaling; 2]; MAX_FRAGMENTS];
+        let mut weight = [[1.0; 2]; MAX_FRAGMENTS];
         each_fragment::<C>(|f| {
             unroll::<2>(|i| {
                 let row = 8 * f as u32 + 2 * in_quad + i as u32;
@@ -117,12 +115,16 @@ impl OutRows {
                         start[f][i] = context.out_row::<C::Index>(item, pair, wanted);
                         // An inactive pair's weight may be anything; its zeros stay zeros.
                         if !p.topk_weights.is_null() && tile.rank > 0 {
-                            weight[f][i] *= p.topk_weights.at(pair).load();
+                            weight[f][i] = p.topk_weights.at(pair).load();
                         }
                     }
                 }
             });
         });
+        // SAFETY: the tensors are as their fields say.
+        if let Some(scaling) = unsafe { p.weights.scaling(tile, item.slice) } {
+            weight.as_flattened_mut().iter_mut().for_each(|weight| *weight *= scaling);
+        }
         OutRows { start, weight }
     }
 

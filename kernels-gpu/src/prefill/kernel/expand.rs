@@ -8,7 +8,7 @@ use super::{Consumer, Position};
 use crate::arch::mma::Element;
 use crate::arch::wgmma::{self, Matrix, Sums};
 use crate::memory::{Global, Index};
-use crate::params::{PrefillParams, Tile};
+use crate::params::PrefillParams;
 use crate::prefill::PRODUCT_PANELS;
 use crate::prefill::config::Config;
 use crate::tile::panel::{CHUNK, Panel};
@@ -23,39 +23,28 @@ type Delta = [f32; PRODUCT_PANELS * PANEL_SUMS];
 /// Old values of a thread's columns of a panel: of either 32 columns, of its two rows.
 type Old = [[[u32; 4]; 2]; 2];
 
-/// Writes the columns of `slices` of work tile `number`, which have `1 << shift` columns of h each, one slice
-/// after another.
+/// Writes the columns of `slices`, which have `1 << shift` columns of h each, one slice after another.
 ///
 /// # Safety
-/// The route must be written and the barriers be ready; the whole consumer must come here.
+/// The route must be written and the barriers be ready; the pairs must be those of the work tile; the whole
+/// consumer must come here.
 #[inline(always)]
 #[track_caller]
 pub(super) unsafe fn expand<C: Config>(
     consumer: &mut Consumer<C>,
     p: &PrefillParams,
-    number: u32,
+    work: &WorkTile,
     mut slices: Slices,
     shift: u32,
+    pairs: [u32; 2],
     mut h: H,
 ) {
     let Consumer { pipeline, order, position } = consumer;
+    let number = work.number;
+    // SAFETY: as the caller promises.
+    let mut part = unsafe { Part::new::<C>(p, work, pairs, slices, position) };
     while slices.next < slices.end {
-        // Read again for each slice: what is known of a work tile would take registers from the products.
-        // SAFETY: there is such a work tile, and it has pairs.
-        let (work, slice, pairs) = unsafe {
-            let work = WorkTile::number(p, C::SHAPE, number);
-            let slice = work.slice(p, slices.next);
-            let pairs = own_pairs(p, &work.tile, work.tile.rows, position.row);
-            (work, slice, pairs)
-        };
-        let rows = |wanted| {
-            // SAFETY: the pairs are the tile's.
-            unsafe { OutRows::new::<C>(p, &work.tile, pairs, slices.next, wanted, position.chunk * CHUNK) }
-        };
-        if p.rows.may_clear(p.accumulate) {
-            rows(false).clear(&slice, position);
-        }
-        let out = rows(true);
+        let slice = part.slice;
         let panels = expand_panels::<C>(slice.rank);
         let mut column = slice.first;
         while column < slice.end {
@@ -65,7 +54,7 @@ pub(super) unsafe fn expand<C: Config>(
             while first < panels && column + panels_n(first) < slice.end {
                 let product = Product { column, first, panels, slice };
                 // SAFETY: the step has landed and is left alone until it is released.
-                unsafe { product.run(&h, order, &stage, p, &out, position) };
+                unsafe { product.run(&h, order, &stage, p, &part.out, position) };
                 first += C::SHAPE.product_panels();
             }
             // SAFETY: its products are done, and its old values read.
@@ -74,6 +63,53 @@ pub(super) unsafe fn expand<C: Config>(
         }
         drop_slice::<C>(&mut h, shift);
         slices.next += 1;
+        if slices.next < slices.end {
+            // Read again: what is known of a work tile would take registers from the products.
+            // SAFETY: there is such a work tile, and it has pairs.
+            unsafe {
+                let work = WorkTile::number(p, C::SHAPE, number);
+                let pairs = own_pairs(p, &work.tile, work.tile.rows, position.row);
+                part = Part::new::<C>(p, &work, pairs, slices, position);
+            }
+        }
+    }
+}
+
+/// What a work tile writes of a slice, and where this thread's rows of it are.
+struct Part {
+    slice: Slice,
+    out: OutRows,
+}
+
+impl Part {
+    /// That of the next of `slices`, if there is one. Clears the rows of pairs that have no row of x, where
+    /// they are to be overwritten.
+    ///
+    /// # Safety
+    /// The tile must be one of `p`'s, and the pairs be its.
+    #[inline(always)]
+    unsafe fn new<C: Config>(
+        p: &PrefillParams,
+        work: &WorkTile,
+        pairs: [u32; 2],
+        slices: Slices,
+        position: &Position,
+    ) -> Self {
+        let number = slices.next.min(p.weights.slices - 1);
+        // SAFETY: as the caller promises; there is such a slice.
+        let slice = unsafe { work.slice(p, number) };
+        let is_active = work.tile.rank > 0;
+        let first = p.weights.first_column(number) + position.chunk * CHUNK;
+        if p.rows.may_clear(p.accumulate) && !slices.is_empty() {
+            // SAFETY: as the caller promises.
+            unsafe { OutRows::new::<C>(p, pairs, false, false, first) }.clear(&slice, position);
+        }
+        // SAFETY: as the caller promises.
+        let mut out = unsafe { OutRows::new::<C>(p, pairs, true, is_active, first) };
+        if let Some(scaling) = slice.scaling {
+            out.weight = out.weight.map(|weight| weight * scaling);
+        }
+        Part { slice, out }
     }
 }
 
@@ -204,32 +240,28 @@ impl OutRows {
     /// Those of pairs that have a row of x, or of those that have none, as is `wanted`.
     ///
     /// # Safety
-    /// The pairs must be those of the tile, one of `p`'s.
+    /// The pairs must be those of a tile of `p`, of rank 0 or not as `is_active` says.
     #[inline(always)]
     unsafe fn new<C: Config>(
         p: &PrefillParams,
-        tile: &Tile,
         pairs: [u32; 2],
-        slice: u32,
         wanted: bool,
-        own_column: u32,
+        is_active: bool,
+        first_column: u32,
     ) -> Self {
-        let first = p.weights.first_column(slice) + own_column;
-        // SAFETY: as the caller promises.
-        let scaling = unsafe { p.weights.scaling(tile, slice) };
-        let mut rows = OutRows { start: [Global::NULL; 2], weight: [scaling; 2] };
+        let mut rows = OutRows { start: [Global::NULL; 2], weight: [1.0; 2] };
         unroll::<2>(|half| {
             let pair = pairs[half];
             if pair != NO_PAIR {
                 // SAFETY: pairs are below P.
                 if let Some(row) = unsafe { p.rows.out(pair, wanted) } {
                     let start = C::Index::from_u32(row).times(C::Index::from_u64(p.out_stride));
-                    rows.start[half] = p.out.at(start.plus(C::Index::from_u32(first)));
+                    rows.start[half] = p.out.at(start.plus(C::Index::from_u32(first_column)));
                 }
                 // An inactive pair's weight may be anything; its zeros stay zeros.
-                if !p.topk_weights.is_null() && tile.rank > 0 {
+                if !p.topk_weights.is_null() && is_active {
                     // SAFETY: pairs are below P.
-                    rows.weight[half] *= unsafe { p.topk_weights.at(pair).load() };
+                    rows.weight[half] = unsafe { p.topk_weights.at(pair).load() };
                 }
             }
         });

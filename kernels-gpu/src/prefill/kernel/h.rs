@@ -106,7 +106,7 @@ pub(super) unsafe fn store_h<C: Config>(p: &PrefillParams, h: &H, pairs: [u32; 2
         p.h.at(row.times(index(max_rank)))
     });
     // SAFETY: pairs are below P.
-    let is_active = pairs.map(|pair| pair != NO_PAIR && unsafe { p.rows.x.has(pair) });
+    let is_active = pairs.map(|pair| pair != NO_PAIR && unsafe { p.rows.has_x(pair) });
     let slice_stride = index(p.pair_count).times(index(max_rank)).wide();
 
     // The fragment's slice, and this thread's first rank of it.

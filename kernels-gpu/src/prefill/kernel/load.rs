@@ -156,6 +156,21 @@ pub(super) unsafe fn shrink<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillPa
     let in_dim = p.weights.in_dim;
     let shift = rank_shift(tile.rank);
     let stride = SWEEP * in_dim * ELEMENT_BYTES;
+    // This thread's chunk of the first of its rows of a slice's `a`, and the slice's rank: of the first two
+    // slices in registers, since most passes have no more.
+    let a = |slice: u32| {
+        let (mut row, mut rank) = (Global::NULL, 0);
+        if slice < pass.end {
+            // SAFETY: the tile is one of p's, and has ranks.
+            let a = unsafe {
+                rank = p.weights.rank(tile, slice);
+                p.weights.a::<C::Index>(tile, slice)
+            };
+            row = a.start.at(own.row * in_dim + own.element());
+        }
+        (row, rank)
+    };
+    let kept = [a(pass.first), a(pass.first + 1)];
 
     let mut steps = |columns: u32| {
         let panels = shrink_panels::<C>(columns);
@@ -194,16 +209,12 @@ pub(super) unsafe fn shrink<C: Config>(pipeline: &mut Pipeline<C>, p: &PrefillPa
             };
             let mut column = 0;
             while column < columns {
-                let slice = pass.first + (column >> shift);
-                let (mut ranks, mut row) = (0, Global::NULL);
-                if slice < pass.end {
-                    // SAFETY: the tile is one of p's, and has ranks.
-                    let a = unsafe {
-                        ranks = p.weights.rank(tile, slice);
-                        p.weights.a::<C::Index>(tile, slice)
-                    };
-                    row = a.start.at(own.row * in_dim + own.element()).at(place);
-                }
+                let (row, ranks) = match column >> shift {
+                    0 => kept[0],
+                    1 => kept[1],
+                    further => a(pass.first + further),
+                };
+                let mut row = row.at(place);
                 let end = column + (1 << shift);
                 let mut rank = own.row;
                 while column < end {

@@ -118,10 +118,12 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
             // The first product.
             let mut sums = C::Accumulators::zero();
             shrink(&mut consumer, p, &work, columns, &mut sums);
-            let gives_h = shares_h && slices.is_empty();
-            if gives_h {
+            if shares_h && slices.is_empty() {
                 SplitK::new::<C>(p, &work).give::<C>(&sums, p, &work, columns);
             }
+            // A split of K needs no pairs, and does not wait for any.
+            let rows = if slices.is_empty() && shares_h { 0 } else { work.tile.rows };
+            let pairs = own_pairs(p, &work.tile, rows, consumer.position.row);
 
             // h, whoever computed it.
             let mut h = from_sums::<C>(&sums);
@@ -131,15 +133,14 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
                 read_h(&mut consumer, &mut h, columns);
             }
             if p.computed() == products::SHRINK {
-                let pairs = own_pairs(p, &work.tile, work.tile.rows, consumer.position.row);
                 store_h::<C>(p, &h, pairs, work.pass, shift);
             }
 
             // The second product, and the store.
-            let number = work.number;
-            expand(&mut consumer, p, number, slices, shift, h);
+            expand(&mut consumer, p, &work, slices, shift, pairs, h);
             if C::SHAPE.may_split() && p.shares_passes() {
-                let work = WorkTile::number(p, C::SHAPE, number);
+                // Read again, as for each further slice.
+                let work = WorkTile::number(p, C::SHAPE, work.number);
                 if work.tile.rank > 0 && work.products & products::EXPAND != 0 {
                     SplitK::new::<C>(p, &work).forget::<C>(p);
                 }
@@ -192,7 +193,7 @@ impl Position {
 /// will be read.
 #[inline(always)]
 fn prefetch_x(p: &PrefillParams, threads: u32) {
-    let rows = p.rows.x.count;
+    let rows = p.rows.x_count;
     // Neighbouring rows by different blocks.
     let mut row = thread::index_anew() * p.blocks + thread::block();
     while p.ahead > 0 && row < rows {

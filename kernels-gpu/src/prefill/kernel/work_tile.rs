@@ -105,14 +105,22 @@ impl WorkTile {
     /// The tile must be one of `p`'s.
     #[inline(always)]
     pub unsafe fn slice(&self, p: &PrefillParams, slice: u32) -> Slice {
-        // SAFETY: as the caller promises.
-        let rank = unsafe { p.weights.rank(&self.tile, slice) };
+        let (mut rank, mut scaling) = (self.tile.rank, None);
+        if p.weights.has_table() && rank > 0 {
+            // The slot is read again: where there is no table, it takes no register.
+            let tile = p.over_parts.quotient(p.over_passes.quotient(self.pass_number));
+            // SAFETY: as the caller promises.
+            unsafe {
+                let tile = Tile { rank, ..p.tiles.at(tile).load_tile() };
+                (rank, scaling) = (p.weights.rank(&tile, slice), p.weights.scaling(&tile, slice));
+            }
+        }
         let out_dim = p.weights.out_dim(slice);
         let (first, mut end) = range_of(self.split, p.split_n.each, out_dim);
         if p.accumulate != 0 && rank == 0 {
             end = first;
         }
-        Slice { rank, first, end }
+        Slice { rank, scaling, first, end }
     }
 }
 
@@ -121,6 +129,8 @@ impl WorkTile {
 pub(super) struct Slice {
     /// Its rank.
     pub rank: u32,
+    /// What its deltas are multiplied by; `None` for 1.
+    pub scaling: Option<f32>,
     /// The first of the work tile's.
     pub first: u32,
     /// The one after their last: the slice's end, or a multiple of what a step takes.
