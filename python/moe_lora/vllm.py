@@ -42,7 +42,8 @@ def _ids(ids: torch.Tensor) -> torch.Tensor:
 
 def _experts(*factors: list[torch.Tensor]) -> int:
     """E. A factor that all experts share has one matrix, or as many with a stride of 0."""
-    return max(factor[0].shape[1] for factor in factors)
+    experts: int = max(factor[0].shape[1] for factor in factors)
+    return experts
 
 
 # Places of a block where this module sorts pairs itself: the smallest tile.
