@@ -67,7 +67,9 @@ class DensePeer:
         """vLLM's metadata, once a batch: by torch, with waits for the device."""
         self.meta.prepare_tensors(self.token_lora)
 
-    def forward(self, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], out: torch.Tensor) -> None:
+    def forward(
+        self, x: torch.Tensor, a: list[torch.Tensor], b: list[torch.Tensor], out: torch.Tensor
+    ) -> None:
         """``out += b @ a @ x``."""
         # The arguments are the same for both: specialize_active_lora is off unless asked for.
         meta = self.meta.meta_args(len(x), False)

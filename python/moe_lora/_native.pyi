@@ -85,7 +85,7 @@ class Workspace:
         """Bytes of device memory."""
 
 class Table:
-    """What calls read of a ``moe_lora.AdapterTable``, which see: its entries, and the sizes of its adapters."""
+    """What calls read of a ``moe_lora.AdapterTable``: its entries, and the sizes of its adapters."""
 
     def __new__(
         cls,
@@ -183,9 +183,9 @@ def forward(
     :param expert_map: as for ``route``.
     :param x_index: ``[P]`` or ``[T, k]`` int32, the row of ``x`` of each pair; ``x`` then has any number of
         rows. A pair whose row is not there is inactive.
-    :param out_index: the row of ``out`` of each pair, likewise; ``out`` is then ``[rows, ≥ offset + Σ N]``, and
-        a pair whose row is not there writes nothing. No two pairs may have one row. Without ``topk_ids`` and,
-        in a dense layer, ``token_lora``, it must be ``[T, k]``.
+    :param out_index: the row of ``out`` of each pair, likewise; ``out`` is then ``[rows, ≥ offset + Σ N]``.
+        A pair whose row is not there writes nothing. No two pairs may have one row. On the route that the
+        workspace keeps it must be ``[T, k]``.
     :param mul_routed_weight: multiply each pair's update by its weight.
     :param accumulate: add to ``out``, leaving inactive pairs as they are; ``False``: overwrite, with zeros
         where a pair is inactive.

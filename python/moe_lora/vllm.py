@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _ids(ids: torch.Tensor) -> torch.Tensor:
-    """Ids as the kernels read them. vLLM's routers leave 32 bits, some others 64; both are read as they are."""
+    """Ids as the kernels read them, of 32 bits, as vLLM's routers leave them, or of 64."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
 
 

@@ -261,10 +261,12 @@ def dense(**change: Any) -> dict[str, Any]:
             "out: expected shape [T, k, ≥ offset + S·N], got shape [6, 32]",
         ),
         (dict(expert_map=Fake(1, **I32)), "expert_map: expected with topk_ids, which it maps"),
-        (dict(out_index=Fake(5, **I32)), "x: expected shape [5, 16] (a row a token) or [5, 16] (a row a pair), "
-         "got shape [6, 16]"),
+        (
+            dict(out_index=Fake(5, **I32)),
+            "x: expected shape [5, 16] (a row a token) or [5, 16] (a row a pair), got shape [6, 16]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_dense_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=says(message)):
         moe_lora.forward(**dense(**change))
@@ -299,7 +301,10 @@ def table(entries: Any = None, **change: Any) -> Any:
             dict(table=table(Fake(L, 2, 32, dtype="uint8", device=(CUDA, 1)))),
             "table: expected a tensor on cuda:0, got cuda:1",
         ),
-        (dict(table=table(Fake(L, 32, dtype="uint8"))), "table: expected shape [2, 2, 32], got shape [2, 32]"),
+        (
+            dict(table=table(Fake(L, 32, dtype="uint8"))),
+            "table: expected shape [2, 2, 32], got shape [2, 32]",
+        ),
     ],
 )
 def test_forward_on_a_table_refuses(change: dict[str, Any], message: str) -> None:
@@ -370,8 +375,10 @@ def test_expand_refuses(change: dict[str, Any], message: str) -> None:
         (dict(topk_ids=Fake(T, **I32)), "topk_ids: expected shape [T, k], got shape [6]"),
         (dict(token_lora=Fake(T, 1, **I32)), "token_lora: expected shape [≥ 6], got shape [6, 1]"),
         (dict(topk_ids=None, token_lora=None), "token_lora: expected a tensor, got None"),
-        (dict(token_lora=None), "topk_ids: expected with token_lora, or without it for the route that the "
-         "workspace keeps"),
+        (
+            dict(token_lora=None),
+            "topk_ids: expected with token_lora, or without it for the route that the workspace keeps",
+        ),
         (dict(tokens=5), "tokens: expected 6 as topk_ids has, got 5"),
         (dict(topk_ids=None, tokens=7, experts=1), "token_lora: expected shape [≥ 7], got shape [6]"),
         (
