@@ -40,7 +40,8 @@ class AdapterTable(_native.Table):
       again until the work has ended that the current stream had queued by then. Memory that is not
       PyTorch's own is the caller's to keep as long.
     - They must not be written while a call reads them.
-    - A graph that has captured a call on the table needs the table for as long as it is replayed.
+    - A graph that has captured a call on the table needs the table for as long as it is replayed. Work on
+      streams other than those that the tensors were allocated on must have ended when the table is freed.
 
     :param slots: L.
     :param out_dims: N of each slice.

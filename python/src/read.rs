@@ -238,9 +238,13 @@ impl Output {
         let width = width.ok_or_else(|| {
             Fault::Argument(format!("offset: expected a column of out, got {}", self.offset))
         })?;
-        let mut expected: Vec<_> = self.out.shape().iter().copied().map(Dim::Is).collect();
-        *expected.last_mut().expect("it has two dimensions or three") = Dim::AtLeast(width);
-        self.out.expect_shape(&expected)
+        match *self.out.shape() {
+            [tokens, top_k, _] => {
+                self.out.expect_shape(&[Dim::Is(tokens), Dim::Is(top_k), Dim::AtLeast(width)])
+            }
+            [rows, _] => self.out.expect_shape(&[Dim::Is(rows), Dim::AtLeast(width)]),
+            _ => unreachable!("two dimensions or three were expected"),
+        }
     }
 
     /// # Safety

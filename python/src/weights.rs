@@ -20,8 +20,8 @@ pub struct Slices {
     is_shared: bool,
     /// Whether it was left out.
     is_flat: bool,
-    /// Rows of each slice's matrix.
-    rows: Vec<usize>,
+    /// Rows of each slice's matrix; zero past the last slice.
+    rows: [usize; Projection::MAX_SLICES],
     columns: usize,
 }
 
@@ -61,14 +61,17 @@ impl Slices {
         let (whole, without_experts) = ([slots, experts, rows, columns], [slots, rows, columns]);
         first.expect_shape(if is_flat { &without_experts } else { &whole })?;
         let is_shared = first.expect_matrices()?;
-        let mut alike: Vec<_> = first.shape().iter().copied().map(Dim::Is).collect();
+        let dims = first.shape().len();
+        let mut alike = [rows; 4];
+        for (alike, &size) in alike.iter_mut().zip(first.shape()) {
+            *alike = Dim::Is(size);
+        }
         if own_rows {
-            let place = alike.len() - 2;
-            alike[place] = rows;
+            alike[dims - 2] = rows;
         }
         for tensor in &tensors {
             tensor.expect_type(&[dtype])?;
-            tensor.expect_shape(&alike)?;
+            tensor.expect_shape(&alike[..dims])?;
             if tensor.expect_matrices()? != is_shared {
                 let expected = format!(
                     "a matrix {} as {name}[0] has",
@@ -82,7 +85,10 @@ impl Slices {
             [slots, _, columns] => (slots, 1, columns),
             _ => unreachable!("three dimensions or four were expected"),
         };
-        let rows = tensors.iter().map(|tensor| tensor.shape()[tensor.shape().len() - 2]).collect();
+        let mut rows = [0; Projection::MAX_SLICES];
+        for (rows, tensor) in rows.iter_mut().zip(&tensors) {
+            *rows = tensor.shape()[dims - 2];
+        }
         Ok(Slices { tensors, slots, experts, is_shared, is_flat, rows, columns })
     }
 
@@ -185,7 +191,7 @@ impl Weights {
             None => Ok(ExpertWeights::Shared),
         };
         let out_dims = match (a, b) {
-            (_, Some(b)) => OutDims::new(&b.rows)?,
+            (_, Some(b)) => OutDims::new(&b.rows[..b.tensors.len()])?,
             (Some(a), None) => OutDims::uniform(1, a.tensors.len()),
             (None, None) => unreachable!("each half has weights"),
         };
