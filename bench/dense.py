@@ -91,9 +91,7 @@ class OursDense:
         self.layer = layer
         self.library: Any = moe_lora
         self.sizes: dict[str, int] = {"experts": 1, "slots": case.adapters, "max_rank": case.rank}
-        self.workspace = moe_lora.Workspace(
-            case.tokens, top_k=1, slices=len(case.out_dims), **self.sizes
-        )
+        self.workspace = moe_lora.Workspace(case.tokens, top_k=1, slices=len(case.out_dims), **self.sizes)
         pairs = zip(layer.weights.a, layer.weights.b, strict=True)
         self.weights: list[dict[str, Any]]
         if on_tables:

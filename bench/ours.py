@@ -103,9 +103,7 @@ class OnTables(Ours):
         super().__init__(routing, rank)
         case = projection.case
         self.tables = [
-            table_of(
-                a, b, out_dims=[case.n] * case.slices, in_dim=case.k, max_rank=rank, rank=case.used_rank
-            )
+            table_of(a, b, out_dims=[case.n] * case.slices, in_dim=case.k, max_rank=rank, rank=case.used_rank)
             for a, b in zip(projection.weights.a, projection.weights.b, strict=True)
         ]
 

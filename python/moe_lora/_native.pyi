@@ -103,7 +103,7 @@ class Table:
 
 def route(
     topk_ids: _Tensor | None,
-    token_lora: _Tensor | None,
+    token_lora: _Tensor,
     *,
     experts: int,
     slots: int,

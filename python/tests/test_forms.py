@@ -198,9 +198,7 @@ def test_orders_of_columns(order: str) -> None:
 def test_rows_by_index(kept: bool, form: str) -> None:
     layer = Layer(50, x_rows=70)
     pairs = layer.pairs
-    x_index = torch.randint(
-        0, 70, (pairs,), generator=layer.random, device="cuda", dtype=torch.int32
-    )
+    x_index = torch.randint(0, 70, (pairs,), generator=layer.random, device="cuda", dtype=torch.int32)
     rows = torch.randperm(pairs + 20, generator=layer.random, device="cuda")
     out_index = rows[:pairs].to(torch.int32)
     deltas = layer.delta(x=layer.x[x_index.long()])

@@ -172,8 +172,7 @@ FORWARD += [
     ),
     (
         dict(b=[Fake(L, E, N, R), Fake(L, E, N, R, strides=SHARED_B)]),
-        "b[1]: expected a matrix an expert as b[0] has, "
-        "got shape [2, 4, 24, 8] with strides [192, 0, 8, 1]",
+        "b[1]: expected a matrix an expert as b[0] has, got shape [2, 4, 24, 8] with strides [192, 0, 8, 1]",
     ),
     (
         dict(a=weights(L, E, R, K, strides=[E * R * K, 0, K, 1])),
@@ -274,9 +273,7 @@ def test_dense_refuses(change: dict[str, Any], message: str) -> None:
 
 def table(entries: Any = None, **change: Any) -> Any:
     """A table for the sizes of `arguments`, on entries that nobody may read."""
-    sizes = dict(
-        dtype="bfloat16", slots=L, experts=E, max_rank=R, in_dim=K, out_dims=[N, N], shared_a=False
-    )
+    sizes = dict(dtype="bfloat16", slots=L, experts=E, max_rank=R, in_dim=K, out_dims=[N, N], shared_a=False)
     return _native.Table(entries or Fake(L, 2, 32, dtype="uint8"), **(sizes | change))
 
 

@@ -31,9 +31,7 @@ def tensors(rank: int, experts: int = E) -> dict[str, list[torch.Tensor]]:
 
 def entries(table: moe_lora.AdapterTable) -> list[list[tuple[Any, ...]]]:
     """rank, allocated rank, scaling, 0, address of a, address of b: for each slot and slice."""
-    return [
-        [struct.unpack("<iIfIQQ", bytes(entry.tolist())) for entry in slot] for slot in table.entries
-    ]
+    return [[struct.unpack("<iIfIQQ", bytes(entry.tolist())) for entry in slot] for slot in table.entries]
 
 
 OFF = (0, 0, 0.0, 0, 0, 0)
