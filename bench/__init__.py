@@ -15,6 +15,9 @@ measure         CUDA graphs, timed in turns; the machine's ceilings
 precompile      Triton's compilations, in parallel and ahead of the measurements
 implementation  what is asked of each of the two
 operator_runs   calls, layers, routing: checked, then timed in turns
+dense           dense layers, likewise
+dense_peer      vLLM's pair of kernels for them
+pairing         this project's stacked weights against its tables
 run             the benchmark, part by part
 records         its results, as JSON lines
 first           the first result of a fresh process

@@ -17,30 +17,45 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure; needs a GPU, torch, triton and moe_lora")
-    run.add_argument("--peers", type=Path, required=True, help="folder that python -m bench.fetch filled")
+    run.add_argument("--peers", type=Path, help="folder that python -m bench.fetch filled")
     run.add_argument("--out", type=Path, required=True, help="JSON lines to write")
     run.add_argument("--cases", type=Path, help="JSON file of cases to measure in place of the built-in ones")
     run.add_argument("--quick", action="store_true", help="few cases and a short replay")
-    run.add_argument("--parts", default="all", help="first,cases,layers,routes,replay, or all")
+    run.add_argument("--parts", default="all", help="first,cases,layers,routes,dense,replay, or all")
+    run.add_argument(
+        "--table", action="store_true", help="only: stacked weights against a table of them; needs no peers"
+    )
     made = commands.add_parser("report", help="tables and a chart; needs matplotlib, no GPU")
     made.add_argument("results", type=Path, help="JSON lines that run wrote")
-    made.add_argument("--out", type=Path, required=True, help="folder for the table and the chart")
+    made.add_argument("--out", type=Path, help="folder for the table and the chart")
     made.add_argument(
         "--into", type=Path, action="append", default=[], help="document whose marked sections are replaced"
     )
+    made.add_argument("--only", help="the section of --into that is replaced, from results of any part")
     args = parser.parse_args()
     if args.command == "report":
         from . import report
 
-        report.write(args.results, args.out, args.into)
+        if args.only is not None:
+            if args.only not in report.SECTIONS or not args.into:
+                parser.error(f"--only: expected one of {', '.join(report.SECTIONS)}, with --into")
+            report.write_section(args.results, args.only, args.into)
+        elif args.out is None:
+            parser.error("--out: expected a folder")
+        else:
+            report.write(args.results, args.out, args.into)
         return 0
 
-    from .run import PARTS
+    from .run import PAIRING, PARTS
     from .run import run as measure
 
-    parts = PARTS if args.parts == "all" else args.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
+    parts = PARTS if args.parts == "all" else tuple(args.parts.split(","))
+    if args.table:
+        parts = (PAIRING,)
+    if unknown := set(parts) - {*PARTS, PAIRING}:
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if args.peers is None and parts != (PAIRING,):
+        parser.error("--peers: expected a folder")
     chosen = None if args.cases is None else cases.read(args.cases)
     failures = measure(args.out, args.peers, chosen, args.quick, parts)
     return 1 if failures else 0

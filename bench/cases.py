@@ -130,6 +130,55 @@ class Case:
             raise ValueError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class DenseCase:
+    """One call of a dense layer: one x, and slices of widths of their own."""
+
+    model: str
+    #: ``qkv`` (three slices of attention's input) or ``o`` (one of its output).
+    op: str
+    in_dim: int
+    out_dims: tuple[int, ...]
+    tokens: int
+    rank: int
+    adapters: int
+    dtype: str = "bf16"
+
+    @property
+    def width(self) -> int:
+        """Width of the output."""
+        return sum(self.out_dims)
+
+    @property
+    def matrices(self) -> int:
+        """Elements of the matrices of one adapter."""
+        return self.rank * (len(self.out_dims) * self.in_dim + self.width)
+
+    def describe(self) -> str:
+        """The case in a line."""
+        return f"{self.model} {self.op} T={self.tokens} R={self.rank} {self.adapters} adapters"
+
+    def to_json(self) -> dict[str, Any]:
+        """The case as :meth:`from_json` takes it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> DenseCase:
+        """A case from what :meth:`to_json` made."""
+        return DenseCase(**{**fields, "out_dims": tuple(fields["out_dims"])})
+
+
+def dense(quick_run: bool) -> list[DenseCase]:
+    """Attention of Qwen3-30B-A3B: q, k and v in one call, and o."""
+    tokens = (1, 80, 8192) if quick_run else (1, 16, 80, 1024, 8192)
+    layers: list[tuple[str, int, tuple[int, ...]]] = [("qkv", 2048, (4096, 512, 512)), ("o", 4096, (2048,))]
+    return [
+        DenseCase(QWEN3.name, op, in_dim, out_dims, t, rank=64, adapters=2)
+        for op, in_dim, out_dims in layers
+        for t in tokens
+    ]
+
+
 def read(path: Path) -> list[Case]:
     """The cases of a JSON file: a list of objects, as :meth:`Case.from_json` takes them."""
     listed = json.loads(path.read_text())

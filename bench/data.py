@@ -61,9 +61,7 @@ class Routing:
         self.topk_ids.copy_(scores.topk(self.top_k, sorted=False).indices)
         weights = torch.rand(self.tokens, self.top_k, generator=random, device="cuda") + 0.05
         self.topk_weights.copy_(weights / weights.sum(1, keepdim=True))
-        token = torch.arange(self.tokens, device="cuda")
-        run = -(-self.tokens // SEQUENCES)
-        self.token_lora.copy_(token // run % self.adapters)
+        self.token_lora.copy_(adapters_of(self.tokens, self.adapters))
         if bare_tokens:
             self.token_lora[BARE_TOKENS - 1 :: BARE_TOKENS] = -1
 
@@ -133,10 +131,20 @@ def set_bytes(case: Case) -> int:
 
 def sets_needed(case: Case, segments: int) -> int:
     """Sets of weights in the rotation, so that what a round touches is larger than the L2 cache."""
-    touched = segments * case.used_rank * (case.k + case.n) * case.slices * 2
+    return rotation_of(segments * case.used_rank * (case.k + case.n) * case.slices * 2, set_bytes(case))
+
+
+def rotation_of(touched: int, whole: int) -> int:
+    """Sets in the rotation, where a call touches so many bytes of one that is so large."""
     cache: int = torch.cuda.get_device_properties(0).L2_cache_size
-    most = max(2, min(MAX_SETS, int(MAX_BYTES / set_bytes(case))))
+    most = max(2, min(MAX_SETS, int(MAX_BYTES / whole)))
     return max(2, min(most, -(-ROTATION * cache // touched)))
+
+
+def adapters_of(tokens: int, adapters: int) -> torch.Tensor:
+    """``[tokens]`` i32: the adapter of each, one for all tokens of a sequence."""
+    run = -(-tokens // SEQUENCES)
+    return (torch.arange(tokens, device="cuda") // run % adapters).to(torch.int32)
 
 
 class Projection:

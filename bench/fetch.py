@@ -11,14 +11,28 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-OPERATOR = "vllm/lora/ops/triton_ops/fused_moe_lora_op.py"
+FOLDER = "vllm/lora/ops/triton_ops"
+OPERATOR = f"{FOLDER}/fused_moe_lora_op.py"
+#: What dense layers are computed with, by the names that the files have in vLLM.
+DENSE = ("kernel_utils", "utils", "lora_kernel_metadata", "lora_shrink_op", "lora_expand_op")
+
+
+def dense_file(name: str) -> str:
+    """What a file of :data:`DENSE` is called in the folder."""
+    return f"dense_{name}.py"
+
+
 #: For each release: the folder, and which files of the wheel go there under which names. The library is
 #: vLLM's compiled operators, of which the routing step is measured; it loads without the rest of vLLM.
 RELEASES = {
     "0.17.1": ("v017", {OPERATOR: "fused_moe_lora_op.py"}),
     "0.33.0": (
         "v033",
-        {OPERATOR: "fused_moe_lora_op.py", "vllm/_moe_C_stable_libtorch.abi3.so": "_moe_C.so"},
+        {
+            OPERATOR: "fused_moe_lora_op.py",
+            "vllm/_moe_C_stable_libtorch.abi3.so": "_moe_C.so",
+            **{f"{FOLDER}/{name}.py": dense_file(name) for name in DENSE},
+        },
     ),
 }
 PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux1_x86_64")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .cases import Case
+from .cases import Case, DenseCase
 
 #: Bytes of a bf16 or f16 element.
 ELEMENT = 2
@@ -40,3 +40,9 @@ def floor(case: Case, segments: int) -> Floor:
     out = case.pairs * case.n * case.slices
     elements = segments * matrices + case.x_rows * case.k + 2 * out
     return Floor(bytes=elements * ELEMENT, operations=2 * case.pairs * matrices)
+
+
+def dense_floor(case: DenseCase, adapters: int) -> Floor:
+    """The floor of a dense layer's case whose tokens use that many adapters."""
+    elements = adapters * case.matrices + case.tokens * (case.in_dim + 2 * case.width)
+    return Floor(bytes=elements * ELEMENT, operations=2 * case.tokens * case.matrices)

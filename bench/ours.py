@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from .data import Projection, Routing
 from .peers import Operator, Peer
+
+if TYPE_CHECKING:
+    import moe_lora
 
 
 def stand_in(routing: Routing, rank: int) -> Peer:
@@ -66,6 +69,10 @@ class Ours:
         routing = self.routing
         self._call(projection, chosen, routing.topk_ids, routing.token_lora, routing.ranks, True)
 
+    def weights(self, projection: Projection, chosen: int) -> dict[str, Any]:
+        """What the call is given of a set of weights."""
+        return {"a": projection.weights.a[chosen], "b": projection.weights.b[chosen]}
+
     def _call(
         self,
         projection: Projection,
@@ -77,14 +84,50 @@ class Ours:
     ) -> None:
         self.library.forward(
             projection.x,
-            projection.weights.a[chosen],
-            projection.weights.b[chosen],
-            topk_ids,
-            token_lora,
-            projection.out,
+            **self.weights(projection, chosen),
+            topk_ids=topk_ids,
+            token_lora=token_lora,
+            out=projection.out,
             ranks=ranks,
             topk_weights=self.routing.topk_weights if projection.weighted else None,
             mul_routed_weight=projection.weighted,
             accumulate=accumulate,
             workspace=self.workspace,
         )
+
+
+class OnTables(Ours):
+    """The same on adapters by address: a table for each set of weights, which names them where they are."""
+
+    def __init__(self, routing: Routing, rank: int, projection: Projection) -> None:
+        super().__init__(routing, rank)
+        case = projection.case
+        self.tables = [
+            table_of(a, b, out_dims=[case.n] * case.slices, in_dim=case.k, max_rank=rank, rank=case.used_rank)
+            for a, b in zip(projection.weights.a, projection.weights.b, strict=True)
+        ]
+
+    def weights(self, projection: Projection, chosen: int) -> dict[str, Any]:
+        """What the call is given of a set of weights."""
+        return {"table": self.tables[chosen]}
+
+
+def table_of(
+    a: list[Tensor], b: list[Tensor], *, out_dims: list[int], in_dim: int, max_rank: int, rank: int
+) -> moe_lora.AdapterTable:
+    """A table that names the slots of stacked weights, ``[adapters, experts, …]``."""
+    import moe_lora
+
+    slots, experts = a[0].shape[:2]
+    table = moe_lora.AdapterTable(
+        slots,
+        out_dims=out_dims,
+        in_dim=in_dim,
+        experts=experts,
+        dtype=a[0].dtype,
+        device=a[0].device,
+        max_rank=max_rank,
+    )
+    for slot in range(slots):
+        table.set(slot, [matrix[slot] for matrix in a], [matrix[slot] for matrix in b], rank=rank)
+    return table

@@ -5,8 +5,9 @@
 ``v017``
     release 0.17.1: the two-kernel operator of pull request 32770 (shrink, then expand)
 ``v033``
-    release 0.33.0: one-shot and small-batch kernels, chosen by vLLM's own dispatch, and the compiled
-    library that has vLLM's routing step, ``moe_lora_align_block_size``
+    release 0.33.0: one-shot and small-batch kernels, chosen by vLLM's own dispatch, the compiled library
+    that has vLLM's routing step, ``moe_lora_align_block_size``, and the files of the pair of kernels for
+    dense layers, which :mod:`bench.dense_peer` loads
 
 An operator's file is loaded as it is. Only the vLLM modules that it imports are stood in for, so torch
 and triton are all that must be installed.
@@ -39,14 +40,22 @@ def _not_registered(**_: Any) -> None:
     raise AttributeError("operators are called directly here")
 
 
-def load_operator(folder: Path) -> types.ModuleType:
-    """One release's ``fused_moe_lora_op.py``, with stand-ins for the modules of vLLM that it imports."""
+def stand_ins() -> None:
+    """Puts modules in the place of those of vLLM that its operators import, with vLLM's default settings."""
     import triton
     import triton.language
     import triton.tools.tensor_descriptor  # The operators use it without importing it.
 
     device = torch.cuda.get_device_properties(0)
-    _module("vllm")
+    settings = types.SimpleNamespace(
+        VLLM_BATCH_INVARIANT=False,
+        VLLM_LORA_DISABLE_PDL=False,
+        VLLM_LORA_ENABLE_DUAL_STREAM=False,
+        VLLM_TUNED_CONFIG_FOLDER=None,
+    )
+    silence = types.SimpleNamespace(warning_once=lambda *_: None, info_once=lambda *_: None)
+    _module("vllm", envs=settings)
+    _module("vllm.logger", init_logger=lambda _: silence)
     _module("vllm.distributed", tensor_model_parallel_all_gather=None, tensor_model_parallel_all_reduce=None)
     _module(
         "vllm.platforms",
@@ -57,6 +66,7 @@ def load_operator(folder: Path) -> types.ModuleType:
             is_cuda=lambda: True,
             is_cuda_alike=lambda: True,
             has_device_capability=lambda wanted: (device.major, device.minor) >= divmod(wanted, 10),
+            is_device_capability=lambda wanted: (device.major, device.minor) == divmod(wanted, 10),
         ),
     )
     _module("vllm.triton_utils", tl=triton.language, triton=triton)
@@ -67,6 +77,7 @@ def load_operator(folder: Path) -> types.ModuleType:
         ),
     )
     _module("vllm.utils")
+    _module("vllm.utils.math_utils", next_power_of_2=lambda n: 1 << (n - 1).bit_length())
     _module(
         "vllm.utils.mem_utils",
         get_max_shared_memory_bytes=lambda _=0: device.shared_memory_per_block_optin,
@@ -76,20 +87,30 @@ def load_operator(folder: Path) -> types.ModuleType:
         direct_register_custom_op=_not_registered,
         async_tensor_h2d=lambda data, dtype, device: torch.tensor(data, dtype=dtype, device=device),
     )
+
+
+def load_file(name: str, file: Path) -> types.ModuleType:
+    """A file of vLLM's, as it is, as the module of this name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_operator(folder: Path) -> types.ModuleType:
+    """One release's ``fused_moe_lora_op.py``, with stand-ins for the modules of vLLM that it imports."""
+    stand_ins()
     package = f"vllm_{folder.name}"
     _module(package).__path__ = [str(folder)]
-    is_hopper_or_later = device.major >= 9
+    is_hopper_or_later = torch.cuda.get_device_properties(0).major >= 9
     _module(
         f"{package}.utils",
         supports_pdl=lambda _=None: is_hopper_or_later,
         supports_tma=lambda _=None: is_hopper_or_later,
     )
-    spec = importlib.util.spec_from_file_location(f"{package}.op", folder / "fused_moe_lora_op.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_file(f"{package}.op", folder / "fused_moe_lora_op.py")
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,12 @@ class Results:
 
         Results of a part of the benchmark have another, so that they replace nothing in the documents.
         """
+        return f"{self.device}-partial" if self.machine.get("partial") else self.device
+
+    @property
+    def device(self) -> str:
+        """The same of results of any part."""
         words = re.findall(r"[a-z0-9]+", self.machine["device"].lower())
-        if self.machine.get("partial"):
-            words.append("partial")
         return "-".join(word for word in words if word != "nvidia")
 
 

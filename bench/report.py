@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from . import cases, chart
-from .cases import QWEN3, Case
+from .cases import QWEN3, Case, DenseCase
 from .records import NAMES, Record, Results, read
 
 #: What ours is compared with; the first is ours too.
@@ -41,10 +41,29 @@ def write(path: Path, folder: Path, documents: Sequence[Path] = ()) -> list[Path
     return written
 
 
+def write_section(path: Path, name: str, documents: Sequence[Path]) -> None:
+    """Replaces one section of documents alone. Results of a part of the benchmark will do."""
+    results = Results(read(path))
+    text = SECTIONS[name](results)
+    if not text:
+        raise ValueError(f"{path}: nothing was measured for {name!r}")
+    for document in documents:
+        before = document.read_text()
+        after = splice(before, f"{results.device}: {name}", text)
+        if begin_mark(f"{results.device}: {name}") not in before:
+            raise ValueError(f"{document}: expected the mark {begin_mark(f'{results.device}: {name}')}")
+        document.write_text(after)
+
+
+def begin_mark(name: str) -> str:
+    """What a section of a document begins with."""
+    return f"<!-- bench {name} -->"
+
+
 def splice(text: str, name: str, section: str) -> str:
     """Replaces what stands between ``<!-- bench NAME -->`` and ``<!-- end -->``, where that is found."""
-    begin = re.escape(f"<!-- bench {name} -->")
-    fill = f"<!-- bench {name} -->\n{section.strip()}\n<!-- end -->"
+    begin = re.escape(begin_mark(name))
+    fill = f"{begin_mark(name)}\n{section.strip()}\n<!-- end -->"
     return re.sub(f"{begin}.*?<!-- end -->", lambda _: fill, text, flags=re.DOTALL)
 
 
@@ -58,7 +77,9 @@ def page(results: Results, picture: str) -> str:
     ]
     for name, section in SECTIONS.items():
         if section not in (machine, selected, six_rows) and (text := section(results)):
-            parts += [f"## {name.capitalize()}", text]
+            # What is also measured alone can be replaced alone.
+            marked = f"{begin_mark(f'{results.device}: {name}')}\n{text}\n<!-- end -->"
+            parts += [f"## {name.capitalize()}", marked if section is dense_layers else text]
     return "\n\n".join(parts) + "\n"
 
 
@@ -183,6 +204,41 @@ def layers(results: Results) -> str:
     return _table(["T", "floor", "moe-lora", *(NAMES[peer] for peer in PEERS)], rows)
 
 
+def dense_layers(results: Results) -> str:
+    """Dense layers on a route that was made before."""
+    rows = []
+    for record in results.of("dense"):
+        case, by = DenseCase.from_json(record["case"]), record["results"]
+        ours = by.get("ours", {})
+        widths = " + ".join(f"{width:,}" for width in case.out_dims)
+        rows.append(
+            [
+                case.op,
+                f"{case.in_dim:,} → {widths}",
+                f"{case.tokens:,}",
+                _us(record["floor_us"]),
+                _time(ours, "us"),
+                f"{record['floor_us'] / ours['us']:.0%}" if "us" in ours else "",
+                *(_against(by.get(label, {}), ours, "us") for label in ("table", "vllm033")),
+            ]
+        )
+    head = ["layer", "widths", "tokens", "floor", "moe-lora", "of the floor", "on a table"]
+    return _table([*head, f"{NAMES['vllm033']}, shrink + expand"], rows)
+
+
+def pairs(results: Results) -> str:
+    """How many times longer calls take on a table than on stacked weights."""
+    rows = []
+    for record in results.of("pair"):
+        ratios = [record["ratios"].get(key) for key in ("us", "routed_us")]
+        cells = [f"{ratio:.3f}" if ratio is not None else "failed" for ratio in ratios]
+        rows.append([Case.from_json(record["case"]).describe(), *cells])
+    for record in results.of("pairs"):
+        means = [record["means"].get(key) for key in ("us", "routed_us")]
+        rows.append(["geometric mean", *(f"{mean:.3f}" if mean is not None else "–" for mean in means)])
+    return _table(["table over stacked", "on a kept route", "with routing"], rows)
+
+
 def routing(results: Results) -> str:
     """The routing step alone."""
     rows = []
@@ -263,7 +319,8 @@ def failures(results: Results) -> str:
         for name, result in record.get("results", {}).items():
             what = record.get("what", record["kind"])
             if "case" in record:
-                case = Case.from_json(record["case"]).describe()
+                kind = DenseCase if record["kind"] == "dense" else Case
+                case = kind.from_json(record["case"]).describe()
                 what = case if record["kind"] == "case" else f"{what}, {case}"
             for label, why in [(name, result.get("failed")), *result.get("left_out", {}).items()]:
                 if why:
@@ -280,6 +337,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "operator": operator,
     "operator with routing": with_routing,
     "layers": layers,
+    "dense layers": dense_layers,
+    "stacked weights and tables": pairs,
     "routing": routing,
     "host time": host,
     "first result": first_result,

@@ -12,17 +12,21 @@ from typing import Any
 
 import torch
 
-from . import cases, first, measure, operator_runs, precompile, replay
+from . import cases, dense, first, measure, operator_runs, pairing, precompile, replay
 from .cases import Case
 from .floors import Ceilings
 from .peers import Vllm
 from .records import Sink
 
 #: What can be measured, in this order.
-PARTS = ("first", "cases", "layers", "routes", "replay")
+PARTS = ("first", "cases", "layers", "routes", "dense", "replay")
+#: What is measured only where it is asked for: this project with itself.
+PAIRING = "table"
 
 
-def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, parts: Sequence[str]) -> int:
+def run(
+    path: Path, peers: Path | None, chosen: Sequence[Case] | None, quick: bool, parts: Sequence[str]
+) -> int:
     """Measures ``parts`` and writes JSON lines to ``path``; returns how many results failed.
 
     ``chosen`` replaces the list of cases; ``peers`` is the folder that ``python -m bench.fetch`` filled.
@@ -37,11 +41,35 @@ def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, par
         partial=quick or chosen is not None or set(parts) != set(PARTS),
         **_machine(ceilings),
     )
+    listed = list(chosen) if chosen is not None else cases.quick() if quick else cases.everything()
+    if PAIRING in parts:
+        _pair(sink, listed, ceilings)
+    if peers is not None and set(parts) & set(PARTS):
+        _beside_peers(sink, peers, listed, quick, parts, ceilings)
+    sink.write("end", f"{sink.failures} results failed", seconds=sink.seconds, failures=sink.failures)
+    return sink.failures
+
+
+def _pair(sink: Sink, listed: Sequence[Case], ceilings: Ceilings) -> None:
+    both = pairing.Pairing(sink, ceilings)
+    for case in sorted(listed, key=operator_runs.Shelf.order):
+        guard(sink, case.describe(), partial(both.run_case, case))
+    both.finish()
+
+
+def _beside_peers(
+    sink: Sink, peers: Path, listed: Sequence[Case], quick: bool, parts: Sequence[str], ceilings: Ceilings
+) -> None:
     # Before anything else is compiled or runs beside it.
     if "first" in parts:
         first.run(sink, peers)
+    # Before vLLM's other operators are loaded, which share the stand-ins for vLLM's modules.
+    if "dense" in parts:
+        _dense(sink, peers, quick, ceilings)
+        torch.cuda.empty_cache()
+    if not set(parts) & {"cases", "layers", "routes", "replay"}:
+        return
 
-    listed = list(chosen) if chosen is not None else cases.quick() if quick else cases.everything()
     layers = cases.layers(quick)
     needed = [
         *(listed if "cases" in parts else ()),
@@ -67,8 +95,14 @@ def run(path: Path, peers: Path, chosen: Sequence[Case] | None, quick: bool, par
             guard(sink, what, partial(operator_runs.run_route, sink, vllm, case))
     if "replay" in parts:
         guard(sink, "replay", partial(replay.run, sink, vllm, quick))
-    sink.write("end", f"{sink.failures} results failed", seconds=sink.seconds, failures=sink.failures)
-    return sink.failures
+
+
+def _dense(sink: Sink, peers: Path, quick: bool, ceilings: Ceilings) -> None:
+    pair, missing = dense.load(peers)
+    shelf = dense.Shelf(pair)
+    for case in cases.dense(quick):
+        work = partial(dense.run_case, sink, shelf, missing, case, ceilings)
+        guard(sink, f"dense {case.describe()}", work)
 
 
 def guard(sink: Sink, what: str, work: Callable[[], None]) -> None:

@@ -2,14 +2,20 @@
 
 Sizes, as in the operator's contract: T tokens, k experts chosen a token (P = T·k pairs), E experts whose
 adapters this device holds, L adapter slots, R the rank that the weights are allocated for, S slices of the
-projection (two for gate and up, one for down), K the width of ``x``, N the width of a slice of ``out``.
+projection (two for gate and up, one for down, three for q, k and v), K the width of ``x``, N the width of a
+slice of ``out``, which each slice may have of its own.
+
+A *dense* layer has one expert, which is no choice: E = 1 and k = 1. It is called with ``topk_ids=None`` and
+``token_lora``. Its tensors may leave the experts' dimension of ``a`` and ``b`` and the k of ``out`` out.
 
 Every function raises ``ValueError`` for an argument that does not fit. Nothing was launched or written then.
 The message names the tensor, what was expected and what came. ``RuntimeError`` means that there is no device,
 or that the driver failed.
 """
 
-from typing import Any, Protocol, final
+from typing import Any, Literal, Protocol, final
+
+from typing_extensions import Self
 
 __version__: str
 
@@ -30,6 +36,7 @@ class _CudaStream(Protocol):
 
 _Tensor = _Dlpack | _CudaArray
 _Slices = _Tensor | list[Any] | tuple[Any, ...]
+_Order = Literal["in_order", "reversed", "interleaved"]
 _Stream = int | _TorchStream | _CudaStream
 
 # sorted_token_ids, expert_ids, num_tokens_post_padded, lora_ids, num_active_loras, adapter_enabled,
@@ -77,8 +84,25 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes of device memory."""
 
+class Table:
+    """What calls read of a ``moe_lora.AdapterTable``: its entries, and the sizes of its adapters."""
+
+    def __new__(
+        cls,
+        entries: object,
+        *,
+        dtype: str,
+        slots: int,
+        experts: int,
+        max_rank: int,
+        in_dim: int,
+        out_dims: list[int],
+        shared_a: bool = False,
+        shared_b: bool = False,
+    ) -> Self: ...
+
 def route(
-    topk_ids: _Tensor,
+    topk_ids: _Tensor | None,
     token_lora: _Tensor,
     *,
     experts: int,
@@ -87,6 +111,7 @@ def route(
     adapter_enabled: _Tensor | None = None,
     ranks: _Tensor | None = None,
     expert_map: _Tensor | None = None,
+    tokens: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
 ) -> None:
@@ -98,7 +123,7 @@ def route(
 
     Ids are read on the device. An id that is out of range makes its pairs inactive.
 
-    :param topk_ids: ``[T, k]`` int32, the global experts of each token.
+    :param topk_ids: ``[T, k]`` int32 or int64, the global experts of each token. ``None`` of a dense layer.
     :param token_lora: ``[T or more]`` int32, the adapter slot of each token, -1 for none.
     :param experts: E.
     :param slots: L.
@@ -106,6 +131,7 @@ def route(
     :param adapter_enabled: ``[L or more]`` int32, uint8 or bool: 0 switches a slot off.
     :param ranks: ``[L or more]`` int32, the rank that each slot uses; more than R counts as R. Left out: R.
     :param expert_map: ``[global experts]`` int32, the local number of each, -1 where another device holds it.
+    :param tokens: T of a dense layer. Left out: as many as ``token_lora`` has elements.
     :param workspace: where the route is kept. Left out: that of the device and stream.
     :param stream: an address, a ``torch.cuda.Stream``, or an object with ``__cuda_stream__``. Left out:
         PyTorch's current stream, or the default stream where PyTorch is not imported.
@@ -113,19 +139,23 @@ def route(
 
 def forward(
     x: _Tensor,
-    a: _Slices,
-    b: _Slices,
-    topk_ids: _Tensor | None,
-    token_lora: _Tensor | None,
-    out: _Tensor,
+    a: _Slices | None = None,
+    b: _Slices | None = None,
+    topk_ids: _Tensor | None = None,
+    token_lora: _Tensor | None = None,
+    out: _Tensor | None = None,
     *,
+    table: Table | None = None,
     topk_weights: _Tensor | None = None,
     adapter_enabled: _Tensor | None = None,
     ranks: _Tensor | None = None,
     expert_map: _Tensor | None = None,
+    x_index: _Tensor | None = None,
+    out_index: _Tensor | None = None,
     mul_routed_weight: bool = False,
     accumulate: bool = True,
     offset: int = 0,
+    order: _Order = "in_order",
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
@@ -137,21 +167,33 @@ def forward(
 
     :param x: ``[T, K]`` (a row a token: gate and up) or ``[P, K]`` (a row a pair: down), bfloat16 or float16.
         Rows may lie further apart than K.
-    :param a: S tensors ``[L, E or 1, R, K]`` of ``x``'s type; one tensor alone is one slice.
-    :param b: S tensors ``[L, E or 1, N, R]`` of ``x``'s type.
-    :param topk_ids: as for ``route``. ``None``, as ``token_lora`` then is too: the route that the workspace
-        keeps.
+    :param a: S tensors ``[L, E or 1, R, K]`` of ``x``'s type; one tensor alone is one slice. Of a dense layer
+        ``[L, R, K]`` too. A stride of 0 in the experts' dimension (PyTorch's ``expand``) is one matrix for
+        all experts, as is a size of 1.
+    :param b: S tensors ``[L, E or 1, N, R]`` of ``x``'s type, each of an N of its own; otherwise as ``a``.
+    :param topk_ids: as for ``route``. ``None`` with ``token_lora``: a dense layer. ``None`` without it: the
+        route that the workspace keeps.
     :param token_lora: as for ``route``.
-    :param out: ``[T, k, ≥ offset + S·N]`` of ``x``'s type. Rows may lie further apart than they are wide.
+    :param out: ``[T, k, ≥ offset + Σ N]`` of ``x``'s type; without ``topk_ids`` ``[T, ≥ offset + Σ N]`` too,
+        for k = 1. Rows may lie further apart than they are wide. It must be given.
+    :param table: an ``AdapterTable``, in place of ``a`` and ``b``.
     :param topk_weights: ``[T, k]`` float32, read with ``mul_routed_weight`` alone.
     :param adapter_enabled: as for ``route``.
     :param ranks: as for ``route``.
     :param expert_map: as for ``route``.
+    :param x_index: ``[P]`` or ``[T, k]`` int32, the row of ``x`` of each pair; ``x`` then has any number of
+        rows. A pair whose row is not there is inactive.
+    :param out_index: the row of ``out`` of each pair, likewise; ``out`` is then ``[rows, ≥ offset + Σ N]``.
+        A pair whose row is not there writes nothing. No two pairs may have one row. On the route that the
+        workspace keeps it must be ``[T, k]``.
     :param mul_routed_weight: multiply each pair's update by its weight.
     :param accumulate: add to ``out``, leaving inactive pairs as they are; ``False``: overwrite, with zeros
         where a pair is inactive.
     :param offset: first column of ``out`` that is written.
-    :param experts: E, needed where neither ``a`` nor ``b`` has it as its second dimension.
+    :param order: where the columns of the slices are: one slice behind another (``in_order``), from the last
+        slice to the first (``reversed``: up before gate), or column by column (``interleaved``: column n of
+        slice s at S·n + s, for slices of one width).
+    :param experts: E, needed where neither ``a`` nor ``b`` has it as its second dimension. A table has it.
     :param workspace: as for ``route``.
     :param stream: as for ``route``.
     :param blocks: pairs sorted by ``align`` or by vLLM's ``moe_lora_align_block_size``, in place of
@@ -161,14 +203,16 @@ def forward(
 
 def shrink(
     x: _Tensor,
-    a: _Slices,
-    topk_ids: _Tensor | None,
-    token_lora: _Tensor | None,
-    h: _Tensor,
+    a: _Slices | None = None,
+    topk_ids: _Tensor | None = None,
+    token_lora: _Tensor | None = None,
+    h: _Tensor | None = None,
     *,
+    table: Table | None = None,
     adapter_enabled: _Tensor | None = None,
     ranks: _Tensor | None = None,
     expert_map: _Tensor | None = None,
+    x_index: _Tensor | None = None,
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
@@ -178,25 +222,31 @@ def shrink(
 
     For tensor parallelism, where ``h`` is reduced or gathered before ``expand``.
 
-    :param h: ``[S, T, k, R]`` or ``[S, P, R]`` of ``x``'s type, contiguous, written whole. Without
-        ``topk_ids`` only the first form will do.
+    What is not said here is as for ``forward``.
+
+    :param table: in place of ``a``. Scalings are ``expand``'s.
+    :param h: ``[S, T, k, R]`` or ``[S, P, R]`` of ``x``'s type, contiguous, written whole; it must be given.
+        On the route that the workspace keeps only the first form will do.
     :param experts: E, needed where ``a`` is shared by all experts.
     """
 
 def expand(
     h: _Tensor,
-    b: _Slices,
-    topk_ids: _Tensor | None,
-    token_lora: _Tensor | None,
-    out: _Tensor,
+    b: _Slices | None = None,
+    topk_ids: _Tensor | None = None,
+    token_lora: _Tensor | None = None,
+    out: _Tensor | None = None,
     *,
+    table: Table | None = None,
     topk_weights: _Tensor | None = None,
     adapter_enabled: _Tensor | None = None,
     ranks: _Tensor | None = None,
     expert_map: _Tensor | None = None,
+    out_index: _Tensor | None = None,
     mul_routed_weight: bool = False,
     accumulate: bool = True,
     offset: int = 0,
+    order: _Order = "in_order",
     experts: int | None = None,
     workspace: Workspace | None = None,
     stream: _Stream | None = None,
@@ -204,7 +254,10 @@ def expand(
 ) -> None:
     """The second half of ``forward``: ``out (+)= weight * b @ h``.
 
+    What is not said here is as for ``forward``.
+
     :param h: as ``shrink`` leaves it.
+    :param table: in place of ``b``.
     :param experts: E, needed where ``b`` is shared by all experts.
     """
 
@@ -225,9 +278,9 @@ def align(
     *,
     stream: _Stream | None = None,
 ) -> None:
-    """Sorts pairs into blocks, as vLLM's ``moe_lora_align_block_size`` does. All tensors are int32.
+    """Sorts pairs into blocks, as vLLM's ``moe_lora_align_block_size`` does. Tensors are int32.
 
-    :param topk_ids: ``[T, k]``.
+    :param topk_ids: ``[T, k]``, int32 or int64.
     :param token_lora_mapping: ``[T or more]``.
     :param sorted_token_ids: ``max_loras * max_num_tokens_padded`` places, written in the rows of slots in
         use.

@@ -35,9 +35,15 @@ __all__ = [
 ]
 
 
-def _int32(ids: torch.Tensor) -> torch.Tensor:
-    """Ids as the kernels read them. vLLM's routers leave 32 bits, some others 64."""
-    return ids if ids.dtype is torch.int32 else ids.to(torch.int32)
+def _ids(ids: torch.Tensor) -> torch.Tensor:
+    """Ids as the kernels read them, of 32 bits, as vLLM's routers leave them, or of 64."""
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
+
+
+def _experts(*factors: list[torch.Tensor]) -> int:
+    """E. A factor that all experts share has one matrix, or as many with a stride of 0."""
+    experts: int = max(factor[0].shape[1] for factor in factors)
+    return experts
 
 
 # Places of a block where this module sorts pairs itself: the smallest tile.
@@ -52,8 +58,10 @@ def _sort(
     # Each segment begins a block of its own.
     segments = min(pairs, experts)
     blocks = segments + (pairs - segments) // _BLOCK_SIZE
-    sorted_token_ids = topk_ids.new_empty((slots, blocks * _BLOCK_SIZE))
-    expert_ids, padded = topk_ids.new_empty((slots, blocks)), topk_ids.new_empty(slots)
+    # vLLM's arrays are of 32 bits, whatever the ids are of.
+    empty = functools.partial(topk_ids.new_empty, dtype=torch.int32)
+    sorted_token_ids = empty((slots, blocks * _BLOCK_SIZE))
+    expert_ids, padded = empty((slots, blocks)), empty(slots)
     every_slot = torch.arange(slots, dtype=torch.int32, device=topk_ids.device)
     _native.align(
         topk_ids,
@@ -74,7 +82,8 @@ def _sort(
 
 
 def _routing(
-    weights: torch.Tensor,
+    slots: int,
+    experts: int,
     tokens: int,
     top_k: int,
     sorted_token_ids: torch.Tensor | None,
@@ -102,14 +111,12 @@ def _routing(
         return {"topk_ids": None, "token_lora": None, "blocks": arrays}
     if expert_ids.numel() != tokens * top_k:
         raise ValueError(f"expert_ids: expected shape [{tokens * top_k}], got shape {list(expert_ids.shape)}")
-    topk_ids = _int32(expert_ids).view(tokens, top_k)
-    # vLLM's mapping may have room for more tokens than the batch has.
-    token_lora = token_lora_mapping if token_lora_mapping.shape[0] == tokens else token_lora_mapping[:tokens]
+    topk_ids = _ids(expert_ids).view(tokens, top_k)
     if not add_inputs and tokens > 0:
         # vLLM's kernels leave inactive pairs as they are when they overwrite, too; a route made of ids would
         # have them written as zeros.
-        return _sort(topk_ids, token_lora, adapter_enabled, *weights.shape[:2])
-    return {"topk_ids": topk_ids, "token_lora": token_lora, "adapter_enabled": adapter_enabled}
+        return _sort(topk_ids, token_lora_mapping, adapter_enabled, slots, experts)
+    return {"topk_ids": topk_ids, "token_lora": token_lora_mapping, "adapter_enabled": adapter_enabled}
 
 
 def _fused_moe_lora(
@@ -146,9 +153,10 @@ def _fused_moe_lora(
     offset: int = 0,
     add_inputs: bool = True,
 ) -> None:
-    tokens = topk_weights.shape[0]
+    tokens, experts = topk_weights.shape[0], _experts(lora_a_stacked, lora_b_stacked)
     routing = _routing(
-        lora_a_stacked[0],
+        lora_a_stacked[0].shape[0],
+        experts,
         tokens,
         top_k_num,
         sorted_token_ids,
@@ -176,13 +184,13 @@ def _fused_moe_lora(
     a, b = lora_a_stacked[0], lora_b_stacked[0]
     # Zeros, since the sorted form names active pairs alone.
     h = qcurr_hidden_states.new_zeros((len(lora_a_stacked), tokens, top_k_num, a.shape[2]))
-    _native.shrink(qcurr_hidden_states, lora_a_stacked, h=h, **routing)
+    _native.shrink(qcurr_hidden_states, lora_a_stacked, h=h, experts=experts, **routing)
     if b.shape[3] == a.shape[2]:
         h = tensor_model_parallel_all_reduce(h)
     else:
         h = tensor_model_parallel_all_gather(h)
     # The workspace's own route would be of the rank before the gather.
-    _native.expand(h, lora_b_stacked, out=output, **routing, **delta)
+    _native.expand(h, lora_b_stacked, out=output, experts=experts, **routing, **delta)
 
 
 def _fused_moe_lora_shrink(
@@ -218,7 +226,8 @@ def _fused_moe_lora_shrink(
     use_tma: bool = False,
 ) -> None:
     routing = _routing(
-        lora_a_stacked[0],
+        lora_a_stacked[0].shape[0],
+        _experts(lora_a_stacked),
         topk_weights.shape[0],
         top_k_num,
         sorted_token_ids,
@@ -270,7 +279,8 @@ def _fused_moe_lora_expand(
     add_inputs: bool = True,
 ) -> None:
     routing = _routing(
-        lora_b_stacked[0],
+        lora_b_stacked[0].shape[0],
+        _experts(lora_b_stacked),
         topk_weights.shape[0],
         top_k_num,
         sorted_token_ids,
@@ -311,7 +321,7 @@ def _moe_lora_align_block_size(
     expert_map: torch.Tensor | None = None,
 ) -> None:
     _native.align(
-        _int32(topk_ids),
+        _ids(topk_ids),
         token_lora_mapping,
         num_experts,
         block_size,

@@ -1,9 +1,9 @@
 //! `moe_lora._native`: the operator on Python's tensors.
 //!
-//! Data walks in one direction: Python's objects become [`tensor::Tensor`]s, which know their names; [`read`]
-//! and [`routing`] check each, [`call`] checks them against one another and makes the library's call of them;
-//! [`place`] finds the device, the stream and the workspace that it runs on. `moe_lora/_native.pyi` documents
-//! every function for its users.
+//! Data walks in one direction: Python's objects become [`tensor::Tensor`]s, which know their names;
+//! [`read`], [`weights`] and [`routing`] check each; [`call`] and [`sort`] check them against one another and
+//! make the library's call of them; [`place`] finds the device, the stream and the workspace that it runs on.
+//! `moe_lora/_native.pyi` documents every function for its users.
 //!
 //! The GIL is kept throughout: a call takes microseconds, most of them in the driver, and giving the GIL up
 //! and taking it back costs as much as it would lend to another thread.
@@ -13,18 +13,24 @@ mod fault;
 mod place;
 mod read;
 mod routing;
+mod sort;
 mod tensor;
+mod weights;
 
 use pyo3::prelude::*;
 
 #[pymodule]
 mod _native {
-    use crate::call::{self, Align, Arguments};
+    use crate::call::{self, Arguments};
     use crate::fault::Outcome;
     #[pymodule_export]
     use crate::place::Workspace;
     use crate::read::Delta;
     use crate::routing::{BlocksArgument, Routing, Tokens};
+    use crate::sort::{self, Align, RouteSizes};
+    use crate::weights::Given;
+    #[pymodule_export]
+    use crate::weights::Table;
     use moe_lora::BlockShape;
     use pyo3::prelude::*;
 
@@ -35,78 +41,86 @@ mod _native {
     #[pyfunction]
     #[pyo3(signature = (
         topk_ids, token_lora, *, experts, slots, max_rank, adapter_enabled=None, ranks=None, expert_map=None,
-        workspace=None, stream=None,
+        tokens=None, workspace=None, stream=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn route<'py>(
-        topk_ids: Object<'_, 'py>,
-        token_lora: Object<'_, 'py>,
+        topk_ids: Optional<'_, 'py>,
+        token_lora: Optional<'_, 'py>,
         experts: usize,
         slots: usize,
         max_rank: usize,
         adapter_enabled: Optional<'_, 'py>,
         ranks: Optional<'_, 'py>,
         expert_map: Optional<'_, 'py>,
+        tokens: Option<usize>,
         workspace: Option<&Bound<'py, Workspace>>,
         stream: Optional<'_, 'py>,
     ) -> Outcome<()> {
-        let (ids, lora) = (Some(topk_ids), Some(token_lora));
-        let tokens = Tokens { topk_ids: ids, token_lora: lora, adapter_enabled, ranks, expert_map };
-        let routing = Routing::Tokens(tokens);
-        let arguments = Arguments { routing, experts: Some(experts), workspace, stream };
-        call::route(topk_ids, slots, max_rank, experts, &arguments)
+        let ids = Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map };
+        let arguments =
+            Arguments { routing: Routing::Tokens(ids), experts: Some(experts), workspace, stream };
+        sort::route(&ids, &RouteSizes { tokens, slots, max_rank, experts }, &arguments)
     }
 
     /// Adds the low-rank update of every active pair to `out`.
     #[pyfunction]
     #[pyo3(signature = (
-        x, a, b, topk_ids, token_lora, out, *, topk_weights=None, adapter_enabled=None, ranks=None,
-        expert_map=None, mul_routed_weight=false, accumulate=true, offset=0, experts=None, workspace=None,
+        x, a=None, b=None, topk_ids=None, token_lora=None, out=None, *, table=None, topk_weights=None,
+        adapter_enabled=None, ranks=None, expert_map=None, x_index=None, out_index=None,
+        mul_routed_weight=false, accumulate=true, offset=0, order="in_order", experts=None, workspace=None,
         stream=None, blocks=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn forward<'py>(
         x: Object<'_, 'py>,
-        a: Object<'_, 'py>,
-        b: Object<'_, 'py>,
+        a: Optional<'_, 'py>,
+        b: Optional<'_, 'py>,
         topk_ids: Optional<'_, 'py>,
         token_lora: Optional<'_, 'py>,
-        out: Object<'_, 'py>,
+        out: Optional<'_, 'py>,
+        table: Option<&Bound<'py, Table>>,
         topk_weights: Optional<'_, 'py>,
         adapter_enabled: Optional<'_, 'py>,
         ranks: Optional<'_, 'py>,
         expert_map: Optional<'_, 'py>,
+        x_index: Optional<'_, 'py>,
+        out_index: Optional<'_, 'py>,
         mul_routed_weight: bool,
         accumulate: bool,
         offset: usize,
+        order: &str,
         experts: Option<usize>,
         workspace: Option<&Bound<'py, Workspace>>,
         stream: Optional<'_, 'py>,
         blocks: Option<BlocksArgument<'py>>,
     ) -> Outcome<()> {
-        let delta = Delta { out, topk_weights, mul_routed_weight, accumulate, offset };
+        let delta = Delta { out, out_index, topk_weights, mul_routed_weight, accumulate, offset, order };
         let tokens = Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map };
         let routing = Routing::new(tokens, blocks.as_ref())?;
         let arguments = Arguments { routing, experts, workspace, stream };
-        call::forward(x, a, b, &delta, &arguments)
+        let weights = Given { a: Some(a), b: Some(b), table };
+        call::forward(x, x_index, &weights, &delta, &arguments)
     }
 
     /// The first half of `forward`: h = a @ x.
     #[pyfunction]
     #[pyo3(signature = (
-        x, a, topk_ids, token_lora, h, *, adapter_enabled=None, ranks=None, expert_map=None, experts=None,
-        workspace=None, stream=None, blocks=None,
+        x, a=None, topk_ids=None, token_lora=None, h=None, *, table=None, adapter_enabled=None, ranks=None,
+        expert_map=None, x_index=None, experts=None, workspace=None, stream=None, blocks=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn shrink<'py>(
         x: Object<'_, 'py>,
-        a: Object<'_, 'py>,
+        a: Optional<'_, 'py>,
         topk_ids: Optional<'_, 'py>,
         token_lora: Optional<'_, 'py>,
-        h: Object<'_, 'py>,
+        h: Optional<'_, 'py>,
+        table: Option<&Bound<'py, Table>>,
         adapter_enabled: Optional<'_, 'py>,
         ranks: Optional<'_, 'py>,
         expert_map: Optional<'_, 'py>,
+        x_index: Optional<'_, 'py>,
         experts: Option<usize>,
         workspace: Option<&Bound<'py, Workspace>>,
         stream: Optional<'_, 'py>,
@@ -115,40 +129,43 @@ mod _native {
         let tokens = Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map };
         let routing = Routing::new(tokens, blocks.as_ref())?;
         let arguments = Arguments { routing, experts, workspace, stream };
-        call::shrink(x, a, h, &arguments)
+        call::shrink(x, x_index, &Given { a: Some(a), b: None, table }, h, &arguments)
     }
 
     /// The second half of `forward`: out (+)= weight * b @ h.
     #[pyfunction]
     #[pyo3(signature = (
-        h, b, topk_ids, token_lora, out, *, topk_weights=None, adapter_enabled=None, ranks=None,
-        expert_map=None, mul_routed_weight=false, accumulate=true, offset=0, experts=None, workspace=None,
-        stream=None, blocks=None,
+        h, b=None, topk_ids=None, token_lora=None, out=None, *, table=None, topk_weights=None,
+        adapter_enabled=None, ranks=None, expert_map=None, out_index=None, mul_routed_weight=false,
+        accumulate=true, offset=0, order="in_order", experts=None, workspace=None, stream=None, blocks=None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn expand<'py>(
         h: Object<'_, 'py>,
-        b: Object<'_, 'py>,
+        b: Optional<'_, 'py>,
         topk_ids: Optional<'_, 'py>,
         token_lora: Optional<'_, 'py>,
-        out: Object<'_, 'py>,
+        out: Optional<'_, 'py>,
+        table: Option<&Bound<'py, Table>>,
         topk_weights: Optional<'_, 'py>,
         adapter_enabled: Optional<'_, 'py>,
         ranks: Optional<'_, 'py>,
         expert_map: Optional<'_, 'py>,
+        out_index: Optional<'_, 'py>,
         mul_routed_weight: bool,
         accumulate: bool,
         offset: usize,
+        order: &str,
         experts: Option<usize>,
         workspace: Option<&Bound<'py, Workspace>>,
         stream: Optional<'_, 'py>,
         blocks: Option<BlocksArgument<'py>>,
     ) -> Outcome<()> {
-        let delta = Delta { out, topk_weights, mul_routed_weight, accumulate, offset };
+        let delta = Delta { out, out_index, topk_weights, mul_routed_weight, accumulate, offset, order };
         let tokens = Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map };
         let routing = Routing::new(tokens, blocks.as_ref())?;
         let arguments = Arguments { routing, experts, workspace, stream };
-        call::expand(h, b, &delta, &arguments)
+        call::expand(h, &Given { a: None, b: Some(b), table }, &delta, &arguments)
     }
 
     /// Sorts pairs into blocks, as vLLM's `moe_lora_align_block_size` does.
@@ -190,7 +207,7 @@ mod _native {
             lora_ids,
             expert_map,
         };
-        call::align(&call, stream)
+        sort::align(&call, stream)
     }
 
     #[pymodule_init]

@@ -1,10 +1,10 @@
-//! The tensors of a call, read and checked one by one: weights, activations, `out` and `h`.
+//! The tensors of a call, read and checked one by one: `x`, `out`, and what goes with them.
 
 use crate::fault::{Fault, Outcome};
-use crate::tensor::{Dim, Exchange, Name, Tensor, Type};
-use moe_lora::{Cuda, DType, Element, ExpertWeights, Projection, RowsMut, View, XRows};
+use crate::routing::Routing;
+use crate::tensor::{Dim, Exchange, List, Name, Tensor, Type};
+use moe_lora::{Cuda, DType, Element, Error, OutDims, Rows, RowsMut, SliceOrder, View, XRows};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
 
 /// An argument that may be left out.
 pub type Optional<'a, 'py> = Option<&'a Bound<'py, PyAny>>;
@@ -60,64 +60,15 @@ impl<'py> Reader<'py> {
         Ok(tensor)
     }
 
-    /// The weights of all slices, which have one shape of four dimensions: a tensor, or a list or tuple of
-    /// them.
-    pub fn slices(
-        &self,
-        name: &'static str,
-        object: &Bound<'_, PyAny>,
-        dtype: Type,
-        shape: [Dim; 4],
-    ) -> Outcome<Slices> {
-        let tensors = if let Ok(list) = object.cast::<PyList>() {
-            list.iter().enumerate().map(|(s, item)| self.read(Name::Slice(name, s), &item)).collect()
-        } else if let Ok(tuple) = object.cast::<PyTuple>() {
-            tuple.iter().enumerate().map(|(s, item)| self.read(Name::Slice(name, s), &item)).collect()
-        } else {
-            self.whole(name, object).map(|tensor| vec![tensor])
-        };
-        let tensors: Vec<Tensor> = tensors?;
-        let (Some(first), 1..=Projection::MAX_SLICES) = (tensors.first(), tensors.len()) else {
-            let (most, got) = (Projection::MAX_SLICES, tensors.len());
-            return Err(Fault::Argument(format!("{name}: expected 1 to {most} slices, got {got}")));
-        };
-        first.expect_shape(&shape)?;
-        let mut sizes = [0; 4];
-        sizes.copy_from_slice(first.shape());
-        for tensor in &tensors {
-            tensor.expect_type(&[dtype])?;
-            tensor.expect_shape(&sizes.map(Dim::Is))?;
-            tensor.expect_contiguous()?;
+    /// The rows of pairs by their numbers, `[P]` or `[T, k]`.
+    pub fn index(&self, name: &'static str, index: Optional<'_, '_>) -> Outcome<Option<Tensor>> {
+        let index = index.map(|index| self.packed(name, index, Type::I32)).transpose()?;
+        if let Some(index) = &index
+            && !matches!(index.shape(), [_] | [_, _])
+        {
+            return Err(index.wrong_shape("[P] or [T, k]"));
         }
-        Ok(Slices { tensors, sizes })
-    }
-}
-
-/// The weights of a projection, `a` or `b`.
-pub struct Slices {
-    pub tensors: Vec<Tensor>,
-    /// The shape of each.
-    pub sizes: [usize; 4],
-}
-
-impl Slices {
-    /// # Safety
-    /// As for [`Tensor::view`].
-    pub unsafe fn views<T: Element>(&self) -> Vec<View<'_, Cuda, T>> {
-        // SAFETY: as the caller promises.
-        self.tensors.iter().map(|tensor| unsafe { tensor.view() }).collect()
-    }
-
-    /// Refuses matrices of `got` experts where the layer has `experts`.
-    pub fn experts(&self, experts: usize) -> Outcome<ExpertWeights> {
-        match self.sizes[1] {
-            got if got == experts => Ok(ExpertWeights::PerExpert),
-            1 => Ok(ExpertWeights::Shared),
-            _ => {
-                let [slots, _, rows, columns] = self.sizes;
-                Err(self.tensors[0].wrong_shape(format_args!("[{slots}, {experts} or 1, {rows}, {columns}]")))
-            }
-        }
+        Ok(index)
     }
 }
 
@@ -127,50 +78,100 @@ pub fn element(tensor: &Tensor) -> Outcome<DType> {
     Ok(if tensor.dtype() == Type::BF16 { DType::Bf16 } else { DType::F16 })
 }
 
-/// What a row of `x` belongs to, by their number.
-pub fn x_rows(x: &Tensor, tokens: usize, top_k: usize, width: usize) -> Outcome<XRows> {
-    match *x.shape() {
-        [rows, columns] if columns == width && rows == tokens => Ok(XRows::Token),
-        [rows, columns] if columns == width && rows == tokens * top_k => Ok(XRows::Pair),
-        _ => Err(x.wrong_shape(format_args!(
-            "[{tokens}, {width}] (a row a token) or [{}, {width}] (a row a pair)",
-            tokens * top_k
-        ))),
+/// `x`, as a call reads it.
+pub struct Input {
+    pub x: Tensor,
+    stride: usize,
+    index: Option<Tensor>,
+}
+
+impl Input {
+    pub fn new(reader: &Reader<'_>, x: Tensor, index: Optional<'_, '_>) -> Outcome<Self> {
+        Ok(Input { stride: 0, index: reader.index("x_index", index)?, x })
     }
+
+    /// Checks it, and says what a row of `x` belongs to: by their number or, with an index, for what the
+    /// planner makes of it alone.
+    pub fn check(&mut self, tokens: usize, top_k: usize, width: usize) -> Outcome<XRows> {
+        let pairs = tokens * top_k;
+        let rows = match *self.x.shape() {
+            [rows, columns] if columns == width => Some(rows),
+            _ => None,
+        };
+        let x_rows = match (rows, &self.index) {
+            (Some(rows), Some(index)) => {
+                check_index(index, pairs)?;
+                if rows < pairs || top_k == 1 { XRows::Token } else { XRows::Pair }
+            }
+            (Some(rows), None) if rows == tokens => XRows::Token,
+            (Some(rows), None) if rows == pairs => XRows::Pair,
+            (_, Some(_)) => return Err(self.x.wrong_shape(format_args!("[rows, {width}]"))),
+            (_, None) => {
+                return Err(self.x.wrong_shape(format_args!(
+                    "[{tokens}, {width}] (a row a token) or [{pairs}, {width}] (a row a pair)"
+                )));
+            }
+        };
+        self.stride = self.x.row_stride()?;
+        Ok(x_rows)
+    }
+
+    /// # Safety
+    /// As for [`Tensor::view`].
+    pub unsafe fn rows<T: Element>(&self) -> Rows<'_, Cuda, T> {
+        // SAFETY: as the caller promises; the type of the index was checked.
+        unsafe { self.x.rows(self.stride, self.index.as_ref()) }
+    }
+}
+
+/// Refuses an index of another number of pairs.
+fn check_index(index: &Tensor, pairs: usize) -> Outcome<()> {
+    if index.shape().iter().product::<usize>() == pairs {
+        return Ok(());
+    }
+    Err(index.wrong_shape(format_args!("[{pairs}]")))
 }
 
 /// What calls take that write `out`.
 pub struct Delta<'a, 'py> {
-    pub out: &'a Bound<'py, PyAny>,
+    pub out: Optional<'a, 'py>,
+    pub out_index: Optional<'a, 'py>,
     pub topk_weights: Optional<'a, 'py>,
     pub mul_routed_weight: bool,
     pub accumulate: bool,
     pub offset: usize,
+    pub order: &'a str,
 }
 
-/// `out`, `[T, k, ≥ offset + S·N]`, and how the delta comes to it.
+/// `out`, `[T, k, ≥ offset + Σ N]`, and how the delta comes to it.
 pub struct Output {
     pub out: Tensor,
-    pub stride: usize,
-    pub topk_weights: Option<Tensor>,
+    index: Option<Tensor>,
+    stride: usize,
+    topk_weights: Option<Tensor>,
     pub offset: usize,
+    pub order: SliceOrder,
     pub accumulate: bool,
 }
 
+/// What the operator's contract calls the shape of `out`.
+const OUT: [Dim; 3] = [Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + S·N")];
+
 impl Output {
-    pub fn tokens(&self) -> usize {
-        self.out.shape()[0]
-    }
-
-    pub fn top_k(&self) -> usize {
-        self.out.shape()[1]
-    }
-
-    pub fn read(reader: &Reader<'_>, delta: &Delta<'_, '_>) -> Outcome<Self> {
-        let &Delta { topk_weights, mul_routed_weight, accumulate, offset, .. } = delta;
-        let out = reader.whole("out", delta.out)?;
-        out.expect_shape(&[Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + S·N")])?;
-        let (tokens, top_k) = (out.shape()[0], out.shape()[1]);
+    /// Reads it, and says T and k, as far as tensors of the output tell.
+    pub fn read(
+        reader: &Reader<'_>,
+        delta: &Delta<'_, '_>,
+        routing: &Routing<'_, '_>,
+    ) -> Outcome<(Self, (usize, usize))> {
+        let &Delta { topk_weights, mul_routed_weight, accumulate, offset, order, .. } = delta;
+        let Some(out) = delta.out else {
+            return Err(Fault::Argument("out: expected a tensor, got None".to_owned()));
+        };
+        let out = reader.whole("out", out)?;
+        let index = reader.index("out_index", delta.out_index)?;
+        let size = Self::size(reader, &out, index.as_ref(), routing)?;
+        let (tokens, top_k) = size;
         let topk_weights = match (mul_routed_weight, topk_weights) {
             (false, _) => None,
             (true, Some(weights)) => Some(reader.array(
@@ -185,24 +186,72 @@ impl Output {
                 )));
             }
         };
-        Ok(Output { stride: out.row_stride()?, out, topk_weights, offset, accumulate })
+        let order = match order {
+            "in_order" => SliceOrder::InOrder,
+            "reversed" => SliceOrder::Reversed,
+            "interleaved" => SliceOrder::Interleaved,
+            got => {
+                let expected = "in_order, reversed or interleaved";
+                return Err(Fault::Argument(format!("order: expected {expected}, got {got}")));
+            }
+        };
+        let stride = out.row_stride()?;
+        Ok((Output { out, index, stride, topk_weights, offset, order, accumulate }, size))
+    }
+
+    /// T and k: what `out` says or, where an index names its rows, whoever else does.
+    fn size(
+        reader: &Reader<'_>,
+        out: &Tensor,
+        index: Option<&Tensor>,
+        routing: &Routing<'_, '_>,
+    ) -> Outcome<(usize, usize)> {
+        let Some(index) = index else {
+            return match *out.shape() {
+                [tokens, top_k, _] => Ok((tokens, top_k)),
+                // A layer without experts needs no k.
+                [tokens, _] if routing.is_without_ids() => Ok((tokens, 1)),
+                _ => Err(out.wrong_shape(List(&OUT))),
+            };
+        };
+        if !matches!(out.shape(), [_, _] | [_, _, _]) {
+            return Err(out.wrong_shape("[rows, ≥ offset + S·N]"));
+        }
+        if let Some(size) = routing.size(reader)? {
+            check_index(index, size.0 * size.1)?;
+            return Ok(size);
+        }
+        match *index.shape() {
+            [tokens, top_k] => Ok((tokens, top_k)),
+            [pairs] if routing.is_dense() => Ok((pairs, 1)),
+            _ => Err(index.wrong_shape("[T, k], as there is no topk_ids to tell T from k")),
+        }
     }
 
     /// Checks what depends on the weights.
-    pub fn check(&self, dtype: Type, slices: usize, out_dim: usize) -> Outcome<()> {
+    pub fn check(&self, dtype: Type, out_dims: &OutDims) -> Outcome<()> {
         self.out.expect_type(&[dtype])?;
-        let width = slices.checked_mul(out_dim).and_then(|width| width.checked_add(self.offset));
+        if self.order == SliceOrder::Interleaved && !out_dims.is_uniform() {
+            return Err(Error::UnequalSlices { out_dims: out_dims.to_string() }.into());
+        }
+        let width = out_dims.total().checked_add(self.offset);
         let width = width.ok_or_else(|| {
             Fault::Argument(format!("offset: expected a column of out, got {}", self.offset))
         })?;
-        self.out.expect_shape(&[Dim::Is(self.tokens()), Dim::Is(self.top_k()), Dim::AtLeast(width)])
+        match *self.out.shape() {
+            [tokens, top_k, _] => {
+                self.out.expect_shape(&[Dim::Is(tokens), Dim::Is(top_k), Dim::AtLeast(width)])
+            }
+            [rows, _] => self.out.expect_shape(&[Dim::Is(rows), Dim::AtLeast(width)]),
+            _ => unreachable!("two dimensions or three were expected"),
+        }
     }
 
     /// # Safety
     /// As for [`Tensor::view`].
     pub unsafe fn rows<T: Element>(&self) -> RowsMut<'_, Cuda, T> {
-        // SAFETY: as the caller promises.
-        unsafe { self.out.rows_mut(self.stride) }
+        // SAFETY: as the caller promises; the type of the index was checked.
+        unsafe { self.out.rows_mut(self.stride, self.index.as_ref()) }
     }
 
     /// # Safety

@@ -59,6 +59,26 @@ impl<'a, 'py> Routing<'a, 'py> {
     }
 }
 
+impl Routing<'_, '_> {
+    /// Whether there is no `topk_ids`: a dense layer, or the route that the workspace keeps, or blocks.
+    pub fn is_without_ids(&self) -> bool {
+        !matches!(self, Routing::Tokens(Tokens { topk_ids: Some(_), .. }))
+    }
+
+    /// Whether tokens choose among adapters alone.
+    pub fn is_dense(&self) -> bool {
+        matches!(self, Routing::Tokens(Tokens { topk_ids: None, token_lora: Some(_), .. }))
+    }
+
+    /// T and k, where `topk_ids` says them.
+    pub fn size(&self, reader: &Reader<'_>) -> Outcome<Option<(usize, usize)>> {
+        let &Routing::Tokens(Tokens { topk_ids: Some(topk_ids), .. }) = self else { return Ok(None) };
+        let ids = reader.whole("topk_ids", topk_ids)?;
+        ids.expect_shape(&[Dim::Named("T"), Dim::Named("k")])?;
+        Ok(Some((ids.shape()[0], ids.shape()[1])))
+    }
+}
+
 /// The ids of each token.
 #[derive(Clone, Copy)]
 pub struct Tokens<'a, 'py> {
@@ -97,6 +117,22 @@ pub struct Blocks<'a, 'py> {
     pub block_size: usize,
 }
 
+/// Types of `topk_ids`.
+pub const IDS: [Type; 2] = [Type::I32, Type::I64];
+
+/// # Safety
+/// As for [`Tensor::view`], of a tensor of one of [`IDS`].
+pub unsafe fn topk_ids(ids: Option<&Tensor>) -> TopkIds<'_, Cuda> {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match ids {
+            None => TopkIds::None,
+            Some(ids) if ids.dtype() == Type::I64 => TopkIds::I64(ids.view()),
+            Some(ids) => TopkIds::I32(ids.view()),
+        }
+    }
+}
+
 /// Types of `adapter_enabled`.
 pub const FLAGS: [Type; 3] = [Type::I32, Type::U8, Type::BOOL];
 
@@ -116,7 +152,8 @@ pub unsafe fn enabled(flags: Option<&Tensor>) -> Enabled<'_, Cuda> {
 /// The tensors of a [`Routing`], checked.
 pub enum Source {
     Tokens {
-        topk_ids: Tensor,
+        /// None of a dense layer.
+        topk_ids: Option<Tensor>,
         token_lora: Tensor,
         adapter_enabled: Option<Tensor>,
         ranks: Option<Tensor>,
@@ -139,7 +176,7 @@ impl Source {
         routing: &Routing<'_, '_>,
         tokens: usize,
         top_k: usize,
-        slots: usize,
+        [experts, slots]: [usize; 2],
     ) -> Outcome<Self> {
         let optional = |name, object: Optional<'_, '_>, types: &[Type], shape| {
             object.map(|object| reader.array(name, object, types, &[shape])).transpose()
@@ -149,11 +186,14 @@ impl Source {
         match *routing {
             Routing::Tokens(given) => {
                 let Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map } = given;
-                let (Some(topk_ids), Some(token_lora)) = (topk_ids, token_lora) else {
-                    return Self::kept(&given);
-                };
+                let Some(token_lora) = token_lora else { return Self::kept(&given) };
+                if topk_ids.is_none() {
+                    Self::check_dense(tokens, top_k, experts, expert_map.is_some())?;
+                }
+                let shape = [Dim::Is(tokens), Dim::Is(top_k)];
+                let topk_ids = topk_ids.map(|ids| reader.array("topk_ids", ids, &IDS, &shape)).transpose()?;
                 Ok(Source::Tokens {
-                    topk_ids: ids("topk_ids", topk_ids, &[Dim::Is(tokens), Dim::Is(top_k)])?,
+                    topk_ids,
                     token_lora: ids("token_lora", token_lora, &[Dim::AtLeast(tokens)])?,
                     adapter_enabled: flags(adapter_enabled)?,
                     ranks: optional("ranks", ranks, &[Type::I32], Dim::AtLeast(slots))?,
@@ -192,10 +232,23 @@ impl Source {
         match tokens.given() {
             None => Ok(Source::Kept),
             Some(name) => Err(Fault::Argument(format!(
-                "{name}: expected with topk_ids and token_lora, or without both for the route that the \
-                 workspace keeps"
+                "{name}: expected with token_lora, or without it for the route that the workspace keeps"
             ))),
         }
+    }
+
+    /// Refuses a layer that needs `topk_ids`, and a map of experts that are no choice.
+    fn check_dense(tokens: usize, top_k: usize, experts: usize, mapped: bool) -> Outcome<()> {
+        if (experts, top_k) != (1, 1) {
+            return Err(Fault::Argument(format!(
+                "topk_ids: expected shape [{tokens}, {top_k}], got None: only a dense layer has none, \
+                 with E = 1 and k = 1, and this one has E = {experts} and k = {top_k}"
+            )));
+        }
+        if mapped {
+            return Err(Fault::Argument("expert_map: expected with topk_ids, which it maps".to_owned()));
+        }
+        Ok(())
     }
 
     pub fn is_kept(&self) -> bool {
@@ -212,7 +265,7 @@ impl Source {
             match self {
                 Source::Tokens { topk_ids, token_lora, adapter_enabled, ranks, expert_map } => {
                     moe_lora::Routing::Tokens(RoutingTensors {
-                        topk_ids: TopkIds::I32(topk_ids.view()),
+                        topk_ids: self::topk_ids(topk_ids.as_ref()),
                         token_lora: token_lora.view(),
                         adapter_enabled: enabled(adapter_enabled.as_ref()),
                         ranks: ranks.as_ref().map(|ranks| ranks.view()),

@@ -4,12 +4,10 @@
 //! its Python protocol, and the CUDA array interface.
 
 use crate::fault::{Fault, Outcome};
-use bytemuck::Pod;
 use dlpack_ffi::{
     DLDataType, DLDataTypeCode, DLDevice, DLDeviceType, DLManagedTensor, DLPACK_MAJOR_VERSION,
     DLPackExchangeAPI, DLTensor,
 };
-use moe_lora::{Cuda, Rows, RowsMut, View, ViewMut};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -19,6 +17,8 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::slice;
+
+mod expect;
 
 /// Most dimensions of a tensor that can be told of; the operator's have four at most.
 const MAX_DIMS: usize = 8;
@@ -53,6 +53,7 @@ impl Type {
     pub const F16: Self = Type { code: DLDataTypeCode::kDLFloat.0, bits: 16 };
     pub const F32: Self = Type { code: DLDataTypeCode::kDLFloat.0, bits: 32 };
     pub const I32: Self = Type { code: DLDataTypeCode::kDLInt.0, bits: 32 };
+    pub const I64: Self = Type { code: DLDataTypeCode::kDLInt.0, bits: 64 };
     pub const U8: Self = Type { code: DLDataTypeCode::kDLUInt.0, bits: 8 };
     pub const BOOL: Self = Type { code: DLDataTypeCode::kDLBool.0, bits: 8 };
 }
@@ -110,7 +111,7 @@ impl fmt::Display for Dim {
 }
 
 /// `[a, b, c]`.
-struct List<'a, T>(&'a [T]);
+pub struct List<'a, T>(pub &'a [T]);
 
 impl<T: fmt::Display> fmt::Display for List<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -221,11 +222,12 @@ impl Tensor {
             "<f2" => Type::F16,
             "<f4" => Type::F32,
             "<i4" => Type::I32,
+            "<i8" => Type::I64,
             "|u1" => Type::U8,
             "|b1" => Type::BOOL,
             _ => {
                 return Err(Fault::Argument(format!(
-                    "{name}: expected float16, float32, int32, uint8 or bool through \
+                    "{name}: expected float16, float32, int32, int64, uint8 or bool through \
                      __cuda_array_interface__ (it has no bfloat16), got {typestr}"
                 )));
             }
@@ -316,165 +318,4 @@ fn device_name(DLDevice { device_type, device_id }: DLDevice) -> String {
 
 fn not_on_cuda(name: Name, device: DLDevice) -> Fault {
     Fault::Argument(format!("{name}: expected a tensor on a CUDA device, got one on {}", device_name(device)))
-}
-
-impl Tensor {
-    /// The CUDA device that it lies on.
-    pub fn cuda(&self) -> Outcome<u32> {
-        if is_cuda(self.device) {
-            Ok(self.device.device_id as u32)
-        } else {
-            Err(not_on_cuda(self.name, self.device))
-        }
-    }
-
-    /// Its element type.
-    pub fn dtype(&self) -> Type {
-        self.dtype
-    }
-
-    /// Its sizes. An exporter's negative size is no size that is expected anywhere.
-    pub fn shape(&self) -> &[usize] {
-        let shape = &self.shape[..self.dims];
-        // SAFETY: of one size and alignment, and every bit pattern is a value.
-        unsafe { slice::from_raw_parts(shape.as_ptr().cast(), shape.len()) }
-    }
-
-    /// The first `len` elements of a list.
-    pub fn first(mut self, len: usize) -> Self {
-        self.shape[0] = self.shape[0].min(len as i64);
-        self
-    }
-
-    /// An error about this tensor.
-    pub fn fault(&self, expected: impl fmt::Display, got: impl fmt::Display) -> Fault {
-        Fault::Argument(format!("{}: expected {expected}, got {got}", self.name))
-    }
-
-    /// Refuses it unless it lies on CUDA device `ordinal`, where `first` does.
-    pub fn expect_on(&self, ordinal: u32) -> Outcome<()> {
-        if self.cuda()? != ordinal {
-            return Err(self.fault(format_args!("a tensor on cuda:{ordinal}"), device_name(self.device)));
-        }
-        Ok(())
-    }
-
-    /// Refuses any other type.
-    pub fn expect_type(&self, expected: &[Type]) -> Outcome<()> {
-        if expected.contains(&self.dtype) {
-            return Ok(());
-        }
-        let names = expected.iter().map(Type::to_string).collect::<Vec<_>>();
-        Err(self.fault(names.join(" or "), self.dtype))
-    }
-
-    /// Refuses any other shape.
-    pub fn expect_shape(&self, expected: &[Dim]) -> Outcome<()> {
-        let shape = self.shape();
-        if shape.len() == expected.len() && expected.iter().zip(shape).all(|(dim, &size)| dim.holds(size)) {
-            return Ok(());
-        }
-        Err(self.wrong_shape(List(expected)))
-    }
-
-    /// An error about this tensor's shape.
-    pub fn wrong_shape(&self, expected: impl fmt::Display) -> Fault {
-        self.fault(format_args!("shape {expected}"), format_args!("shape {}", List(self.shape())))
-    }
-
-    /// Refuses gaps between elements, and any other order of them than the shape's.
-    pub fn expect_contiguous(&self) -> Outcome<()> {
-        let mut stride = 1;
-        let mut packed = true;
-        for (&size, &got) in self.shape[..self.dims].iter().zip(&self.strides).rev() {
-            // The stride of a dimension of one says nothing.
-            packed &= size == 1 || got == stride;
-            stride *= size;
-        }
-        if packed || stride == 0 { Ok(()) } else { Err(self.wrong_strides("a contiguous tensor")) }
-    }
-
-    /// Elements from one row of the last dimension to the next, all dimensions before it taken as one.
-    pub fn row_stride(&self) -> Outcome<usize> {
-        let Some(last) = self.dims.checked_sub(1) else { return Err(self.wrong_shape("of rows")) };
-        let width = self.shape[last];
-        if width > 1 && self.strides[last] != 1 {
-            return Err(self.wrong_strides("a contiguous innermost dimension"));
-        }
-        // Rows follow one another at the stride of the innermost dimension that has more than one of them.
-        let mut next = None;
-        for (&size, &got) in self.shape[..last].iter().zip(&self.strides).rev() {
-            let (row, expected) = next.unwrap_or((got, got));
-            if size > 1 {
-                if got != expected {
-                    return Err(self.wrong_strides("rows at equal distances"));
-                }
-                next = Some((row, got * size));
-            }
-        }
-        match next {
-            Some((stride, _)) if stride < width => {
-                let expected = format!("a row stride of at least {width}");
-                Err(self.wrong_strides(expected))
-            }
-            Some((stride, _)) => Ok(stride as usize),
-            None => Ok(width as usize),
-        }
-    }
-
-    fn wrong_strides(&self, expected: impl fmt::Display) -> Fault {
-        let (shape, strides) = (List(self.shape()), List(&self.strides[..self.dims]));
-        self.fault(expected, format_args!("shape {shape} with strides {strides}"))
-    }
-
-    fn elements(&self) -> usize {
-        self.shape().iter().product()
-    }
-
-    /// Elements from the first to the end of the last, where rows of the last dimension are `stride` apart.
-    fn extent(&self, stride: usize) -> usize {
-        let Some((&width, rows)) = self.shape().split_last() else { return 1 };
-        match rows.iter().product::<usize>() {
-            0 => 0,
-            rows => (rows - 1) * stride + width,
-        }
-    }
-
-    /// The elements of a tensor that is contiguous.
-    ///
-    /// # Safety
-    /// `T` is its type. Its memory outlives the call that the view is handed to, and what that queues.
-    pub unsafe fn view<T: Pod>(&self) -> View<'_, Cuda, T> {
-        // SAFETY: as the caller promises.
-        unsafe { View::from_raw(self.address, self.elements()) }
-    }
-
-    /// As [`Tensor::view`], to be written.
-    ///
-    /// # Safety
-    /// As for [`Tensor::view`], and nothing else uses the memory meanwhile.
-    pub unsafe fn view_mut<T: Pod>(&self) -> ViewMut<'_, Cuda, T> {
-        // SAFETY: as the caller promises.
-        unsafe { ViewMut::from_raw(self.address, self.elements()) }
-    }
-
-    /// Its rows, `stride` elements apart.
-    ///
-    /// # Safety
-    /// As for [`Tensor::view`].
-    pub unsafe fn rows<T: Pod>(&self, stride: usize) -> Rows<'_, Cuda, T> {
-        // SAFETY: as the caller promises.
-        let data = unsafe { View::from_raw(self.address, self.extent(stride)) };
-        Rows { data, stride: Some(stride), index: None }
-    }
-
-    /// Its rows, `stride` elements apart, to be written.
-    ///
-    /// # Safety
-    /// As for [`Tensor::view_mut`].
-    pub unsafe fn rows_mut<T: Pod>(&self, stride: usize) -> RowsMut<'_, Cuda, T> {
-        // SAFETY: as the caller promises.
-        let data = unsafe { ViewMut::from_raw(self.address, self.extent(stride)) };
-        RowsMut { data, stride: Some(stride), index: None }
-    }
 }

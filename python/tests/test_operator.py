@@ -242,7 +242,7 @@ def test_refusals_write_nothing() -> None:
     before = case.base.clone()
     faults = {
         "x": dict(x=case.x.cpu()),
-        r"topk_ids: expected int32, got int64": dict(topk_ids=case.topk_ids.long()),
+        r"topk_ids: expected int32 or int64, got int16": dict(topk_ids=case.topk_ids.short()),
         r"topk_ids: expected shape \[20, 8\], got shape \[19, 8\]": dict(topk_ids=case.topk_ids[:19]),
         r"out: expected a contiguous innermost dimension": dict(
             out=case.base.transpose(1, 2).contiguous().transpose(1, 2)

@@ -156,6 +156,39 @@ def test_longer_token_mapping_and_64_bit_ids(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["sorted", "naive"])
+@pytest.mark.parametrize("add_inputs", [True, False])
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_shared_a(
+    monkeypatch: pytest.MonkeyPatch, expanded: bool, fully_sharded: bool, add_inputs: bool, form: str
+) -> None:
+    """One matrix for all experts: of size 1, or of a stride of 0."""
+    case = Case(40, shared_a=True)
+    expected = case.delta()
+    if expanded:
+        case.a = [a.expand(-1, case.experts, -1, -1) for a in case.a]
+    ids, active = lora_ids(case)
+    on = torch.ones(case.slots + 1, dtype=torch.int32, device="cuda")
+    distributed = ModuleType("vllm.distributed")
+    distributed.tensor_model_parallel_all_reduce = lambda h: h
+    distributed.tensor_model_parallel_all_gather = None
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
+    out = case.base.clone()
+    stand_in.fused_moe_lora(
+        out, case.x, case.a, case.b, case.topk_weights, *routing(case, form), case.token_lora, case.rank,
+        case.top_k, ids, active, on,
+        *CONFIG, False, fully_sharded, 0, add_inputs,
+    )  # fmt: skip
+    on_tokens = case.active()
+    base = case.base.float() if add_inputs else torch.zeros_like(expected)
+    error = (out.float() - base - expected)[on_tokens].norm() / expected.norm()
+    # Apart, h is rounded once more.
+    assert error <= 2 * TOLERANCE[case.dtype]
+    assert torch.equal(out[~on_tokens], case.base[~on_tokens])
+
+
+@pytest.mark.parametrize("form", ["sorted", "naive"])
 def test_split_form(form: str) -> None:
     case = Case(40)
     ids, active = lora_ids(case)
@@ -233,9 +266,11 @@ def aligned(case: Case, block_size: int, **more: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 33, 500, 4000])
 @pytest.mark.parametrize("block_size", [16, 64, 128])
-def test_align(block_size: int, tokens: int) -> None:
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_align(ids: torch.dtype, block_size: int, tokens: int) -> None:
     case = Case(tokens, experts=64, slots=4, in_dim=8, out_dim=8)
     expected = blocks(case, block_size, max_padded(case, block_size))
+    case.topk_ids = case.topk_ids.to(ids)
     got = aligned(case, block_size)
     used = torch.unique(case.token_lora[case.token_lora >= 0]).long()
     assert torch.equal(got[2][used], expected[2][used])

@@ -34,7 +34,7 @@ pub struct Args {
     /// JSON file of cases to measure in place of the built-in ones; bench/cases.py says what is in it
     #[arg(long, value_name = "FILE.json")]
     cases: Option<PathBuf>,
-    /// Only these parts: first,cases,layers,routes,replay
+    /// Only these parts: first,cases,layers,routes,dense,replay; or table, this project with itself
     #[arg(long, value_name = "PARTS")]
     parts: Option<String>,
     /// Folder for tables and charts; docs/PERFORMANCE.md and README.md then stay as they are
