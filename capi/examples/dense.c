@@ -83,7 +83,7 @@ static void unload(adapter *it)
     }
 }
 
-/* The row of the table for an adapter; zeros would switch the slot off. On a GPU the row is copied there by an
+/* The row of the table for an adapter; zeros would switch the slot off. On a GPU it is copied there, by an
  * ordinary copy on the stream of the calls. */
 static void put(moe_lora_adapter_entry row[S], const adapter *it)
 {
