@@ -10,11 +10,12 @@
  * A program makes a context, then a workspace for its largest batch, and calls moe_lora_forward() once per
  * projection and batch. Every function returns a moe_lora_status, and moe_lora_last_error() says more.
  *
- * Every struct begins with its size, `= {.size = sizeof(...)}`. Leave other fields zero where you have
- * nothing to say: a later version may add fields, and zero means what was before.
+ * A struct that may grow begins with its size, `= {.size = sizeof(...)}`. Leave other fields zero where you
+ * have nothing to say: a later version may add fields, and zero means what was before.
  *
  * The library cannot check these; they are the caller's part:
  * - A pointer that is not NULL points at what its field says.
+ * - What an entry of a table of adapters names is as moe_lora_adapter_entry says.
  * - A handle was not destroyed.
  * - Memory is of the context's kind. During a call nothing else writes it, or reads what the call writes.
  * - A stream is of the device's primary context. It stays until the workspaces that were used on it are
@@ -176,27 +177,30 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_NOT_RECORDABLE = 27,
     /**
-     * A size is no multiple of what it must be one of. Not returned by this version.
+     * A size is no multiple of what it must be one of. Not returned by this version, which does not look
+     * into tables of adapters.
      */
     MOE_LORA_STATUS_NOT_MULTIPLE = 28,
     /**
-     * A number is infinite or none. Not returned by this version.
+     * A number is infinite or none. Not returned by this version, which does not look into tables of
+     * adapters.
      */
     MOE_LORA_STATUS_NOT_FINITE = 29,
     /**
-     * Weights by address do not begin on a boundary of 16 bytes. Not returned by this version.
+     * Weights by address do not begin on a boundary of 16 bytes. Not returned by this version, which does
+     * not look into tables of adapters.
      */
     MOE_LORA_STATUS_OFF_BOUNDARY = 30,
     /**
-     * Slices of different widths cannot be interleaved. Not returned by this version.
+     * Slices of different widths cannot be interleaved.
      */
     MOE_LORA_STATUS_UNEQUAL_SLICES = 31,
     /**
-     * `topk_ids` is left out where tokens choose among experts. Not returned by this version.
+     * `topk_ids` is left out where tokens choose among experts.
      */
     MOE_LORA_STATUS_NO_TOPK_IDS = 32,
     /**
-     * `expert_map` is given where `topk_ids` is left out. Not returned by this version.
+     * `expert_map` is given where `topk_ids` is left out.
      */
     MOE_LORA_STATUS_NOTHING_TO_MAP = 33,
     /**
@@ -204,9 +208,9 @@ enum moe_lora_status
      */
     MOE_LORA_STATUS_OTHER_TABLE = 34,
     /**
-     * The back end has no kernels for this form of a call.
+     * `a` or `b` is given where `adapters` is.
      */
-    MOE_LORA_STATUS_UNSUPPORTED = 35,
+    MOE_LORA_STATUS_WEIGHTS_TWICE = 35,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -292,6 +296,35 @@ typedef int32_t moe_lora_expert_weights;
 #endif // __cplusplus
 
 /**
+ * Where the columns of the slices are in a row of `out`, from `offset` on.
+ */
+enum moe_lora_slice_order
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+    /**
+     * One slice behind another, the first one first.
+     */
+    MOE_LORA_SLICE_ORDER_IN_ORDER = 0,
+    /**
+     * One slice behind another, the last one first: up before gate.
+     */
+    MOE_LORA_SLICE_ORDER_REVERSED = 1,
+    /**
+     * Column by column: column n of slice s is at S*n + s. All slices must have one width.
+     */
+    MOE_LORA_SLICE_ORDER_INTERLEAVED = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum moe_lora_slice_order moe_lora_slice_order;
+#else
+typedef int32_t moe_lora_slice_order;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
  * Where calls run: the CPU, or a CUDA device. May be used by several threads at a time.
  */
 typedef struct moe_lora_context moe_lora_context;
@@ -302,7 +335,8 @@ typedef struct moe_lora_context moe_lora_context;
 typedef struct moe_lora_workspace moe_lora_workspace;
 
 /**
- * The sizes of one LoRA'd projection of a mixture-of-experts layer. All are counts of elements.
+ * The sizes of one LoRA'd projection of a mixture-of-experts layer, or of a dense one, where E and k are 1.
+ * All are counts of elements.
  */
 typedef struct {
     /**
@@ -385,7 +419,8 @@ typedef struct {
      */
     size_t size;
     /**
-     * [T, k] int32_t: global expert ids.
+     * [T, k] int32_t, or int64_t by `topk_ids_bytes`: global expert ids. May be left out of a dense layer,
+     * where k and E are 1 (from version 3 on): all tokens go to its one expert.
      */
     moe_lora_tensor topk_ids;
     /**
@@ -407,9 +442,13 @@ typedef struct {
     moe_lora_tensor ranks;
     /**
      * [global experts] int32_t: local id of a global expert, -1 when another device holds it. May be left
-     * out: global ids are local.
+     * out: global ids are local. It is left out where `topk_ids` is.
      */
     moe_lora_tensor expert_map;
+    /**
+     * Bytes of one element of `topk_ids`: 4 for int32_t, 8 for int64_t; 0: 4. (From version 3 on.)
+     */
+    size_t topk_ids_bytes;
 } moe_lora_routing;
 
 /**
@@ -445,7 +484,7 @@ typedef struct {
      */
     const moe_lora_routing *routing;
     /**
-     * [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+     * [T, K] or [P, K] dtype, as the projection's `x_rows` says, or rows that `x_index` names.
      */
     moe_lora_tensor x;
     /**
@@ -465,11 +504,13 @@ typedef struct {
      */
     moe_lora_tensor topk_weights;
     /**
-     * [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+     * [T, k, at least `offset` + the N of all slices] dtype, or rows that `out_index` names. May overlap
+     * nothing that the call reads.
      */
     moe_lora_tensor_mut out;
     /**
-     * Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+     * Elements from one row of `out`, a pair's, to the next, at least `offset` + the N of all slices; 0: as
+     * many.
      */
     size_t out_stride;
     /**
@@ -480,6 +521,28 @@ typedef struct {
      * MOE_LORA_ACCUMULATE or 0.
      */
     uint64_t flags;
+    /**
+     * [P] int32_t: the row of `x` of each pair. `x` has then as many rows as its elements make, and a pair
+     * whose number is none of them is inactive. May be left out: rows are in the order that `x_rows` says.
+     * (From version 3 on.)
+     */
+    moe_lora_tensor x_index;
+    /**
+     * [P] int32_t: the row of `out` of each pair. `out` has then as many rows as its elements make. For a
+     * pair whose number is none of them nothing is written, nor is a row that no pair names. Of two pairs
+     * that name one row, it is not defined whose values the row has afterwards. May be left out: rows are in
+     * the order of pairs. (From version 3 on.)
+     */
+    moe_lora_tensor out_index;
+    /**
+     * A moe_lora_slice_order: where the columns of the slices are. (From version 3 on.)
+     */
+    uint64_t order;
+    /**
+     * [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+     * `a` and `b` are {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+     */
+    moe_lora_tensor adapters;
 } moe_lora_forward_call;
 
 /**
@@ -501,7 +564,7 @@ typedef struct {
      */
     const moe_lora_routing *routing;
     /**
-     * [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+     * [T, K] or [P, K] dtype, as the projection's `x_rows` says, or rows that `x_index` names.
      */
     moe_lora_tensor x;
     /**
@@ -516,6 +579,17 @@ typedef struct {
      * [S, P, R] dtype, written whole. May overlap nothing that the call reads.
      */
     moe_lora_tensor_mut h;
+    /**
+     * [P] int32_t: the row of `x` of each pair. `x` has then as many rows as its elements make, and a pair
+     * whose number is none of them is inactive. May be left out: rows are in the order that `x_rows` says.
+     * (From version 3 on.)
+     */
+    moe_lora_tensor x_index;
+    /**
+     * [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+     * `a` is {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+     */
+    moe_lora_tensor adapters;
 } moe_lora_shrink_call;
 
 /**
@@ -549,11 +623,13 @@ typedef struct {
      */
     moe_lora_tensor topk_weights;
     /**
-     * [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+     * [T, k, at least `offset` + the N of all slices] dtype, or rows that `out_index` names. May overlap
+     * nothing that the call reads.
      */
     moe_lora_tensor_mut out;
     /**
-     * Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+     * Elements from one row of `out`, a pair's, to the next, at least `offset` + the N of all slices; 0: as
+     * many.
      */
     size_t out_stride;
     /**
@@ -564,7 +640,68 @@ typedef struct {
      * MOE_LORA_ACCUMULATE or 0.
      */
     uint64_t flags;
+    /**
+     * [P] int32_t: the row of `out` of each pair. `out` has then as many rows as its elements make. For a
+     * pair whose number is none of them nothing is written, nor is a row that no pair names. Of two pairs
+     * that name one row, it is not defined whose values the row has afterwards. May be left out: rows are in
+     * the order of pairs. (From version 3 on.)
+     */
+    moe_lora_tensor out_index;
+    /**
+     * A moe_lora_slice_order: where the columns of the slices are. (From version 3 on.)
+     */
+    uint64_t order;
+    /**
+     * [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+     * `b` is {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+     */
+    moe_lora_tensor adapters;
 } moe_lora_expand_call;
+
+/**
+ * An entry of a table of adapters: the weights of one slot and slice. All zeros is no adapter.
+ *
+ * It is 32 bytes, without padding, and lies in memory of the context's kind, as the weights do. The slice
+ * adds scaling * b * (a * x), with as many ranks as the least of `rank`, `max_rank`, R and the slot's of
+ * `ranks`. A slice of rank 0 adds nothing; its pairs are active for their other slices.
+ *
+ * The library reads entries when the call runs, and checks none of them. Of each one with a `rank` over 0 it
+ * is the caller's promise that
+ * - `a` and `b` are addresses of as many elements as they say, of the projection's `dtype`;
+ * - both are on boundaries of 16 bytes;
+ * - `max_rank` is a multiple of 8, and at most R rounded up to a multiple of 8;
+ * - nobody writes the weights while a call that was given the table may read them.
+ *
+ * All of it holds for each replay of a graph with such a call too. Between two calls, or two replays, an
+ * adapter is exchanged by an ordinary copy of its slot's S entries, on the same stream. What the old entries
+ * named may be freed when the work that was queued before the copy has ended.
+ */
+typedef struct {
+    /**
+     * Rank in use. At 0 or less the slice is off.
+     */
+    int32_t rank;
+    /**
+     * r: the rank that `a` and `b` are allocated for.
+     */
+    uint32_t max_rank;
+    /**
+     * Multiplies what the slice adds: a factor, finite.
+     */
+    float scaling;
+    /**
+     * 0.
+     */
+    uint32_t reserved;
+    /**
+     * Address of [E or 1, r, K] dtype. What is above `rank` may be anything.
+     */
+    uint64_t a;
+    /**
+     * Address of [E or 1, N, r] dtype. What is above `rank` may be anything.
+     */
+    uint64_t b;
+} moe_lora_adapter_entry;
 
 #ifdef __cplusplus
 extern "C" {

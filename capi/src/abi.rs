@@ -80,22 +80,25 @@ pub enum Status {
     PartOfRoute = 26,
     /// An operation that no graph can hold was asked for during a capture. Not returned by this version.
     NotRecordable = 27,
-    /// A size is no multiple of what it must be one of. Not returned by this version.
+    /// A size is no multiple of what it must be one of. Not returned by this version, which does not look
+    /// into tables of adapters.
     NotMultiple = 28,
-    /// A number is infinite or none. Not returned by this version.
+    /// A number is infinite or none. Not returned by this version, which does not look into tables of
+    /// adapters.
     NotFinite = 29,
-    /// Weights by address do not begin on a boundary of 16 bytes. Not returned by this version.
+    /// Weights by address do not begin on a boundary of 16 bytes. Not returned by this version, which does
+    /// not look into tables of adapters.
     OffBoundary = 30,
-    /// Slices of different widths cannot be interleaved. Not returned by this version.
+    /// Slices of different widths cannot be interleaved.
     UnequalSlices = 31,
-    /// `topk_ids` is left out where tokens choose among experts. Not returned by this version.
+    /// `topk_ids` is left out where tokens choose among experts.
     NoTopkIds = 32,
-    /// `expert_map` is given where `topk_ids` is left out. Not returned by this version.
+    /// `expert_map` is given where `topk_ids` is left out.
     NothingToMap = 33,
     /// A table of adapters is of matrices of other sizes than the call's. Not returned by this version.
     OtherTable = 34,
-    /// The back end has no kernels for this form of a call.
-    Unsupported = 35,
+    /// `a` or `b` is given where `adapters` is.
+    WeightsTwice = 35,
 }
 
 /// Type of `x`, `a`, `b`, `h` and `out`. Zero is no type, so that a forgotten field is refused.
@@ -128,6 +131,18 @@ pub enum ExpertWeights {
     Shared = 2,
 }
 
+/// Where the columns of the slices are in a row of `out`, from `offset` on.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug)]
+pub enum SliceOrder {
+    /// One slice behind another, the first one first.
+    InOrder = 0,
+    /// One slice behind another, the last one first: up before gate.
+    Reversed = 1,
+    /// Column by column: column n of slice s is at S*n + s. All slices must have one width.
+    Interleaved = 2,
+}
+
 /// Memory that a call reads: host memory for the CPU back end, memory of the device for CUDA. {NULL, 0}
 /// leaves a tensor out, where that is allowed.
 #[repr(C)]
@@ -149,7 +164,41 @@ pub struct TensorMut {
     pub elements: usize,
 }
 
-/// The sizes of one LoRA'd projection of a mixture-of-experts layer. All are counts of elements.
+/// An entry of a table of adapters: the weights of one slot and slice. All zeros is no adapter.
+///
+/// It is 32 bytes, without padding, and lies in memory of the context's kind, as the weights do. The slice
+/// adds scaling * b * (a * x), with as many ranks as the least of `rank`, `max_rank`, R and the slot's of
+/// `ranks`. A slice of rank 0 adds nothing; its pairs are active for their other slices.
+///
+/// The library reads entries when the call runs, and checks none of them. Of each one with a `rank` over 0 it
+/// is the caller's promise that
+/// - `a` and `b` are addresses of as many elements as they say, of the projection's `dtype`;
+/// - both are on boundaries of 16 bytes;
+/// - `max_rank` is a multiple of 8, and at most R rounded up to a multiple of 8;
+/// - nobody writes the weights while a call that was given the table may read them.
+///
+/// All of it holds for each replay of a graph with such a call too. Between two calls, or two replays, an
+/// adapter is exchanged by an ordinary copy of its slot's S entries, on the same stream. What the old entries
+/// named may be freed when the work that was queued before the copy has ended.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct AdapterEntry {
+    /// Rank in use. At 0 or less the slice is off.
+    pub rank: i32,
+    /// r: the rank that `a` and `b` are allocated for.
+    pub max_rank: u32,
+    /// Multiplies what the slice adds: a factor, finite.
+    pub scaling: f32,
+    /// 0.
+    pub reserved: u32,
+    /// Address of [E or 1, r, K] dtype. What is above `rank` may be anything.
+    pub a: u64,
+    /// Address of [E or 1, N, r] dtype. What is above `rank` may be anything.
+    pub b: u64,
+}
+
+/// The sizes of one LoRA'd projection of a mixture-of-experts layer, or of a dense one, where E and k are 1.
+/// All are counts of elements.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Projection {
@@ -189,7 +238,8 @@ pub struct Projection {
 pub struct Routing {
     /// sizeof(moe_lora_routing).
     pub size: usize,
-    /// [T, k] int32_t: global expert ids.
+    /// [T, k] int32_t, or int64_t by `topk_ids_bytes`: global expert ids. May be left out of a dense layer,
+    /// where k and E are 1 (from version 3 on): all tokens go to its one expert.
     pub topk_ids: Tensor,
     /// [T or more] int32_t: adapter slot of each token, -1 for none.
     pub token_lora: Tensor,
@@ -201,8 +251,10 @@ pub struct Routing {
     /// a GPU, which reads ranks only when it runs, clamps it.
     pub ranks: Tensor,
     /// [global experts] int32_t: local id of a global expert, -1 when another device holds it. May be left
-    /// out: global ids are local.
+    /// out: global ids are local. It is left out where `topk_ids` is.
     pub expert_map: Tensor,
+    /// Bytes of one element of `topk_ids`: 4 for int32_t, 8 for int64_t; 0: 4. (From version 3 on.)
+    pub topk_ids_bytes: usize,
 }
 
 /// A whole call: `out` (+)= topk_weights * b * (a * x), for every active pair.
@@ -217,7 +269,7 @@ pub struct Forward {
     /// moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
     /// overwrite what a call outside of it has found.
     pub routing: *const Routing,
-    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says, or rows that `x_index` names.
     pub x: Tensor,
     /// Elements from one row of `x` to the next, at least K; 0: K.
     pub x_stride: usize,
@@ -227,14 +279,30 @@ pub struct Forward {
     pub b: [Tensor; MOE_LORA_MAX_SLICES],
     /// [T, k] float: multiplies what is added for each pair. May be left out: 1.
     pub topk_weights: Tensor,
-    /// [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+    /// [T, k, at least `offset` + the N of all slices] dtype, or rows that `out_index` names. May overlap
+    /// nothing that the call reads.
     pub out: TensorMut,
-    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + the N of all slices; 0: as
+    /// many.
     pub out_stride: usize,
     /// First column of `out` that the call writes.
     pub offset: usize,
     /// MOE_LORA_ACCUMULATE or 0.
     pub flags: u64,
+    /// [P] int32_t: the row of `x` of each pair. `x` has then as many rows as its elements make, and a pair
+    /// whose number is none of them is inactive. May be left out: rows are in the order that `x_rows` says.
+    /// (From version 3 on.)
+    pub x_index: Tensor,
+    /// [P] int32_t: the row of `out` of each pair. `out` has then as many rows as its elements make. For a
+    /// pair whose number is none of them nothing is written, nor is a row that no pair names. Of two pairs
+    /// that name one row, it is not defined whose values the row has afterwards. May be left out: rows are in
+    /// the order of pairs. (From version 3 on.)
+    pub out_index: Tensor,
+    /// A moe_lora_slice_order: where the columns of the slices are. (From version 3 on.)
+    pub order: u64,
+    /// [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+    /// `a` and `b` are {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+    pub adapters: Tensor,
 }
 
 /// The first half of a call: `h` = a * x, zero for inactive pairs and above a slot's rank.
@@ -249,7 +317,7 @@ pub struct Shrink {
     /// moe_lora_route(). In a graph that call must have been captured too: a replay of the graph may
     /// overwrite what a call outside of it has found.
     pub routing: *const Routing,
-    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says.
+    /// [T, K] or [P, K] dtype, as the projection's `x_rows` says, or rows that `x_index` names.
     pub x: Tensor,
     /// Elements from one row of `x` to the next, at least K; 0: K.
     pub x_stride: usize,
@@ -257,6 +325,13 @@ pub struct Shrink {
     pub a: [Tensor; MOE_LORA_MAX_SLICES],
     /// [S, P, R] dtype, written whole. May overlap nothing that the call reads.
     pub h: TensorMut,
+    /// [P] int32_t: the row of `x` of each pair. `x` has then as many rows as its elements make, and a pair
+    /// whose number is none of them is inactive. May be left out: rows are in the order that `x_rows` says.
+    /// (From version 3 on.)
+    pub x_index: Tensor,
+    /// [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+    /// `a` is {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+    pub adapters: Tensor,
 }
 
 /// The second half of a call: `out` (+)= topk_weights * b * h.
@@ -277,12 +352,24 @@ pub struct Expand {
     pub b: [Tensor; MOE_LORA_MAX_SLICES],
     /// [T, k] float: multiplies what is added for each pair. May be left out: 1.
     pub topk_weights: Tensor,
-    /// [T, k, at least `offset` + S*N] dtype. May overlap nothing that the call reads.
+    /// [T, k, at least `offset` + the N of all slices] dtype, or rows that `out_index` names. May overlap
+    /// nothing that the call reads.
     pub out: TensorMut,
-    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + S*N; 0: `offset` + S*N.
+    /// Elements from one row of `out`, a pair's, to the next, at least `offset` + the N of all slices; 0: as
+    /// many.
     pub out_stride: usize,
     /// First column of `out` that the call writes.
     pub offset: usize,
     /// MOE_LORA_ACCUMULATE or 0.
     pub flags: u64,
+    /// [P] int32_t: the row of `out` of each pair. `out` has then as many rows as its elements make. For a
+    /// pair whose number is none of them nothing is written, nor is a row that no pair names. Of two pairs
+    /// that name one row, it is not defined whose values the row has afterwards. May be left out: rows are in
+    /// the order of pairs. (From version 3 on.)
+    pub out_index: Tensor,
+    /// A moe_lora_slice_order: where the columns of the slices are. (From version 3 on.)
+    pub order: u64,
+    /// [L, S] moe_lora_adapter_entry, on a boundary of 8 bytes: weights of each slot's own, by address. Then
+    /// `b` is {NULL, 0}. May be left out: weights are stacked. (From version 3 on.)
+    pub adapters: Tensor,
 }

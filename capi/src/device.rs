@@ -181,7 +181,7 @@ impl Call for RouteAlone {
         _last: Option<Route>,
     ) -> Result<Route, Fault> {
         // SAFETY: as the caller promises.
-        let routing = unsafe { self.routing.tensors()? };
+        let routing = unsafe { self.routing.tensors(self.tokens)? };
         Ok(backend.route(workspace, projection, self.tokens, routing)?)
     }
 }

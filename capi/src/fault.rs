@@ -29,6 +29,12 @@ pub enum Fault {
         /// What its field `size` says.
         got: usize,
     },
+    /// Weights are given stacked and by address.
+    #[error("{tensor} is given beside adapters, expected one of the two")]
+    WeightsTwice {
+        /// `a` or `b`.
+        tensor: &'static str,
+    },
     /// A field has a value that it does not allow.
     #[error("{field} is {got}, expected {expected}")]
     InvalidValue {
@@ -47,6 +53,7 @@ impl Fault {
             Fault::NullArgument { .. } => Status::NullArgument,
             Fault::StructSize { .. } => Status::StructSize,
             Fault::InvalidValue { .. } => Status::InvalidValue,
+            Fault::WeightsTwice { .. } => Status::WeightsTwice,
             Fault::Refused(error) => match error {
                 Error::ZeroSize { .. } => Status::ZeroSize,
                 Error::SizeTooLarge { .. } => Status::SizeTooLarge,
@@ -78,7 +85,6 @@ impl Fault {
                 Error::NoTopkIds { .. } => Status::NoTopkIds,
                 Error::NothingToMap => Status::NothingToMap,
                 Error::OtherTable { .. } => Status::OtherTable,
-                Error::Unsupported { .. } => Status::Unsupported,
                 // An emulated kernel's: no emulated device is behind this interface.
                 _ => Status::Internal,
             },
@@ -170,14 +176,14 @@ mod tests {
             Error::NoTopkIds { experts: 2, top_k: 1 },
             Error::NothingToMap,
             Error::OtherTable { table: text(), call: text() },
-            Error::Unsupported { what },
             Error::DriverTooOld { version: text(), needed: "" },
             Error::Driver { call: "", code: 1, name: text(), reason: text() },
         ];
         // In the order of their statuses, as the header has them.
         let mut statuses: Vec<_> = errors.map(|error| Fault::from(error).status() as i32).into();
         statuses.sort_unstable();
-        let of_arguments = [Status::NullArgument, Status::StructSize, Status::InvalidValue, Status::Internal];
+        use Status::{Internal, InvalidValue, NullArgument, StructSize, WeightsTwice};
+        let of_arguments = [NullArgument, StructSize, InvalidValue, WeightsTwice, Internal];
         let of_errors = (1..=35).filter(|status| of_arguments.iter().all(|other| *other as i32 != *status));
         assert_eq!(statuses, of_errors.collect::<Vec<_>>());
     }

@@ -1,19 +1,32 @@
 //! From what a C caller wrote to what the library takes.
 
 use crate::abi::{
-    Dtype, Expand, ExpertWeights, Forward, MOE_LORA_ACCUMULATE, MOE_LORA_MAX_SLICES, Projection, Routing,
-    Shrink, Tensor, TensorMut, XRows,
+    AdapterEntry, Dtype, Expand, ExpertWeights, Forward, MOE_LORA_ACCUMULATE, MOE_LORA_MAX_SLICES,
+    Projection, Routing, Shrink, SliceOrder, Tensor, TensorMut, XRows,
 };
 use crate::fault::Fault;
 use bytemuck::Pod;
 use moe_lora::{
-    Element, Enabled, Error, Factor, OutDims, Route, RoutingTensors, Rows, RowsMut, SliceOrder, Space,
-    TopkIds, View, ViewMut, Weights,
+    Adapters, Element, Enabled, Error, Factor, OutDims, Route, RoutingTensors, Rows, RowsMut, Space, TopkIds,
+    View, ViewMut, Weights,
 };
 use std::mem::{MaybeUninit, offset_of};
 use std::ptr;
 
 const _: () = assert!(MOE_LORA_MAX_SLICES == moe_lora::Projection::MAX_SLICES);
+
+/// A caller's table is read as the library's own.
+const _: () = {
+    use moe_lora::AdapterEntry as Library;
+    assert!(offset_of!(AdapterEntry, rank) == offset_of!(Library, rank));
+    assert!(offset_of!(AdapterEntry, max_rank) == offset_of!(Library, max_rank));
+    assert!(offset_of!(AdapterEntry, scaling) == offset_of!(Library, scaling));
+    assert!(offset_of!(AdapterEntry, reserved) == offset_of!(Library, reserved));
+    assert!(offset_of!(AdapterEntry, a) == offset_of!(Library, a));
+    assert!(offset_of!(AdapterEntry, b) == offset_of!(Library, b));
+    assert!(size_of::<AdapterEntry>() == size_of::<Library>());
+    assert!(align_of::<AdapterEntry>() == align_of::<Library>());
+};
 
 /// A struct that may grow: later versions add fields at its end, and their zero means what was before them.
 ///
@@ -31,19 +44,19 @@ unsafe impl Versioned for Projection {
 }
 // SAFETY: as above.
 unsafe impl Versioned for Routing {
-    const FIRST: usize = size_of::<Routing>();
+    const FIRST: usize = offset_of!(Routing, topk_ids_bytes);
 }
 // SAFETY: as above.
 unsafe impl Versioned for Forward {
-    const FIRST: usize = size_of::<Forward>();
+    const FIRST: usize = offset_of!(Forward, x_index);
 }
 // SAFETY: as above.
 unsafe impl Versioned for Shrink {
-    const FIRST: usize = size_of::<Shrink>();
+    const FIRST: usize = offset_of!(Shrink, x_index);
 }
 // SAFETY: as above.
 unsafe impl Versioned for Expand {
-    const FIRST: usize = size_of::<Expand>();
+    const FIRST: usize = offset_of!(Expand, out_index);
 }
 
 /// A copy of the struct at `pointer`: of this version, of an earlier one, or of a later one that says nothing
@@ -170,6 +183,35 @@ unsafe fn slices<'a, S: Space, T: Pod>(
     (tensors.map(|tensor| unsafe { tensor.view() }), count)
 }
 
+/// The table of adapters, if there is one. Then there are no stacked tensors.
+///
+/// # Safety
+/// As for [`Adapters::new`], and as for [`View::from_raw`] of the table.
+unsafe fn table<'a, S: Space>(
+    adapters: &Tensor,
+    stacked: &[(&'static str, &[Tensor; MOE_LORA_MAX_SLICES])],
+) -> Result<Option<Adapters<'a, S>>, Fault> {
+    // SAFETY: as the caller promises.
+    let Some(entries) = (unsafe { adapters.optional() }) else { return Ok(None) };
+    match stacked.iter().find(|(_, tensors)| !tensors.iter().all(Tensor::is_left_out)) {
+        Some(&(tensor, _)) => Err(Fault::WeightsTwice { tensor }),
+        // SAFETY: as the caller promises.
+        None => Ok(Some(unsafe { Adapters::new(entries) })),
+    }
+}
+
+fn order(got: u64) -> Result<moe_lora::SliceOrder, Fault> {
+    match got {
+        _ if got == SliceOrder::InOrder as u64 => Ok(moe_lora::SliceOrder::InOrder),
+        _ if got == SliceOrder::Reversed as u64 => Ok(moe_lora::SliceOrder::Reversed),
+        _ if got == SliceOrder::Interleaved as u64 => Ok(moe_lora::SliceOrder::Interleaved),
+        _ => {
+            let (field, expected) = ("call.order", "0 (in order), 1 (reversed) or 2 (interleaved)");
+            Err(Fault::InvalidValue { field, expected, got: got.into() })
+        }
+    }
+}
+
 fn stride(elements: usize) -> Option<usize> {
     (elements != 0).then_some(elements)
 }
@@ -183,16 +225,34 @@ fn accumulate(field: &'static str, flags: u64) -> Result<bool, Fault> {
 }
 
 impl Routing {
-    /// The routing tensors.
+    /// # Safety
+    /// As for [`View::from_raw`].
+    unsafe fn topk_ids<'a, S: Space>(&self, tokens: usize) -> Result<TopkIds<'a, S>, Fault> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            match self.topk_ids_bytes {
+                // No token has no ids, in whatever layer.
+                0 | 4 | 8 if self.topk_ids.is_left_out() && tokens > 0 => Ok(TopkIds::None),
+                0 | 4 => Ok(TopkIds::I32(self.topk_ids.view())),
+                8 => Ok(TopkIds::I64(self.topk_ids.view())),
+                got => {
+                    let (field, expected) = ("routing.topk_ids_bytes", "0, 4 or 8");
+                    Err(Fault::InvalidValue { field, expected, got: got as i128 })
+                }
+            }
+        }
+    }
+
+    /// The routing tensors of a call of `tokens` tokens.
     ///
     /// # Safety
     /// As for [`View::from_raw`], for each tensor.
-    pub unsafe fn tensors<'a, S: Space>(&self) -> Result<RoutingTensors<'a, S>, Fault> {
+    pub unsafe fn tensors<'a, S: Space>(&self, tokens: usize) -> Result<RoutingTensors<'a, S>, Fault> {
         let flags = &self.adapter_enabled;
         // SAFETY: as the caller promises.
         unsafe {
             Ok(RoutingTensors {
-                topk_ids: TopkIds::I32(self.topk_ids.view()),
+                topk_ids: self.topk_ids(tokens)?,
                 token_lora: self.token_lora.view(),
                 adapter_enabled: match (flags.is_left_out(), self.adapter_enabled_bytes) {
                     (true, 0) => Enabled::All,
@@ -216,6 +276,7 @@ impl Routing {
     /// As for [`read`] and [`Routing::tensors`].
     pub unsafe fn of<'a, S: Space>(
         routing: *const Routing,
+        tokens: usize,
         last: Option<Route>,
     ) -> Result<moe_lora::Routing<'a, S>, Fault> {
         match (routing.is_null(), last) {
@@ -225,7 +286,7 @@ impl Routing {
                 Err(Error::StaleRoute { reason: reason.to_owned() }.into())
             }
             // SAFETY: as the caller promises.
-            (false, _) => unsafe { Ok(read(routing, "routing")?.tensors()?.into()) },
+            (false, _) => unsafe { Ok(read(routing, "routing")?.tensors(tokens)?.into()) },
         }
     }
 }
@@ -243,15 +304,25 @@ impl Forward {
         // SAFETY: as the caller promises.
         unsafe {
             let (a, b) = (slices(&self.a), slices(&self.b));
+            let table = table(&self.adapters, &[("a", &self.a), ("b", &self.b)])?;
+            let stacked = Weights::Stacked { a: &a.0[..a.1], b: &b.0[..b.1] };
             work(moe_lora::Forward {
                 tokens: self.tokens,
-                routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
-                weights: Weights::Stacked { a: &a.0[..a.1], b: &b.0[..b.1] },
+                routing: Routing::of(self.routing, self.tokens, last)?,
+                x: Rows {
+                    data: self.x.view(),
+                    stride: stride(self.x_stride),
+                    index: self.x_index.optional(),
+                },
+                weights: table.map_or(stacked, Weights::Table),
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
+                out: RowsMut {
+                    data: self.out.view(),
+                    stride: stride(self.out_stride),
+                    index: self.out_index.optional(),
+                },
                 offset: self.offset,
-                order: SliceOrder::InOrder,
+                order: order(self.order)?,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }
@@ -271,11 +342,16 @@ impl Shrink {
         // SAFETY: as the caller promises.
         unsafe {
             let a = slices(&self.a);
+            let table = table(&self.adapters, &[("a", &self.a)])?;
             work(moe_lora::Shrink {
                 tokens: self.tokens,
-                routing: Routing::of(self.routing, last)?,
-                x: Rows { data: self.x.view(), stride: stride(self.x_stride), index: None },
-                a: Factor::Stacked(&a.0[..a.1]),
+                routing: Routing::of(self.routing, self.tokens, last)?,
+                x: Rows {
+                    data: self.x.view(),
+                    stride: stride(self.x_stride),
+                    index: self.x_index.optional(),
+                },
+                a: table.map_or(Factor::Stacked(&a.0[..a.1]), Factor::Table),
                 h: self.h.view(),
             })
         }
@@ -295,15 +371,20 @@ impl Expand {
         // SAFETY: as the caller promises.
         unsafe {
             let b = slices(&self.b);
+            let table = table(&self.adapters, &[("b", &self.b)])?;
             work(moe_lora::Expand {
                 tokens: self.tokens,
-                routing: Routing::of(self.routing, last)?,
+                routing: Routing::of(self.routing, self.tokens, last)?,
                 h: self.h.view(),
-                b: Factor::Stacked(&b.0[..b.1]),
+                b: table.map_or(Factor::Stacked(&b.0[..b.1]), Factor::Table),
                 topk_weights: self.topk_weights.optional(),
-                out: RowsMut { data: self.out.view(), stride: stride(self.out_stride), index: None },
+                out: RowsMut {
+                    data: self.out.view(),
+                    stride: stride(self.out_stride),
+                    index: self.out_index.optional(),
+                },
                 offset: self.offset,
-                order: SliceOrder::InOrder,
+                order: order(self.order)?,
                 accumulate: accumulate("call.flags", self.flags)?,
             })
         }

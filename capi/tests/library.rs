@@ -10,6 +10,8 @@ use std::process::Command;
 mod abi;
 #[path = "library/calls.rs"]
 mod calls;
+#[path = "library/forms.rs"]
+mod forms;
 #[path = "library/functions.rs"]
 mod functions;
 #[path = "library/refusals.rs"]
@@ -27,11 +29,13 @@ fn main() {
     let functions: &'static Functions = Box::leak(Box::new(Functions::load(&files.library)));
 
     type Test = fn(&Functions) -> Result<(), Failed>;
-    let tests: [(&str, Test); 8] = [
+    let tests: [(&str, Test); 10] = [
         ("the_version_is_the_packages", calls::version),
         ("a_null_argument_is_refused_by_name", refusals::null_arguments),
         ("each_bad_call_has_its_status_and_message_and_writes_nothing", refusals::bad_calls),
         ("a_later_struct_is_taken_when_it_says_nothing_new", refusals::later_structs),
+        ("a_call_of_an_earlier_version_is_what_it_was", forms::earlier_structs),
+        ("each_form_does_on_the_cpu_what_the_rust_library_does", forms::on_cpu),
         ("a_workspace_outlives_its_context", calls::workspace_outlives_context),
         ("a_plan_is_cut_to_its_capacity", calls::plan_is_cut),
         ("each_call_does_on_the_cpu_what_the_rust_library_does", calls::on_cpu),
@@ -40,35 +44,49 @@ fn main() {
     let mut trials: Vec<_> =
         tests.into_iter().map(|(name, test)| Trial::test(name, move || test(functions))).collect();
     trials.push(Trial::test("nothing_but_its_own_functions_is_exported", || exports(files)));
-    trials.push(match Command::new("cc").arg("--version").output() {
-        Ok(_) => Trial::test(EXAMPLE, || example(files)),
-        Err(error) => skipped(&arguments, EXAMPLE, &format!("no C compiler: cc: {error}")),
-    });
-    trials.push(on_cuda(&arguments, functions));
+    let compiler = Command::new("cc").arg("--version").output();
+    for example in EXAMPLES {
+        let name = format!("the_example_{example}_in_c_agrees_with_its_own_loops");
+        trials.push(match &compiler {
+            Ok(_) => Trial::test(name, move || run_example(files, example)),
+            Err(error) => skipped(&arguments, &name, &format!("no C compiler: cc: {error}")),
+        });
+    }
+    trials.extend(on_cuda(&arguments, functions));
     libtest_mimic::run(&arguments, trials).exit();
 }
 
-const EXAMPLE: &str = "the_example_in_c_agrees_with_its_own_loops";
+/// The programs in examples/.
+const EXAMPLES: [&str; 2] = ["layer", "dense"];
 
 #[cfg(feature = "cuda")]
-fn on_cuda(arguments: &Arguments, functions: &'static Functions) -> Trial {
-    const NAME: &str = "each_call_does_on_the_gpu_what_the_rust_library_does";
-    match moe_lora::cuda::Device::new(0) {
-        Ok(device) => Trial::test(NAME, move || calls::on_cuda(functions, &device)),
-        Err(why) => skipped(arguments, NAME, &why.to_string()),
-    }
+fn on_cuda(arguments: &Arguments, functions: &'static Functions) -> Vec<Trial> {
+    type Test = fn(&Functions, &moe_lora::cuda::Device) -> Result<(), Failed>;
+    let tests: [(&str, Test); 2] = [
+        ("each_call_does_on_the_gpu_what_the_rust_library_does", calls::on_cuda),
+        ("each_form_does_on_the_gpu_what_the_rust_library_does", forms::on_cuda),
+    ];
+    let device = moe_lora::cuda::Device::new(0);
+    let trial = |(name, test): (&'static str, Test)| match &device {
+        Ok(device) => {
+            let device = device.clone();
+            Trial::test(name, move || test(functions, &device))
+        }
+        Err(why) => skipped(arguments, name, &why.to_string()),
+    };
+    tests.into_iter().map(trial).collect()
 }
 
 #[cfg(not(feature = "cuda"))]
-fn on_cuda(arguments: &Arguments, _: &'static Functions) -> Trial {
-    skipped(arguments, "cuda", "built without the feature `cuda`")
+fn on_cuda(arguments: &Arguments, _: &'static Functions) -> Vec<Trial> {
+    vec![skipped(arguments, "cuda", "built without the feature `cuda`")]
 }
 
 /// What is tested.
 struct Files {
     library: PathBuf,
     include: PathBuf,
-    example: PathBuf,
+    examples: PathBuf,
 }
 
 impl Files {
@@ -77,7 +95,7 @@ impl Files {
             Some(folder) => (PathBuf::from(&folder), PathBuf::from(folder).join("lib/libmoe_lora.so")),
             None => (env!("CARGO_MANIFEST_DIR").into(), build()),
         };
-        Files { library, include: root.join("include"), example: root.join("examples/layer.c") }
+        Files { library, include: root.join("include"), examples: root.join("examples") }
     }
 }
 
@@ -113,14 +131,14 @@ fn exports(files: &Files) -> Result<(), Failed> {
     Ok(())
 }
 
-fn example(files: &Files) -> Result<(), Failed> {
+fn run_example(files: &Files, example: &str) -> Result<(), Failed> {
     let dir = tempfile::tempdir()?;
-    let program = dir.path().join("layer");
+    let program = dir.path().join(example);
     let lib = files.library.parent().expect("a folder");
     let compiled = Command::new("cc")
         .args(["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-I"])
         .arg(&files.include)
-        .arg(&files.example)
+        .arg(files.examples.join(example).with_extension("c"))
         .arg("-L")
         .arg(lib)
         .args(["-lmoe_lora", "-lm", "-o"])

@@ -2,19 +2,20 @@
 //! It is done or refused; refused, it leaves its outputs alone; and never does it end in a bug in the
 //! library.
 //!
-//! What a caller must see to cannot be fuzzed: pointers here are null, misaligned or to memory, and no tensor
-//! says that it has more elements than there is memory.
+//! What a caller must see to cannot be fuzzed: pointers here are null, misaligned or to memory, no tensor
+//! says that it has more elements than there is memory, and a table of adapters names matrices as large as
+//! the projection has them.
 
 // The sources of the interface, for its structs: the library's own are private.
 #[path = "../../capi/src/abi.rs"]
 #[allow(dead_code)]
 mod layout;
 
-use arbitrary::{Arbitrary, Result, Unstructured};
-use layout::{
-    Dtype, Expand, ExpertWeights, Forward, MOE_LORA_MAX_SLICES, Projection, Routing, Shrink, Status, Tensor,
-    TensorMut, XRows,
-};
+mod memory;
+
+use arbitrary::{Result, Unstructured};
+use layout::{Expand, Forward, MOE_LORA_MAX_SLICES, Projection, Routing, Shrink, Status};
+use memory::{Form, MOST, Memory, TOKENS};
 use moe_lora_capi as capi;
 use std::ffi::{CStr, c_void};
 use std::mem::offset_of;
@@ -29,14 +30,10 @@ pub fn check(data: &[u8]) {
     let _ = call(&mut Unstructured::new(data));
 }
 
-/// Words of a buffer: more than any tensor here says that it has, whatever its type and wherever it starts.
-const BUFFER: usize = 1 << 12;
-/// Most elements that a tensor says it has.
-const MOST: usize = BUFFER / 2;
 /// Words after a struct that its `size` may take in.
 const TAIL: usize = 4;
 /// Most words of a struct.
-const WORDS: usize = 48;
+const WORDS: usize = 64;
 
 /// A struct as words, and what may become of each.
 struct Words {
@@ -89,7 +86,7 @@ const SLICES: [Kind; 2 * MOE_LORA_MAX_SLICES] =
 static PROJECTION: [Kind; words::<Projection>()] =
     kinds(&[&[Size, Enums, Enums], &[Number; 7 + MOE_LORA_MAX_SLICES]]);
 static ROUTING: [Kind; words::<Routing>()] =
-    kinds(&[&[Size], &TENSOR, &TENSOR, &TENSOR, &[Number], &TENSOR, &TENSOR]);
+    kinds(&[&[Size], &TENSOR, &TENSOR, &TENSOR, &[Number], &TENSOR, &TENSOR, &[Number]]);
 static FORWARD: [Kind; words::<Forward>()] = kinds(&[
     &[Size, Number, Struct],
     &TENSOR,
@@ -98,12 +95,25 @@ static FORWARD: [Kind; words::<Forward>()] = kinds(&[
     &SLICES,
     &TENSOR,
     &TENSOR,
-    &[Number, Number, Number],
+    &[Number; 3],
+    &TENSOR,
+    &TENSOR,
+    &[Number],
+    &TENSOR,
 ]);
 static SHRINK: [Kind; words::<Shrink>()] =
-    kinds(&[&[Size, Number, Struct], &TENSOR, &[Number], &SLICES, &TENSOR]);
-static EXPAND: [Kind; words::<Expand>()] =
-    kinds(&[&[Size, Number, Struct], &TENSOR, &SLICES, &TENSOR, &TENSOR, &[Number, Number, Number]]);
+    kinds(&[&[Size, Number, Struct], &TENSOR, &[Number], &SLICES, &TENSOR, &TENSOR, &TENSOR]);
+static EXPAND: [Kind; words::<Expand>()] = kinds(&[
+    &[Size, Number, Struct],
+    &TENSOR,
+    &SLICES,
+    &TENSOR,
+    &TENSOR,
+    &[Number; 3],
+    &TENSOR,
+    &[Number],
+    &TENSOR,
+]);
 
 impl Words {
     fn new<T>(value: &T, kinds: &'static [Kind]) -> Self {
@@ -112,6 +122,13 @@ impl Words {
         // SAFETY: the struct has no padding: integers and pointers of 8 bytes, or 4 in pairs.
         unsafe { ptr::copy_nonoverlapping(ptr::from_ref(value).cast(), words.as_mut_ptr(), kinds.len()) };
         Words { words, kinds }
+    }
+
+    /// The struct, whatever its `size` says.
+    fn value<T: Copy>(&self) -> T {
+        assert_eq!(self.kinds.len(), self::words::<T>());
+        // SAFETY: as many words of integers and pointers, of which any bits are one.
+        unsafe { self.pointer::<T>().read() }
     }
 
     fn pointer<T>(&self) -> *const T {
@@ -132,7 +149,8 @@ impl Words {
             Number => number(u)?,
             // Null stays null: next to it is no memory.
             Pointer if *word == 0 => 0,
-            Pointer => *u.choose(&[0, *word + 1, *word + 2, *word + 4])?,
+            // However often it is changed, a table never starts within an entry: that would be another table.
+            Pointer => *u.choose(&[0, *word | 1, *word | 2, *word | 4])?,
             Elements => u.int_in_range(0..=MOST as u64)?,
             Struct => 0,
         };
@@ -150,97 +168,6 @@ fn number(u: &mut Unstructured<'_>) -> Result<u64> {
     })
 }
 
-/// The memory that calls name.
-struct Memory {
-    ids: Vec<i32>,
-    weights: Vec<u32>,
-    values: Vec<u32>,
-    h: Vec<u32>,
-    out: Vec<u32>,
-}
-
-const TOKENS: usize = 3;
-
-fn good_projection() -> Projection {
-    Projection {
-        size: size_of::<Projection>(),
-        dtype: Dtype::Bf16 as i32,
-        x_rows: XRows::Token as i32,
-        a_experts: ExpertWeights::PerExpert as i32,
-        b_experts: ExpertWeights::PerExpert as i32,
-        top_k: 2,
-        experts: 2,
-        slots: 2,
-        max_rank: 4,
-        slices: 1,
-        in_dim: 16,
-        out_dim: 8,
-        out_dims: [0; 4],
-    }
-}
-
-impl Memory {
-    fn new(u: &mut Unstructured<'_>) -> Result<Self> {
-        let ids: [i8; 16] = u.arbitrary()?;
-        Ok(Memory {
-            ids: ids.into_iter().cycle().take(BUFFER).map(i32::from).collect(),
-            weights: vec![1.0f32.to_bits(); BUFFER],
-            // Ones in bf16.
-            values: vec![0x3f80_3f80; BUFFER],
-            h: vec![0; BUFFER],
-            out: vec![0; BUFFER],
-        })
-    }
-
-    /// `full`: with the tensors that may be left out.
-    fn routing(&self, full: bool) -> Routing {
-        let ids = |elements| Tensor { data: self.ids.as_ptr().cast(), elements };
-        Routing {
-            size: size_of::<Routing>(),
-            topk_ids: ids(MOST),
-            token_lora: ids(MOST),
-            adapter_enabled: ids(MOST),
-            adapter_enabled_bytes: 4,
-            ranks: if full { ids(MOST) } else { ABSENT },
-            expert_map: if full { ids(MOST) } else { ABSENT },
-        }
-    }
-
-    fn forward(&mut self, routing: *const Routing) -> Forward {
-        let values = Tensor { data: self.values.as_ptr().cast(), elements: MOST };
-        let slices = [values, ABSENT, ABSENT, ABSENT];
-        Forward {
-            size: size_of::<Forward>(),
-            tokens: TOKENS,
-            routing,
-            x: values,
-            x_stride: 0,
-            a: slices,
-            b: slices,
-            topk_weights: Tensor { data: self.weights.as_ptr().cast(), elements: MOST },
-            out: TensorMut { data: self.out.as_mut_ptr().cast(), elements: MOST },
-            out_stride: 0,
-            offset: 0,
-            flags: 0,
-        }
-    }
-
-    fn shrink(&mut self, routing: *const Routing) -> Shrink {
-        let Forward { tokens, x, x_stride, a, .. } = self.forward(routing);
-        let h = TensorMut { data: self.h.as_mut_ptr().cast(), elements: MOST };
-        Shrink { size: size_of::<Shrink>(), tokens, routing, x, x_stride, a, h }
-    }
-
-    fn expand(&mut self, routing: *const Routing) -> Expand {
-        let Forward { tokens, x, b, topk_weights, out, out_stride, offset, flags, .. } =
-            self.forward(routing);
-        let size = size_of::<Expand>();
-        Expand { size, tokens, routing, h: x, b, topk_weights, out, out_stride, offset, flags }
-    }
-}
-
-const ABSENT: Tensor = Tensor { data: ptr::null(), elements: 0 };
-
 /// A function's status as a number: whatever it is, it must be one that the header lists.
 fn status<S>(status: S) -> i32 {
     assert_eq!(size_of::<S>(), size_of::<i32>());
@@ -251,13 +178,14 @@ fn status<S>(status: S) -> i32 {
 fn call(u: &mut Unstructured<'_>) -> Result<()> {
     let mut memory = Memory::new(u)?;
     let function = u.int_in_range(0..=5)?;
-    let good = good_projection();
+    let form = Form::new(u)?;
+    let good = form.projection();
     let mut projection = Words::new(&good, &PROJECTION);
-    let mut routing = Words::new(&memory.routing(u.arbitrary()?), &ROUTING);
+    let mut routing = Words::new(&memory.routing(form), &ROUTING);
     let mut call = match function {
-        0 | 1 | 5 => Words::new(&memory.forward(routing.pointer()), &FORWARD),
-        2 => Words::new(&memory.shrink(routing.pointer()), &SHRINK),
-        _ => Words::new(&memory.expand(routing.pointer()), &EXPAND),
+        0 | 1 | 5 => Words::new(&memory.forward(form, routing.pointer()), &FORWARD),
+        2 => Words::new(&memory.shrink(form, routing.pointer()), &SHRINK),
+        _ => Words::new(&memory.expand(form, routing.pointer()), &EXPAND),
     };
     const { assert!(offset_of!(Forward, routing) == offset_of!(Expand, routing)) };
     for _ in 0..u.int_in_range(0..=4)? {
@@ -267,7 +195,11 @@ fn call(u: &mut Unstructured<'_>) -> Result<()> {
             _ => call.spoil(u)?,
         }
     }
-    let tokens = if bool::arbitrary(u)? { TOKENS } else { number(u)? as usize };
+    if form.table {
+        memory.fill(u, &projection.value())?;
+    }
+    // Mostly what can be done: without a workspace nothing of a call is looked at.
+    let tokens = if u.ratio(3, 4)? { TOKENS } else { number(u)? as usize };
     let outputs = (memory.h.clone(), memory.out.clone());
 
     // SAFETY: structs are as long as they say or longer, handles are live or null, and tensors are in
@@ -275,11 +207,11 @@ fn call(u: &mut Unstructured<'_>) -> Result<()> {
     let done = unsafe {
         let (mut context, mut workspace) = (ptr::null_mut(), ptr::null_mut());
         assert_eq!(status(capi::moe_lora_context_create_cpu(&mut context)), Status::Ok as i32);
-        let room = if u.arbitrary()? { ptr::from_ref(&good) } else { projection.pointer() };
+        let room = if u.ratio(1, 2)? { ptr::from_ref(&good) } else { projection.pointer() };
         let made = status(capi::moe_lora_workspace_create(
             context,
             [room].as_ptr().cast(),
-            u.int_in_range(0..=1)?,
+            usize::from(u.ratio(7, 8)?),
             tokens,
             &mut workspace,
         ));
@@ -318,8 +250,9 @@ fn call(u: &mut Unstructured<'_>) -> Result<()> {
 
 /// Holds a status against the header, and a refusal's message against nothing.
 fn known(status: i32) {
-    assert!((Status::Ok as i32..Status::Internal as i32).contains(&status), "{status}: {:?}", message());
-    assert_ne!(status, Status::Driver as i32, "{:?}", message());
+    let listed = (Status::Ok as i32..=Status::WeightsTwice as i32).contains(&status);
+    let never = [Status::Internal, Status::Driver].map(|never| never as i32);
+    assert!(listed && !never.contains(&status), "{status}: {:?}", message());
     assert!(status == Status::Ok as i32 || !message().is_empty(), "{status} without a message");
 }
 

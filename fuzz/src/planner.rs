@@ -8,8 +8,9 @@ use moe_lora::plan::{
     DecodeRows, DeviceLimits, Form, IndexWidth, Options, Plan, PrefillTile, RouteSource, Stage, TileKind,
 };
 use moe_lora::{
-    BlockShape, Cuda, DType, Element, ExpertWeights, Forward, Layout, OutDims, Projection, ProjectionSizes,
-    RoutingTensors, Rows, RowsMut, SliceOrder, View, ViewMut, Weights, XRows,
+    AdapterEntry, Adapters, BlockShape, Cuda, DType, Element, Enabled, ExpertWeights, Forward, Layout,
+    OutDims, Projection, ProjectionSizes, RoutingTensors, Rows, RowsMut, SliceOrder, TopkIds, View, ViewMut,
+    Weights, XRows,
 };
 
 /// Plans for the call that `data` describes.
@@ -36,14 +37,16 @@ fn either<T>(u: &mut Unstructured<'_>, [one, other]: [T; 2]) -> Result<T> {
 }
 
 fn sizes(u: &mut Unstructured<'_>) -> Result<ProjectionSizes> {
+    let dense = bool::arbitrary(u)?;
+    let (top_k, experts) = if dense { (1, 1) } else { (u.int_in_range(0..=65)?, size(u)?) };
     Ok(ProjectionSizes {
         dtype: either(u, [DType::Bf16, DType::F16])?,
         x_rows: either(u, [XRows::Token, XRows::Pair])?,
         a_experts: either(u, [ExpertWeights::PerExpert, ExpertWeights::Shared])?,
         b_experts: either(u, [ExpertWeights::PerExpert, ExpertWeights::Shared])?,
-        top_k: u.int_in_range(0..=65)?,
+        top_k,
+        experts,
         max_rank: u.int_in_range(0..=1025)?,
-        experts: size(u)?,
         slots: size(u)?,
         in_dim: size(u)?,
         out_dims: out_dims(u)?,
@@ -82,17 +85,33 @@ fn layout<T: Element>(u: &mut Unstructured<'_>, projection: &Projection) -> Resu
     // SAFETY: device memory, which planning neither reads nor writes.
     let (view, out) = unsafe { (View::<Cuda, T>::from_raw(address, MOST), ViewMut::from_raw(address, MOST)) };
     // SAFETY: as above.
-    let ids = unsafe { View::<Cuda, i32>::from_raw(64, MOST) };
-    let weights = vec![view; slices];
+    let (ids, wide_ids) =
+        unsafe { (View::<Cuda, i32>::from_raw(64, MOST), View::<Cuda, i64>::from_raw(64, MOST)) };
+    // SAFETY: as above.
+    let map = unsafe { View::from_raw(64, 128) };
+    let stacked = vec![view; slices];
+    let entries = if bool::arbitrary(u)? { MOST } else { size(u)? };
+    // SAFETY: as above.
+    let table = unsafe { Adapters::new(View::<Cuda, AdapterEntry>::from_raw(64, entries)) };
+    let weights = either(u, [Weights::Stacked { a: &stacked, b: &stacked }, Weights::Table(table)])?;
+    let topk_ids = *u.choose(&[ids.into(), wide_ids.into(), TopkIds::None])?;
+    let routing = RoutingTensors {
+        topk_ids,
+        token_lora: ids,
+        adapter_enabled: Enabled::All,
+        ranks: either(u, [None, Some(ids)])?,
+        // What is not there is not mapped.
+        expert_map: either(u, [None, Some(map)])?.filter(|_| !matches!(topk_ids, TopkIds::None)),
+    };
     let call = Forward {
         tokens: size(u)?,
-        routing: RoutingTensors::new(ids, ids).into(),
+        routing: routing.into(),
         x: Rows {
             data: view,
             stride: Some(size(u)?).filter(|&stride| stride > 0),
             index: either(u, [None, Some(ids)])?,
         },
-        weights: Weights::Stacked { a: &weights, b: &weights },
+        weights,
         topk_weights: None,
         out: RowsMut {
             data: out,

@@ -151,12 +151,6 @@ pub enum Error {
     /// `expert_map` is given where there is no `topk_ids`.
     #[error("expert_map has nothing to map, as topk_ids is left out")]
     NothingToMap,
-    /// A form of a call that the back end does not have.
-    #[error("this back end has no kernels for {what}")]
-    Unsupported {
-        /// The form.
-        what: &'static str,
-    },
     /// The tensors are of another type than the projection was made for.
     #[error("{tensor} is {got}, expected {expected}")]
     DTypeMismatch {

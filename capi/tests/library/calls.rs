@@ -90,6 +90,7 @@ impl<B: Backend> Operands<B> {
             adapter_enabled_bytes: 1,
             ranks: ABSENT,
             expert_map: ABSENT,
+            topk_ids_bytes: 0,
         }
     }
 
@@ -107,28 +108,56 @@ impl<B: Backend> Operands<B> {
             out_stride: 0,
             offset: 0,
             flags: 0,
+            x_index: ABSENT,
+            out_index: ABSENT,
+            order: 0,
+            adapters: ABSENT,
         }
     }
 
     pub fn shrink(&mut self, routing: *const Routing) -> Shrink {
-        let Forward { tokens, x, x_stride, a, .. } = self.forward(routing);
-        let h = tensor_mut(self.h.view_mut());
-        Shrink { size: size_of::<Shrink>(), tokens, routing, x, x_stride, a, h }
+        let whole = self.forward(routing);
+        shrink_of(&whole, tensor_mut(self.h.view_mut()))
     }
 
     pub fn expand(&mut self, routing: *const Routing) -> Expand {
-        let Forward { tokens, b, topk_weights, out, out_stride, offset, flags, .. } = self.forward(routing);
-        let h = tensor(self.h.view());
-        let size = size_of::<Expand>();
-        Expand { size, tokens, routing, h, b, topk_weights, out, out_stride, offset, flags }
+        let whole = self.forward(routing);
+        expand_of(&whole, tensor(self.h.view()))
     }
 }
 
-fn tensor<S: moe_lora::Space, T: bytemuck::Pod>(view: View<'_, S, T>) -> Tensor {
+/// The first half of a whole call.
+pub fn shrink_of(whole: &Forward, h: TensorMut) -> Shrink {
+    let Forward { tokens, routing, x, x_stride, a, x_index, adapters, .. } = *whole;
+    Shrink { size: size_of::<Shrink>(), tokens, routing, x, x_stride, a, h, x_index, adapters }
+}
+
+/// The second half of a whole call.
+pub fn expand_of(whole: &Forward, h: Tensor) -> Expand {
+    let Forward { tokens, routing, b, topk_weights, out, out_stride, .. } = *whole;
+    let Forward { offset, flags, out_index, order, adapters, .. } = *whole;
+    Expand {
+        size: size_of::<Expand>(),
+        tokens,
+        routing,
+        h,
+        b,
+        topk_weights,
+        out,
+        out_stride,
+        offset,
+        flags,
+        out_index,
+        order,
+        adapters,
+    }
+}
+
+pub fn tensor<S: moe_lora::Space, T: bytemuck::Pod>(view: View<'_, S, T>) -> Tensor {
     Tensor { data: view.address() as *const c_void, elements: view.len() }
 }
 
-fn tensor_mut<S: moe_lora::Space, T: bytemuck::Pod>(view: ViewMut<'_, S, T>) -> TensorMut {
+pub fn tensor_mut<S: moe_lora::Space, T: bytemuck::Pod>(view: ViewMut<'_, S, T>) -> TensorMut {
     TensorMut { data: view.address() as *mut c_void, elements: view.len() }
 }
 
@@ -226,10 +255,7 @@ pub fn on_cpu(functions: &Functions) -> Result<(), Failed> {
 #[cfg(feature = "cuda")]
 pub fn on_cuda(functions: &Functions, device: &moe_lora::cuda::Device) -> Result<(), Failed> {
     let stream = device.new_stream()?;
-    let mut context = ptr::null_mut();
-    // SAFETY: written here.
-    functions.done(unsafe { (functions.context_create_cuda)(0, &mut context) });
-    agrees(functions, context, stream.as_raw(), &stream)
+    agrees(functions, functions.cuda(), stream.as_raw(), &stream)
 }
 
 pub fn workspace_outlives_context(functions: &Functions) -> Result<(), Failed> {

@@ -83,6 +83,15 @@ impl Functions {
         context
     }
 
+    /// A context on the first GPU.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(&self) -> *mut Context {
+        let mut context = ptr::null_mut();
+        // SAFETY: written here.
+        self.done(unsafe { (self.context_create_cuda)(0, &mut context) });
+        context
+    }
+
     /// A workspace on a context.
     pub fn workspace(&self, context: *mut Context, projection: &Projection, tokens: usize) -> *mut Workspace {
         let mut workspace = ptr::null_mut();

@@ -1,6 +1,6 @@
 //! What the library refuses: with which status and message, and with nothing written.
 
-use crate::abi::{Forward, Projection, Routing, Status};
+use crate::abi::{AdapterEntry, Forward, Projection, Routing, Status, Tensor};
 use crate::calls::{ABSENT, Operands, PROJECTION, TOKENS, outputs};
 use crate::functions::Functions;
 use libtest_mimic::Failed;
@@ -15,10 +15,12 @@ struct Call {
     routed: bool,
 }
 
-pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
+/// What spoils a call, and how it is refused.
+type Row = (fn(&mut Call), Status, &'static str);
+
+fn plain_calls() -> Vec<Row> {
     use Status::*;
-    type Row = (fn(&mut Call), Status, &'static str);
-    let table: [Row; 23] = [
+    vec![
         (|call| call.projection.max_rank = 0, ZeroSize, "max_rank is 0, expected at least 1"),
         (|call| call.projection.top_k = 65, SizeTooLarge, "top_k is 65, expected at most 64"),
         (
@@ -55,7 +57,7 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
             "projection.dtype is 3, expected 1 (bf16) or 2 (f16)",
         ),
         (
-            |call| call.routing.ranks = crate::abi::Tensor { data: (&raw const RANKS).cast(), elements: 2 },
+            |call| call.routing.ranks = Tensor { data: (&raw const RANKS).cast(), elements: 2 },
             RankTooLarge,
             "ranks[1] is 9, expected at most max_rank = 8",
         ),
@@ -105,9 +107,118 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
             InvalidValue,
             "routing.adapter_enabled_bytes is 2, expected 1 or 4",
         ),
-    ];
+    ]
+}
+
+/// Of what a call may say beside the plainest.
+fn other_forms() -> Vec<Row> {
+    use Status::*;
+    vec![
+        (
+            |call| call.forward.order = 3,
+            InvalidValue,
+            "call.order is 3, expected 0 (in order), 1 (reversed) or 2 (interleaved)",
+        ),
+        (
+            |call| {
+                let Call { projection, forward, .. } = call;
+                (projection.slices, projection.out_dims[1], forward.order) = (2, 16, 2);
+                forward.a[1] = forward.a[0];
+                // Refused before anything of it is read.
+                forward.b[1] = Tensor { elements: 1024, ..forward.b[0] };
+            },
+            UnequalSlices,
+            "interleaved slices have the widths 8+16, expected one width",
+        ),
+        (
+            |call| call.routing.topk_ids = ABSENT,
+            NoTopkIds,
+            "topk_ids may be left out of a dense layer alone (E = 1, k = 1), this one has E = 4, k = 2",
+        ),
+        (
+            |call| {
+                (call.projection.experts, call.projection.top_k) = (1, 1);
+                call.routing.topk_ids = ABSENT;
+                call.routing.expert_map = call.routing.token_lora;
+            },
+            NothingToMap,
+            "expert_map has nothing to map, as topk_ids is left out",
+        ),
+        (
+            |call| call.routing.topk_ids_bytes = 2,
+            InvalidValue,
+            "routing.topk_ids_bytes is 2, expected 0, 4 or 8",
+        ),
+        (
+            |call| {
+                call.routing.topk_ids = Tensor { data: (&raw const WIDE_IDS).cast(), elements: 5 };
+                call.routing.topk_ids_bytes = 8;
+            },
+            TooShort,
+            "topk_ids holds 5 elements, expected at least 6 for [3, 2]",
+        ),
+        (
+            |call| call.forward.x_index = Tensor { elements: 5, ..call.routing.topk_ids },
+            TooShort,
+            "x_index holds 5 elements, expected at least 6 for [6]",
+        ),
+        (
+            |call| call.forward.out_index.elements = 6,
+            NullPointer,
+            "out_index is a null pointer, expected 6 elements",
+        ),
+        (
+            |call| call.forward.adapters = adapters(2),
+            WeightsTwice,
+            "a is given beside adapters, expected one of the two",
+        ),
+        (
+            |call| {
+                call.forward.adapters = adapters(2);
+                call.forward.a[0] = ABSENT;
+            },
+            WeightsTwice,
+            "b is given beside adapters, expected one of the two",
+        ),
+        (
+            |call| by_address(call, adapters(1)),
+            TooShort,
+            "adapters holds 1 elements, expected at least 2 for [2, 1]",
+        ),
+        (
+            |call| by_address(call, Tensor { data: ptr::null(), elements: 2 }),
+            NullPointer,
+            "adapters is a null pointer, expected 2 elements",
+        ),
+        (
+            |call| {
+                let Tensor { data, elements } = adapters(2);
+                by_address(call, Tensor { data: data.wrapping_byte_add(4), elements });
+            },
+            Misaligned,
+            " is not aligned to its 8-byte elements",
+        ),
+    ]
+}
+
+/// Ids of 64 bits, one too few.
+static WIDE_IDS: [i64; 5] = [0; 5];
+
+/// A table in which every slot is off.
+fn adapters(elements: usize) -> Tensor {
+    const OFF: AdapterEntry = AdapterEntry { rank: 0, max_rank: 0, scaling: 0.0, reserved: 0, a: 0, b: 0 };
+    static TABLE: [AdapterEntry; 2] = [OFF; 2];
+    Tensor { data: (&raw const TABLE).cast(), elements }
+}
+
+fn by_address(call: &mut Call, adapters: Tensor) {
+    call.forward.adapters = adapters;
+    (call.forward.a[0], call.forward.b[0]) = (ABSENT, ABSENT);
+}
+
+pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
     let context = functions.cpu();
-    for (spoil, status, message) in table {
+    for (spoil, status, message) in plain_calls().into_iter().chain(other_forms()) {
         // A workspace of its own: none keeps the route of another row.
         let workspace = functions.workspace(context, &PROJECTION, TOKENS);
         let mut operands = Operands::new(&Cpu)?;
@@ -128,7 +239,7 @@ pub fn bad_calls(functions: &Functions) -> Result<(), Failed> {
         functions.done(unsafe { (functions.workspace_destroy)(workspace) });
     }
     functions.destroy(context, ptr::null_mut());
-    Result::Ok(())
+    Ok(())
 }
 
 /// Ranks of which one is over R.
