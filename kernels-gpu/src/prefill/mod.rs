@@ -36,7 +36,8 @@
 //!
 //! # Shared memory
 //!
-//! Barriers, then the stages, each of panels of 128-byte rows:
+//! Barriers, then what consumers keep of a work tile, then the stages at multiples of 1024, each of panels of
+//! 128-byte rows:
 //!
 //! | panels | a step of shrink | a step of expand |
 //! |---|---|---|
@@ -116,8 +117,17 @@ const MOST_REGISTERS: u32 = 248;
 /// Most stages: more bytes in flight than theirs do not come sooner.
 const MAX_STAGES: u32 = 6;
 
-/// Bytes of all barriers, at the beginning of shared memory; stages begin at multiples of 1024.
+/// Bytes of all barriers, at the beginning of shared memory.
 const BARRIERS_BYTES: u32 = 1024;
+
+/// Bytes that a consumer thread keeps of a work tile.
+const KEPT_BYTES: u32 = 32;
+
+/// Bytes before the stages: the barriers, and what the consumers keep.
+const HEAD_BYTES: u32 = BARRIERS_BYTES + KEPT_BYTES * WARPGROUP * MAX_CONSUMERS;
+
+/// Most consumers of a block.
+const MAX_CONSUMERS: u32 = 2;
 
 /// The shape of a block's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -220,13 +230,13 @@ impl Shape {
     /// Most stages for which a block has shared memory.
     pub const fn max_stages(self) -> u32 {
         let bytes = if self.blocks_per_sm() == 1 { SHARED_OF_ONE } else { SHARED_OF_TWO };
-        let stages = (bytes - BARRIERS_BYTES) / self.stage_bytes();
+        let stages = (bytes - HEAD_BYTES) / self.stage_bytes();
         if stages < MAX_STAGES { stages } else { MAX_STAGES }
     }
 
     /// Bytes of shared memory of a block with `stages` stages.
     pub const fn shared_bytes(self, stages: u32) -> u32 {
-        BARRIERS_BYTES + stages * self.stage_bytes()
+        HEAD_BYTES + stages * self.stage_bytes()
     }
 }
 

@@ -1,9 +1,10 @@
 //! The second product: `out (+)= weight · h · bᵀ` of a work tile's pairs, and the store to `out`.
 
-use super::h::{H, NO_PAIR, drop_slice, own_pairs};
+use super::h::{H, NO_PAIR, drop_slice};
+use super::kept::{kept_pairs, kept_slices, kept_work};
 use super::pipeline::{PingPong, Stage};
-use super::steps::{PANEL_COLUMNS, PRODUCT_K, expand_panels, panels_n};
-use super::work_tile::{Slice, Slices, WorkTile};
+use super::steps::{PANEL_COLUMNS, PRODUCT_K, expand_panels, panels_n, rank_shift};
+use super::work_tile::Slice;
 use super::{Consumer, Position};
 use crate::arch::mma::Element;
 use crate::arch::wgmma::{self, Matrix, Sums};
@@ -23,28 +24,20 @@ type Delta = [f32; PRODUCT_PANELS * PANEL_SUMS];
 /// Old values of a thread's columns of a panel: of either 32 columns, of its two rows.
 type Old = [[[u32; 4]; 2]; 2];
 
-/// Writes the columns of `slices`, which have `1 << shift` columns of h each, one slice after another.
+/// Writes the columns of the kept work tile's slices, one slice after another, if it expands.
 ///
 /// # Safety
-/// The route must be written and the barriers be ready; the pairs must be those of the work tile; the whole
-/// consumer must come here.
+/// The route must be written, the barriers be ready, and the work tile be kept; the whole consumer must come
+/// here.
 #[inline(always)]
 #[track_caller]
-pub(super) unsafe fn expand<C: Config>(
-    consumer: &mut Consumer<C>,
-    p: &PrefillParams,
-    work: &WorkTile,
-    mut slices: Slices,
-    shift: u32,
-    pairs: [u32; 2],
-    mut h: H,
-) {
+pub(super) unsafe fn expand<C: Config>(consumer: &mut Consumer<C>, p: &PrefillParams, mut h: H) {
     let Consumer { pipeline, order, position } = consumer;
-    let number = work.number;
     // SAFETY: as the caller promises.
-    let mut part = unsafe { Part::new::<C>(p, work, pairs, slices, position) };
+    let mut slices = unsafe { kept_slices() };
     while slices.next < slices.end {
-        let slice = part.slice;
+        // SAFETY: as the caller promises.
+        let Part { slice, out } = unsafe { Part::new::<C>(p, slices.next, position) };
         let panels = expand_panels::<C>(slice.rank);
         let mut column = slice.first;
         while column < slice.end {
@@ -54,53 +47,39 @@ pub(super) unsafe fn expand<C: Config>(
             while first < panels && column + panels_n(first) < slice.end {
                 let product = Product { column, first, panels, slice };
                 // SAFETY: the step has landed and is left alone until it is released.
-                unsafe { product.run(&h, order, &stage, p, &part.out, position) };
+                unsafe { product.run(&h, order, &stage, p, &out, position) };
                 first += C::SHAPE.product_panels();
             }
             // SAFETY: its products are done, and its old values read.
             unsafe { pipeline.consumer_release() };
             column += panels_n(panels);
         }
-        drop_slice::<C>(&mut h, shift);
+        // SAFETY: as the caller promises.
+        drop_slice::<C>(&mut h, rank_shift(unsafe { kept_work() }.tile.rank));
         slices.next += 1;
-        if slices.next < slices.end {
-            // Read again: what is known of a work tile would take registers from the products.
-            // SAFETY: there is such a work tile, and it has pairs.
-            unsafe {
-                let work = WorkTile::number(p, C::SHAPE, number);
-                let pairs = own_pairs(p, &work.tile, work.tile.rows, position.row);
-                part = Part::new::<C>(p, &work, pairs, slices, position);
-            }
-        }
     }
 }
 
-/// What a work tile writes of a slice, and where this thread's rows of it are.
+/// What the kept work tile writes of a slice, and where this thread's rows of it are.
 struct Part {
     slice: Slice,
     out: OutRows,
 }
 
 impl Part {
-    /// That of the next of `slices`, if there is one. Clears the rows of pairs that have no row of x, where
-    /// they are to be overwritten.
+    /// That of a slice. Clears the rows of pairs that have no row of x, where they are to be overwritten.
     ///
     /// # Safety
-    /// The tile must be one of `p`'s, and the pairs be its.
+    /// The work tile must be kept, one of `p`'s with that slice.
     #[inline(always)]
-    unsafe fn new<C: Config>(
-        p: &PrefillParams,
-        work: &WorkTile,
-        pairs: [u32; 2],
-        slices: Slices,
-        position: &Position,
-    ) -> Self {
-        let number = slices.next.min(p.weights.slices - 1);
-        // SAFETY: as the caller promises; there is such a slice.
+    unsafe fn new<C: Config>(p: &PrefillParams, number: u32, position: &Position) -> Self {
+        // SAFETY: as the caller promises.
+        let (work, pairs) = unsafe { (kept_work(), kept_pairs()) };
+        // SAFETY: as the caller promises.
         let slice = unsafe { work.slice(p, number) };
         let is_active = work.tile.rank > 0;
         let first = p.weights.first_column(number) + position.chunk * CHUNK;
-        if p.rows.may_clear(p.accumulate) && !slices.is_empty() {
+        if p.rows.may_clear(p.accumulate) {
             // SAFETY: as the caller promises.
             unsafe { OutRows::new::<C>(p, pairs, false, false, first) }.clear(&slice, position);
         }

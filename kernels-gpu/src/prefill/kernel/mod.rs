@@ -9,11 +9,13 @@
 //! | the producer's copies | `load` |
 //! | first product, of x and `a` | `shrink` |
 //! | h between the products, in registers | `h` |
+//! | what is needed of the work tile after the first product | `kept` |
 //! | h of work tiles that share a pass, through device memory | `split_k` |
 //! | second product, of h and `b`, and the store to `out` | `expand` |
 
 mod expand;
 mod h;
+mod kept;
 mod load;
 mod pipeline;
 mod scheduler;
@@ -28,13 +30,13 @@ use crate::arch::wgmma;
 use crate::arch::{barrier, grid, thread};
 use crate::params::{PrefillParams, products};
 use expand::expand;
-use h::{from_sums, own_pairs, read_h, store_h};
+use h::{from_sums, read_h, store_h};
+use kept::{keep, kept_pairs, kept_work};
 use pipeline::{PingPong, Pipeline};
 use scheduler::TileScheduler;
 use shrink::shrink;
 use split_k::SplitK;
 use steps::rank_shift;
-use work_tile::WorkTile;
 
 /// The kernel.
 ///
@@ -107,41 +109,34 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
             if work.tile.rows == 0 {
                 break;
             }
-            // Columns of h: of a slice, as a power of two, and of the pass.
-            let shift = rank_shift(work.tile.rank);
+            keep(p, &work, consumer.position.row);
             let columns = work.pass.columns(work.tile.rank);
-            // A work tile that does not expand has no slices left here, but goes on: ptxas must see that all
-            // warps come to the products.
-            let slices = work.slices_to_expand();
             let shares_h = C::SHAPE.may_split() && p.shares_passes() && work.tile.rank > 0;
 
             // The first product.
             let mut sums = C::Accumulators::zero();
             shrink(&mut consumer, p, &work, columns, &mut sums);
-            if shares_h && slices.is_empty() {
+            if shares_h && work.gives_h(p) {
                 SplitK::new::<C>(p, &work).give::<C>(&sums, p, &work, columns);
             }
-            // A split of K needs no pairs, and does not wait for any.
-            let rows = if slices.is_empty() && shares_h { 0 } else { work.tile.rows };
-            let pairs = own_pairs(p, &work.tile, rows, consumer.position.row);
 
             // h, whoever computed it.
             let mut h = from_sums::<C>(&sums);
-            if shares_h && slices.next < slices.end {
+            if shares_h && !work.gives_h(p) {
                 h = SplitK::new::<C>(p, &work).take::<C>(columns);
             } else if work.takes_h(p) {
                 read_h(&mut consumer, &mut h, columns);
             }
             if p.computed() == products::SHRINK {
-                store_h::<C>(p, &h, pairs, work.pass, shift);
+                store_h::<C>(p, &h, kept_pairs(), work.pass, rank_shift(work.tile.rank));
             }
 
-            // The second product, and the store.
-            expand(&mut consumer, p, &work, slices, shift, pairs, h);
+            // The second product, and the store. A work tile that does not expand has no slices left here, but
+            // goes on: ptxas must see that all warps come to the products.
+            expand(&mut consumer, p, h);
             if C::SHAPE.may_split() && p.shares_passes() {
-                // Read again, as for each further slice.
-                let work = WorkTile::number(p, C::SHAPE, work.number);
-                if work.tile.rank > 0 && work.products & products::EXPAND != 0 {
+                let work = kept_work();
+                if work.tile.rank > 0 && !work.gives_h(p) {
                     SplitK::new::<C>(p, &work).forget::<C>(p);
                 }
             }

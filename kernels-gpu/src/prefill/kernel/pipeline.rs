@@ -5,7 +5,7 @@ use crate::arch::mbarrier::{self, Mbarrier};
 use crate::arch::shared::Shared;
 use crate::arch::{bulk, thread, warp};
 use crate::prefill::config::Config;
-use crate::prefill::{BARRIERS_BYTES, MAX_STAGES, WARPGROUP};
+use crate::prefill::{HEAD_BYTES, MAX_STAGES, WARPGROUP};
 use crate::tile::TileShape;
 use crate::tile::panel::Panel;
 use core::marker::PhantomData;
@@ -58,7 +58,7 @@ impl<C: Config> Pipeline<C> {
 
     #[inline(always)]
     fn stage(&self) -> Stage<C> {
-        let start = Shared::base().offset(BARRIERS_BYTES + self.stage * C::SHAPE.stage_bytes());
+        let start = Shared::base().offset(HEAD_BYTES + self.stage * C::SHAPE.stage_bytes());
         Stage { start, config: PhantomData }
     }
 

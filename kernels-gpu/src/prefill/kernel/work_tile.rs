@@ -9,8 +9,6 @@ use crate::prefill::{MIN_COLUMNS, Shape};
 pub(super) struct WorkTile {
     /// The tile, with the largest rank of its slices; of no pairs when there is no more work.
     pub tile: Tile,
-    /// Its number in the launch.
-    pub number: u32,
     /// Its slices.
     pub pass: Pass,
     /// The pass's number in the launch.
@@ -24,7 +22,7 @@ pub(super) struct WorkTile {
 impl WorkTile {
     /// No work.
     pub const NONE: Self =
-        WorkTile { tile: Tile::EMPTY, number: 0, pass: Pass::NONE, pass_number: 0, products: 0, split: 0 };
+        WorkTile { tile: Tile::EMPTY, pass: Pass::NONE, pass_number: 0, products: 0, split: 0 };
 
     /// Work tile `number` of a launch with this many passes; of no pairs where a tile or its slices end
     /// before it.
@@ -58,7 +56,7 @@ impl WorkTile {
         // SAFETY: the tile is one of p's.
         tile.rank = unsafe { p.weights.largest_rank(&tile) };
         let pass = Pass::of(p, tile.rank, pass_number - part * p.passes, shape.width);
-        let mut work = WorkTile { tile, number, pass, pass_number, products, split };
+        let mut work = WorkTile { tile, pass, pass_number, products, split };
         if work.pass.first >= p.weights.slices {
             work.tile.rows = 0;
         }
@@ -69,6 +67,12 @@ impl WorkTile {
     #[inline(always)]
     pub fn shrinks(&self) -> bool {
         self.products & products::SHRINK != 0 && self.tile.rank > 0
+    }
+
+    /// Whether it computes a part of h for others, and nothing else.
+    #[inline(always)]
+    pub fn gives_h(&self, p: &PrefillParams) -> bool {
+        p.shares_passes() && self.products & products::EXPAND == 0
     }
 
     /// Whether h comes from an earlier call.
@@ -153,14 +157,6 @@ pub(super) struct Slices {
     pub end: u32,
 }
 
-impl Slices {
-    /// True when there are no more.
-    #[inline(always)]
-    pub fn is_empty(&self) -> bool {
-        self.next == self.end
-    }
-}
-
 /// The slices of a pass.
 #[derive(Clone, Copy)]
 pub(super) struct Pass {
@@ -171,7 +167,7 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    const NONE: Self = Pass { first: 0, end: 0 };
+    pub const NONE: Self = Pass { first: 0, end: 0 };
 
     /// Pass `number` over a tile of this rank, with `width` columns of h; of no slices where the passes
     /// before it have all.
