@@ -38,7 +38,7 @@ mod kernel {
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::memory::{Global, Index};
-    use crate::params::{ExpandParams, Matrix, Tile, count};
+    use crate::params::{ExpandParams, Matrix, NO_PAIR, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, Panel, weight_row};
     use crate::tile::{Assignment, GROUP, TileShape, select_slice, unroll};
@@ -85,23 +85,35 @@ mod kernel {
             wanted: bool,
         ) -> Self {
             let mut rows = OutRows { start: [[Global::NULL; 2]; M], weight: [[1.0; 2]; M] };
+            let mut pairs = [[NO_PAIR; 2]; M];
             unroll::<M>(|m| {
                 unroll::<2>(|half| {
                     let row = warp_row + row_of(m, half);
                     if row < tile.rows {
                         // SAFETY: `first` + `rows` pairs are in the list, and each is below P.
-                        let pair = unsafe { p.pairs.at(tile.first + row).load() };
+                        pairs[m][half] = unsafe { p.pairs.at(tile.first + row).load() };
+                    }
+                });
+            });
+            // An inactive pair's weight may be anything; its zeros stay zeros.
+            if !p.topk_weights.is_null() && tile.rank > 0 {
+                unroll::<M>(|m| {
+                    unroll::<2>(|half| {
+                        let (pair, exists) = (pairs[m][half], pairs[m][half] != NO_PAIR);
                         // SAFETY: as above.
-                        if let Some(row) = unsafe { p.rows.out(pair, wanted) } {
-                            let offset = I::from_u32(row).times(I::from_u64(p.out_stride));
-                            let column = I::from_u32(p.weights.first_column(slice));
-                            rows.start[m][half] = p.out.at(offset.plus(column));
-                        }
-                        // An inactive pair's weight may be anything; its zeros stay zeros.
-                        if !p.topk_weights.is_null() && tile.rank > 0 {
-                            // SAFETY: as above.
-                            rows.weight[m][half] = unsafe { p.topk_weights.at(pair).load() };
-                        }
+                        rows.weight[m][half] = unsafe { p.topk_weights.at(pair).load_or(1.0, exists) };
+                    });
+                });
+            }
+            unroll::<M>(|m| {
+                // SAFETY: as above.
+                unsafe { p.rows.pairs_to_out(&mut pairs[m], wanted) };
+                unroll::<2>(|half| {
+                    let row = pairs[m][half];
+                    if row != NO_PAIR {
+                        let offset = I::from_u32(row).times(I::from_u64(p.out_stride));
+                        let column = I::from_u32(p.weights.first_column(slice));
+                        rows.start[m][half] = p.out.at(offset.plus(column));
                     }
                 });
             });

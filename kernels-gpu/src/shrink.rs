@@ -35,7 +35,7 @@ mod kernel {
     use crate::arch::shared::Shared;
     use crate::arch::{barrier, grid, thread};
     use crate::memory::{Global, Index};
-    use crate::params::{ShrinkParams, Tile, count};
+    use crate::params::{NO_PAIR, ShrinkParams, Tile, count};
     use crate::tile::accumulator::{Accumulator, column_of, row_of};
     use crate::tile::panel::{CHUNK, CHUNKS, Panel, weight_row};
     use crate::tile::{Assignment, GROUP, TileShape, quotient, unroll};
@@ -141,13 +141,20 @@ mod kernel {
                 chunk: thread::index() % CHUNKS,
                 sweep_row: thread::index() / CHUNKS,
             };
+            let mut pairs = [NO_PAIR; 4];
             unroll::<4>(|i| {
                 let row = i as u32 * SWEEP + loader.sweep_row;
                 if i as u32 * SWEEP < rows && row < tile.rows {
                     // SAFETY: `first` + `rows` pairs are in the list.
-                    let pair = unsafe { p.pairs.at(tile.first + row).load() };
-                    // SAFETY: the pair is one of P.
-                    let offset = I::from_u32(unsafe { p.rows.x(pair) }).times(I::from_u64(p.x_stride));
+                    pairs[i] = unsafe { p.pairs.at(tile.first + row).load() };
+                }
+            });
+            let exist = pairs.map(|pair| pair != NO_PAIR);
+            // SAFETY: pairs are below P.
+            unsafe { p.rows.pairs_to_x(&mut pairs) };
+            unroll::<4>(|i| {
+                if exist[i] {
+                    let offset = I::from_u32(pairs[i]).times(I::from_u64(p.x_stride));
                     loader.x[i] = p.x.at(offset.plus(I::from_u32(loader.chunk * CHUNK)));
                 }
             });

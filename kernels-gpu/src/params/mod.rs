@@ -16,7 +16,7 @@ pub use decode::DecodeParams;
 pub use generic::{ExpandParams, ShrinkParams};
 pub use prefill::{PrefillParams, products};
 pub use route::{AdoptParams, AlignParams, RouteParams};
-pub use rows::{PairRows, indexed};
+pub use rows::{NO_PAIR, PairRows, indexed};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 pub use weights::Matrix;
 pub use weights::{AdapterEntry, WeightParams};

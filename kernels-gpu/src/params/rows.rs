@@ -4,6 +4,8 @@ use super::Divider;
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 use crate::arch::thread::anew;
 use crate::memory::Global;
+#[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
+use crate::tile::unroll;
 #[cfg(not(target_arch = "nvptx64"))]
 use bytemuck::{Pod, Zeroable};
 
@@ -28,6 +30,9 @@ pub struct PairRows {
     pub reserved: u32,
 }
 
+/// In place of a pair that is not there, and of a row.
+pub const NO_PAIR: u32 = u32::MAX;
+
 /// Which rows have an index.
 pub mod indexed {
     /// Those of x.
@@ -38,6 +43,46 @@ pub mod indexed {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 impl PairRows {
+    /// Makes rows of x out of pairs, `u32::MAX` of none among them.
+    ///
+    /// Here and in [`PairRows::pairs_to_out`] all pairs are loaded before any is looked at, and one branch is for
+    /// all: loads wait for one another otherwise.
+    ///
+    /// # Safety
+    /// As for [`PairRows::x`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn pairs_to_x<const N: usize>(&self, pairs: &mut [u32; N]) {
+        if self.are_indexed(indexed::X) {
+            unroll::<N>(|i| {
+                if pairs[i] != NO_PAIR {
+                    // SAFETY: as the caller promises.
+                    pairs[i] = unsafe { self.x(pairs[i]) };
+                }
+            });
+        } else {
+            unroll::<N>(|i| pairs[i] = self.x_over.quotient(pairs[i]));
+        }
+    }
+
+    /// Makes rows of `out` out of pairs, `u32::MAX` of those that have none, or are not `wanted`: see
+    /// [`PairRows::out`].
+    ///
+    /// # Safety
+    /// As for [`PairRows::x`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn pairs_to_out<const N: usize>(&self, pairs: &mut [u32; N], wanted: bool) {
+        if !wanted || anew(self.indexed) != 0 {
+            unroll::<N>(|i| {
+                if pairs[i] != NO_PAIR {
+                    // SAFETY: as the caller promises.
+                    pairs[i] = unsafe { self.out(pairs[i], wanted) }.unwrap_or(NO_PAIR);
+                }
+            });
+        }
+    }
+
     /// Whether these rows have an index.
     #[inline(always)]
     fn are_indexed(&self, which: u32) -> bool {

@@ -73,18 +73,11 @@ impl<'p> Context<'p> {
         }
     }
 
-    /// Where the slice's columns of a pair begin in `out`, if the pair has a row there, and has one of x or
-    /// not, as is `wanted`; null otherwise.
-    ///
-    /// # Safety
-    /// The pair must be one of P.
+    /// Where the slice's columns begin in a row of `out`.
     #[inline(always)]
-    pub unsafe fn out_row<I: Index>(&self, item: &WorkItem, pair: u32, wanted: bool) -> Global<u16> {
-        // SAFETY: as the caller promises.
-        unsafe { self.p.rows.out(pair, wanted) }.map_or(Global::NULL, |row| {
-            let row = I::from_u32(row).times(I::from_u64(self.p.out_stride));
-            self.p.out.at(row.plus(I::from_u32(self.p.weights.first_column(item.slice))))
-        })
+    pub fn out_row<I: Index>(&self, item: &WorkItem, row: u32) -> Global<u16> {
+        let row = I::from_u32(row).times(I::from_u64(self.p.out_stride));
+        self.p.out.at(row.plus(I::from_u32(self.p.weights.first_column(item.slice))))
     }
 
     /// Buffer `buffer` of h, rows [`h_row_bytes`] apart.

@@ -10,6 +10,7 @@ use crate::arch::{barrier, thread};
 use crate::decode::config::{Config, MAX_FRAGMENTS};
 use crate::decode::{B_STAGE, CONSUMER_WARPS, GROUP, RUN, old_row_bytes};
 use crate::memory::Global;
+use crate::params::NO_PAIR;
 use crate::tile::unroll;
 
 /// The barrier at which they meet among themselves.
@@ -103,21 +104,35 @@ impl OutRows {
     pub unsafe fn new<C: Config>(context: &Context<'_>, item: &WorkItem, wanted: bool) -> Self {
         let (p, tile) = (context.p, &item.tile);
         let in_quad = thread::lane() % 4;
-        let mut start = [[Global::<u16>::NULL; 2]; MAX_FRAGMENTS];
-        let mut weight = [[1.0; 2]; MAX_FRAGMENTS];
+        let mut pairs = [NO_PAIR; 2 * MAX_FRAGMENTS];
         each_fragment::<C>(|f| {
             unroll::<2>(|i| {
                 let row = 8 * f as u32 + 2 * in_quad + i as u32;
                 if row < tile.rows {
-                    // SAFETY: the tile has so many pairs, and each is below P.
-                    unsafe {
-                        let pair = context.pair(tile, row);
-                        start[f][i] = context.out_row::<C::Index>(item, pair, wanted);
-                        // An inactive pair's weight may be anything; its zeros stay zeros.
-                        if !p.topk_weights.is_null() && tile.rank > 0 {
-                            weight[f][i] = p.topk_weights.at(pair).load();
-                        }
-                    }
+                    // SAFETY: the tile has so many pairs.
+                    pairs[2 * f + i] = unsafe { context.pair(tile, row) };
+                }
+            });
+        });
+        let mut weight = [[1.0; 2]; MAX_FRAGMENTS];
+        // An inactive pair's weight may be anything; its zeros stay zeros.
+        if !p.topk_weights.is_null() && tile.rank > 0 {
+            each_fragment::<C>(|f| {
+                unroll::<2>(|i| {
+                    let (pair, exists) = (pairs[2 * f + i], pairs[2 * f + i] != NO_PAIR);
+                    // SAFETY: a pair is one of P.
+                    weight[f][i] = unsafe { p.topk_weights.at(pair).load_or(1.0, exists) };
+                });
+            });
+        }
+        // SAFETY: as above.
+        unsafe { p.rows.pairs_to_out(&mut pairs, wanted) };
+        let mut start = [[Global::<u16>::NULL; 2]; MAX_FRAGMENTS];
+        each_fragment::<C>(|f| {
+            unroll::<2>(|i| {
+                let row = pairs[2 * f + i];
+                if row != NO_PAIR {
+                    start[f][i] = context.out_row::<C::Index>(item, row);
                 }
             });
         });

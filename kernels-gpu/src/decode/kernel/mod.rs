@@ -219,7 +219,8 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
         let mut out = Global::<u16>::NULL;
         if p.accumulate != 0 && thread::lane() < tile.rows {
             // SAFETY: the tile has so many pairs.
-            out = unsafe { context.out_row::<C::Index>(&item, context.pair(&tile, thread::lane()), true) };
+            let row = unsafe { p.rows.out(context.pair(&tile, thread::lane()), true) };
+            out = row.map_or(out, |row| context.out_row::<C::Index>(&item, row));
         }
         part.each_stage(|at, count| {
             let row = C::Index::from_u32(at).times(C::Index::from_u32(b.max_rank));

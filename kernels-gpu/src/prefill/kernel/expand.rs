@@ -1,6 +1,6 @@
 //! The second product: `out (+)= weight · h · bᵀ` of a work tile's pairs, and the store to `out`.
 
-use super::h::{H, NO_PAIR, drop_slice};
+use super::h::{H, drop_slice};
 use super::kept::{kept_pairs, kept_slices, kept_work};
 use super::pipeline::{PingPong, Stage};
 use super::steps::{PANEL_COLUMNS, PRODUCT_K, expand_panels, panels_n, rank_shift};
@@ -9,7 +9,7 @@ use super::{Consumer, Position};
 use crate::arch::mma::Element;
 use crate::arch::wgmma::{self, Matrix, Sums};
 use crate::memory::{Global, Index};
-use crate::params::PrefillParams;
+use crate::params::{NO_PAIR, PrefillParams};
 use crate::prefill::PRODUCT_PANELS;
 use crate::prefill::config::Config;
 use crate::tile::panel::{CHUNK, Panel};
@@ -228,23 +228,22 @@ impl OutRows {
         is_active: bool,
         first_column: u32,
     ) -> Self {
-        let mut rows = OutRows { start: [Global::NULL; 2], weight: [1.0; 2] };
+        let mut out = OutRows { start: [Global::NULL; 2], weight: [1.0; 2] };
+        // An inactive pair's weight may be anything; its zeros stay zeros.
+        if !p.topk_weights.is_null() && is_active {
+            // SAFETY: pairs are below P.
+            out.weight = pairs.map(|pair| unsafe { p.topk_weights.at(pair).load_or(1.0, pair != NO_PAIR) });
+        }
+        let mut rows = pairs;
+        // SAFETY: as above.
+        unsafe { p.rows.pairs_to_out(&mut rows, wanted) };
         unroll::<2>(|half| {
-            let pair = pairs[half];
-            if pair != NO_PAIR {
-                // SAFETY: pairs are below P.
-                if let Some(row) = unsafe { p.rows.out(pair, wanted) } {
-                    let start = C::Index::from_u32(row).times(C::Index::from_u64(p.out_stride));
-                    rows.start[half] = p.out.at(start.plus(C::Index::from_u32(first_column)));
-                }
-                // An inactive pair's weight may be anything; its zeros stay zeros.
-                if !p.topk_weights.is_null() && is_active {
-                    // SAFETY: pairs are below P.
-                    rows.weight[half] = unsafe { p.topk_weights.at(pair).load() };
-                }
+            if rows[half] != NO_PAIR {
+                let start = C::Index::from_u32(rows[half]).times(C::Index::from_u64(p.out_stride));
+                out.start[half] = p.out.at(start.plus(C::Index::from_u32(first_column)));
             }
         });
-        rows
+        out
     }
 
     /// Whether row `half` is there, and `column` before the `end` of those to be written.

@@ -6,16 +6,13 @@ use super::work_tile::Pass;
 use crate::arch::mma::Element;
 use crate::arch::thread;
 use crate::memory::{Global, Index};
-use crate::params::{PrefillParams, Tile};
+use crate::params::{NO_PAIR, PrefillParams, Tile};
 use crate::prefill::config::{Accumulators, Config};
 use crate::tile::panel::CHUNK;
 use crate::tile::unroll;
 
 /// A thread's registers of each fragment of h.
 pub(super) type H = [[u32; 4]; MAX_FRAGMENTS];
-
-/// In place of the pair of a row that is not there.
-pub(super) const NO_PAIR: u32 = u32::MAX;
 
 /// The pairs of this thread's two rows, `row` and eight further on, among the first `rows` of the tile;
 /// [`NO_PAIR`] past them.

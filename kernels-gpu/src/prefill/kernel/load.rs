@@ -14,7 +14,7 @@ use crate::arch::async_copy::{AHEAD, ALONE, AROUND, copy16, copy16_or_zeros, cop
 use crate::arch::shared::Shared;
 use crate::arch::thread;
 use crate::memory::{Global, Index};
-use crate::params::{PrefillParams, Tile};
+use crate::params::{NO_PAIR, PrefillParams, Tile};
 use crate::prefill::WARPGROUP;
 use crate::prefill::config::Config;
 use crate::tile::panel::{CHUNK, CHUNKS, weight_row};
@@ -94,11 +94,11 @@ impl Pairs {
     /// Where this thread's chunks of their rows of x begin.
     #[inline(always)]
     fn x<C: Config>(&self, p: &PrefillParams, own: OwnChunk) -> Rows {
-        let mut rows = [Global::NULL; MAX_SWEEPS];
+        let (mut rows, mut x) = ([Global::NULL; MAX_SWEEPS], self.0);
+        // SAFETY: pairs are below P.
+        unsafe { p.rows.pairs_to_x(&mut x) };
         each_sweep::<C>(|i| {
-            // SAFETY: pairs are below P.
-            let row = unsafe { p.rows.x(self.0[i]) };
-            let row = C::Index::from_u32(row).times(C::Index::from_u64(p.x_stride));
+            let row = C::Index::from_u32(x[i]).times(C::Index::from_u64(p.x_stride));
             rows[i] = p.x.at(row.plus(C::Index::from_u32(own.element())));
         });
         rows
@@ -119,11 +119,12 @@ impl Pairs {
     #[inline(always)]
     fn out<C: Config>(&self, p: &PrefillParams, tile: &Tile, own: OwnChunk) -> OutRows {
         let mut out = OutRows { rows: [Global::NULL; MAX_SWEEPS], exist: 0 };
+        let mut rows = self.0;
+        // SAFETY: pairs are below P.
+        unsafe { p.rows.pairs_to_out(&mut rows, true) };
         each_sweep::<C>(|i| {
-            // SAFETY: pairs are below P.
-            let row = unsafe { p.rows.out(self.0[i], true) };
-            out.exist |= ((row.is_some() && own.is_in(tile, i)) as u32) << i;
-            let row = C::Index::from_u32(row.unwrap_or(0)).times(C::Index::from_u64(p.out_stride));
+            out.exist |= ((rows[i] != NO_PAIR && own.is_in(tile, i)) as u32) << i;
+            let row = C::Index::from_u32(rows[i]).times(C::Index::from_u64(p.out_stride));
             out.rows[i] = p.out.at(row.plus(C::Index::from_u32(own.element())));
         });
         out
