@@ -73,6 +73,11 @@ impl OutDims {
         self.widths.into_iter().fold(0, usize::max)
     }
 
+    /// The mean width.
+    pub fn mean(&self) -> f64 {
+        self.total() as f64 / self.count.max(1) as f64
+    }
+
     /// All widths together: the columns of `out` that a call writes.
     pub fn total(&self) -> usize {
         self.first_column(self.count)

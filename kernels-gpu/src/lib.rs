@@ -41,7 +41,8 @@ mod slots;
 pub mod tile;
 
 pub use entry::{
-    DecodeRows, ENTRIES, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant,
+    DecodeRows, DecodeTile, ENTRIES, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind,
+    Variant,
 };
 
 /// The folder of this crate's sources, for `moe-lora-codegen`, which hands them to rustc for the device: in

@@ -11,7 +11,7 @@ use crate::plan::{DeviceLimits, Problem, RouteSource, RouteTiles, Stage};
 use moe_lora_kernels::decode::segments::{self, Room};
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 use moe_lora_kernels::params::{DecodeParams, Divider, RouteParams};
-use moe_lora_kernels::{DecodeRows, ENTRIES, ElementType, IndexWidth, Kernel, decode as kernel};
+use moe_lora_kernels::{DecodeRows, DecodeTile, ENTRIES, ElementType, IndexWidth, Kernel, decode as kernel};
 use std::fmt;
 
 /// Blocks of a cluster that a plan may choose.
@@ -180,7 +180,8 @@ impl Candidate {
         let fixed = kernel::fixed_bytes(rows.count(), sizes.max_rank as u32, cluster, room);
         let shared_bytes = fixed + stages_bytes(rows.count(), stages);
         let clusters = clusters(items, cluster, blocks, problem.limits);
-        let kernel = Kernel::Decode { element, index, rows };
+        let tile = DecodeTile { rows, is_general: !problem.is_plain() };
+        let kernel = Kernel::Decode { element, index, tile };
         let launch = Launch::new(kernel, clusters * u64::from(cluster), cluster, shared_bytes)?;
         Ok(DecodePlan { launch, tile_parts, finds, room, stages })
     }
@@ -225,7 +226,9 @@ const fn min_blocks(of: DecodeRows) -> u32 {
     let mut place = 0;
     loop {
         match ENTRIES[place].kernel {
-            Kernel::Decode { rows, .. } if rows.count() == of.count() => return ENTRIES[place].min_blocks,
+            Kernel::Decode { tile, .. } if tile.rows.count() == of.count() => {
+                return ENTRIES[place].min_blocks;
+            }
             _ => place += 1,
         }
     }

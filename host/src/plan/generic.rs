@@ -107,7 +107,7 @@ impl Candidate {
             TileKind::M64 => &costs.generic_m64,
         };
         let tiles = likely.tiles(problem, self.tile.shape().rows());
-        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dims.max() as f64);
+        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dims.mean());
         let columns = sizes.out_dims.len() as f64 * likely.rank;
         let copies = |elements: f64| elements * DType::SIZE as f64 / COPIED;
         let mut item = 0.0;

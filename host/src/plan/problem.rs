@@ -125,6 +125,14 @@ impl<'c> Problem<'c> {
         }
     }
 
+    /// Whether weights are stacked, slices in order and of one width, and no rows indexed.
+    pub fn is_plain(&self) -> bool {
+        let Layout { table, x_indexed, out_indexed, order, .. } = self.layout;
+        let out_dims = &self.sizes().out_dims;
+        let in_order = *order == SliceOrder::InOrder || out_dims.len() == 1;
+        in_order && out_dims.is_uniform() && !(*table || *x_indexed || *out_indexed)
+    }
+
     /// Buckets of `route`: the segments, and one for inactive pairs.
     pub fn buckets(&self) -> u64 {
         self.segments + 1

@@ -36,8 +36,8 @@ pub fn hold(projection: &Projection, layout: &Layout, limits: &DeviceLimits, pla
     match plan.work {
         Work::None => {}
         Work::Decode(decode) => {
-            let Kernel::Decode { rows, .. } = decode.launch.entry.kernel else { panic!("{plan}") };
-            assert!(decode.tile_parts * rows.count() >= plan.tile_rows(), "{plan}");
+            let Kernel::Decode { tile, .. } = decode.launch.entry.kernel else { panic!("{plan}") };
+            assert!(decode.tile_parts * tile.rows.count() >= plan.tile_rows(), "{plan}");
         }
         Work::Prefill(prefill) => hold_prefill(projection, limits, plan, &prefill),
         Work::Generic(generic) => {

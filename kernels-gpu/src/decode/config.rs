@@ -16,20 +16,23 @@ pub trait Config {
     type Index: Index;
     /// Fragments of a tile, each of eight pairs: the columns of one mma. At most two.
     const FRAGMENTS: usize;
+    /// Whether a call may be any, or is plain: see [`DecodeTile`](crate::DecodeTile).
+    const GENERAL: bool;
     /// Pairs of a tile.
     const ROWS: u32 = 8 * Self::FRAGMENTS as u32;
 }
 
-/// Tiles of `ROWS` pairs, 8 or 16.
-pub struct Rows<E, I, const ROWS: u32>(PhantomData<(E, I)>);
+/// Tiles of `ROWS` pairs, 8 or 16, for plain calls or for any.
+pub struct Rows<E, I, const ROWS: u32, const GENERAL: bool>(PhantomData<(E, I)>);
 
-impl<E: Element, I: Index, const ROWS: u32> Config for Rows<E, I, ROWS> {
+impl<E: Element, I: Index, const ROWS: u32, const GENERAL: bool> Config for Rows<E, I, ROWS, GENERAL> {
     type Element = E;
     type Index = I;
     const FRAGMENTS: usize = {
         assert!(ROWS == 8 || ROWS == 8 * MAX_FRAGMENTS as u32);
         ROWS as usize / 8
     };
+    const GENERAL: bool = GENERAL;
 }
 
 /// Tiles that so many pairs of one segment are cut into. Pairs are never near 2³².

@@ -111,6 +111,16 @@ impl DecodeRows {
     }
 }
 
+/// What [`crate::decode`] is stamped out over, beside type and index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DecodeTile {
+    /// Pairs of a tile.
+    pub rows: DecodeRows,
+    /// Whether a call may be any. If not it is plain: weights are stacked, slices in order and of one width, and
+    /// no rows are indexed. What other calls need is asked for in every work item, and lengthens it.
+    pub is_general: bool,
+}
+
 /// What an entry point computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
@@ -137,8 +147,8 @@ pub enum Kernel {
         element: ElementType,
         /// Width of offsets.
         index: IndexWidth,
-        /// Pairs of a tile.
-        rows: DecodeRows,
+        /// Pairs of a tile, and for which calls.
+        tile: DecodeTile,
     },
     /// [`crate::prefill`].
     Prefill(PrefillVariant),
@@ -164,7 +174,7 @@ impl Kernel {
             Kernel::Route | Kernel::RouteGrid | Kernel::RouteWide => 1,
             Kernel::Align | Kernel::AlignCluster | Kernel::Adopt => 1,
             Kernel::Shrink(variant) | Kernel::Expand(variant) => variant.tile.min_blocks(),
-            Kernel::Decode { rows, .. } => rows.min_blocks(),
+            Kernel::Decode { tile, .. } => tile.rows.min_blocks(),
             Kernel::Prefill(variant) => variant.shape.blocks_per_sm(),
         }
     }

@@ -1,6 +1,8 @@
 //! The table of entry points. A new tile of a kernel is one row more.
 
-use super::{DecodeRows, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant};
+use super::{
+    DecodeRows, DecodeTile, ElementType, Entry, IndexWidth, Kernel, PrefillVariant, TileKind, Variant,
+};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
 use crate::arch::mma::{Bf16, F16};
 #[cfg(any(target_arch = "nvptx64", feature = "emulate"))]
@@ -54,11 +56,13 @@ entries! {
         ]
 
     "decode" cfg(feature = "sm_90"):
-        Kernel::Decode { element: ELEMENT, index: INDEX, rows: TILE } =>
-        crate::decode::decode::<crate::decode::Rows<E, I, { TILE.count() }>>,
-        crate::params::DecodeParams, DecodeRows [
-            "m8": DecodeRows::M8;
-            "m16": DecodeRows::M16;
+        Kernel::Decode { element: ELEMENT, index: INDEX, tile: TILE } =>
+        crate::decode::decode::<crate::decode::Rows<E, I, { TILE.rows.count() }, { TILE.is_general }>>,
+        crate::params::DecodeParams, DecodeTile [
+            "m8": DecodeTile { rows: DecodeRows::M8, is_general: false };
+            "m16": DecodeTile { rows: DecodeRows::M16, is_general: false };
+            "m8_general": DecodeTile { rows: DecodeRows::M8, is_general: true };
+            "m16_general": DecodeTile { rows: DecodeRows::M16, is_general: true };
         ]
 
     "prefill" cfg(feature = "sm_90a"):

@@ -159,6 +159,30 @@ impl WeightParams {
         Some(f32::from_bits(scaling))
     }
 
+    /// The tile's expert's matrix of stacked `a`.
+    #[inline(always)]
+    #[track_caller]
+    pub fn stacked_a<I: Index>(&self, tile: &Tile, slice: u32) -> Matrix {
+        self.stacked::<I>(tile, self.a_experts, select_slice(self.a, slice), self.in_dim)
+    }
+
+    /// The tile's expert's matrix of stacked `b`, of a slice of `out_dim` columns.
+    #[inline(always)]
+    #[track_caller]
+    pub fn stacked_b<I: Index>(&self, tile: &Tile, slice: u32, out_dim: u32) -> Matrix {
+        self.stacked::<I>(tile, self.b_experts, select_slice(self.b, slice), out_dim)
+    }
+
+    /// A matrix of `width` times the allocated rank in a stacked tensor, of which a slot has `experts`.
+    #[inline(always)]
+    #[track_caller]
+    fn stacked<I: Index>(&self, tile: &Tile, experts: u32, tensor: Global<u16>, width: u32) -> Matrix {
+        let expert = if experts == 1 { 0 } else { tile.expert };
+        let number = I::from_u32(tile.slot).times(I::from_u32(experts)).plus(I::from_u32(expert));
+        let elements = I::from_u32(width).times(I::from_u32(self.max_rank));
+        Matrix { start: tensor.at(number.times(elements)), max_rank: self.max_rank }
+    }
+
     /// The tile's expert's matrix of `a`, for a tile with a rank.
     ///
     /// # Safety
@@ -166,9 +190,11 @@ impl WeightParams {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn a<I: Index>(&self, tile: &Tile, slice: u32) -> Matrix {
-        let (experts, stacked) = (self.a_experts, select_slice(self.a, slice));
+        if !self.has_table() {
+            return self.stacked_a::<I>(tile, slice);
+        }
         // SAFETY: as the caller promises.
-        unsafe { self.matrix::<I>(tile, slice, experts, stacked, self.in_dim, |[a, _]| a) }
+        unsafe { self.named::<I>(tile, slice, self.a_experts, self.in_dim, |[a, _]| a) }
     }
 
     /// The tile's expert's matrix of `b`, for a tile with a rank.
@@ -178,42 +204,37 @@ impl WeightParams {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn b<I: Index>(&self, tile: &Tile, slice: u32) -> Matrix {
-        let (experts, stacked, n) = (self.b_experts, select_slice(self.b, slice), self.out_dim(slice));
+        let out_dim = self.out_dim(slice);
+        if !self.has_table() {
+            return self.stacked_b::<I>(tile, slice, out_dim);
+        }
         // SAFETY: as the caller promises.
-        unsafe { self.matrix::<I>(tile, slice, experts, stacked, n, |[_, b]| b) }
+        unsafe { self.named::<I>(tile, slice, self.b_experts, out_dim, |[_, b]| b) }
     }
 
-    /// A matrix of `width` times the allocated rank, one of `experts` of a slot.
+    /// A matrix of `width` times the allocated rank that the table names, one of `experts` of a slot.
     ///
     /// # Safety
-    /// As for [`WeightParams::rank`].
+    /// As for [`WeightParams::rank`]; there must be a table.
     #[inline(always)]
     #[track_caller]
-    unsafe fn matrix<I: Index>(
+    unsafe fn named<I: Index>(
         &self,
         tile: &Tile,
         slice: u32,
         experts: u32,
-        stacked: Global<u16>,
         width: u32,
         of: impl Fn([Global<u16>; 2]) -> Global<u16>,
     ) -> Matrix {
+        let addresses = Global::<u32>::new(self.entry(tile.slot, slice).address() + 16);
+        // SAFETY: as the caller promises.
+        let ([a_low, a_high, b_low, b_high], [_, max_rank, ..]) =
+            unsafe { (addresses.load16(), self.load_sizes(tile.slot, slice)) };
+        let address = |low, high| Global::new((high as u64) << 32 | low as u64);
+        let start = of([address(a_low, a_high), address(b_low, b_high)]);
         let expert = I::from_u32(if experts == 1 { 0 } else { tile.expert });
-        let (start, max_rank, number) = if !self.has_table() {
-            let number = I::from_u32(tile.slot).times(I::from_u32(experts)).plus(expert);
-            (stacked, self.max_rank, number)
-        } else {
-            // SAFETY: as the caller promises.
-            unsafe {
-                let addresses = self.entry(tile.slot, slice).address() + 16;
-                let [a_low, a_high, b_low, b_high] = Global::<u32>::new(addresses).load16();
-                let [_, max_rank, ..] = self.load_sizes(tile.slot, slice);
-                let address = |low, high| Global::new((high as u64) << 32 | low as u64);
-                (of([address(a_low, a_high), address(b_low, b_high)]), max_rank, expert)
-            }
-        };
         let elements = I::from_u32(width).times(I::from_u32(max_rank));
-        Matrix { start: start.at(number.times(elements)), max_rank }
+        Matrix { start: start.at(expert.times(elements)), max_rank }
     }
 }
 

@@ -31,7 +31,7 @@ fn blocks(rows: u32, limits: &DeviceLimits) -> f64 {
 
 /// Elements that a pass of so many slices moves for a pair: x, and old and new values of `out`.
 fn pair_elements(sizes: &ProjectionSizes, slices: f64) -> f64 {
-    sizes.in_dim as f64 + 2.0 * slices * sizes.out_dims.max() as f64
+    sizes.in_dim as f64 + 2.0 * slices * sizes.out_dims.mean()
 }
 
 /// Tiles of the route have multiples of so many pairs.
@@ -56,7 +56,7 @@ pub(super) fn route_rows(problem: &Problem<'_>, candidate: &Candidate) -> u32 {
     let most = mean + 2.0 * mean.sqrt();
     // Elements of a pass's weights, and of a pair in it.
     let slices = sizes.out_dims.len().div_ceil(passes as usize);
-    let weights = (slices * sizes.max_rank * (sizes.in_dim + sizes.out_dims.max())) as f64;
+    let weights = (slices * sizes.max_rank) as f64 * (sizes.in_dim as f64 + sizes.out_dims.mean());
     let pair = pair_elements(sizes, slices as f64);
     let time = |(_, tiles): &(u32, f64)| {
         let rounds = (tiles * f64::from(passes) / blocks(tile.rows(), problem.limits)).ceil();

@@ -11,7 +11,7 @@ use crate::decode::{
     row_bytes, shrink_stage_bytes,
 };
 use crate::memory::{Global, Index};
-use crate::params::{DecodeParams, Tile};
+use crate::params::{DecodeParams, Matrix, Tile};
 
 /// What all roles know of the launch.
 #[derive(Clone, Copy)]
@@ -75,9 +75,49 @@ impl<'p> Context<'p> {
 
     /// Where the slice's columns begin in a row of `out`.
     #[inline(always)]
-    pub fn out_row<I: Index>(&self, item: &WorkItem, row: u32) -> Global<u16> {
-        let row = I::from_u32(row).times(I::from_u64(self.p.out_stride));
-        self.p.out.at(row.plus(I::from_u32(self.p.weights.first_column(item.slice))))
+    pub fn out_row<C: Config>(&self, item: &WorkItem, row: u32) -> Global<u16> {
+        let row = C::Index::from_u32(row).times(C::Index::from_u64(self.p.out_stride));
+        let weights = &self.p.weights;
+        let first = match C::GENERAL {
+            true => C::Index::from_u32(weights.first_column(item.slice)),
+            false => C::Index::from_u32(item.slice).times(C::Index::from_u32(weights.out_dims[0])),
+        };
+        self.p.out.at(row.plus(first))
+    }
+
+    /// Columns of a slice.
+    #[inline(always)]
+    pub fn out_dim<C: Config>(&self, slice: u32) -> u32 {
+        if C::GENERAL { self.p.weights.out_dim(slice) } else { self.p.weights.out_dims[0] }
+    }
+
+    /// The tile's expert's matrix of `a`.
+    ///
+    /// # Safety
+    /// The tile must have a rank.
+    #[inline(always)]
+    pub unsafe fn a<C: Config>(&self, tile: &Tile, slice: u32) -> Matrix {
+        let weights = &self.p.weights;
+        // SAFETY: as the caller promises.
+        if C::GENERAL {
+            unsafe { weights.a::<C::Index>(tile, slice) }
+        } else {
+            weights.stacked_a::<C::Index>(tile, slice)
+        }
+    }
+
+    /// The tile's expert's matrix of `b`.
+    ///
+    /// # Safety
+    /// The tile must have a rank.
+    #[inline(always)]
+    pub unsafe fn b<C: Config>(&self, tile: &Tile, slice: u32) -> Matrix {
+        let weights = &self.p.weights;
+        match C::GENERAL {
+            // SAFETY: as the caller promises.
+            true => unsafe { weights.b::<C::Index>(tile, slice) },
+            false => weights.stacked_b::<C::Index>(tile, slice, weights.out_dims[0]),
+        }
     }
 
     /// Buffer `buffer` of h, rows [`h_row_bytes`] apart.

@@ -125,20 +125,24 @@ impl OutRows {
                 });
             });
         }
-        // SAFETY: as above.
-        unsafe { p.rows.pairs_to_out(&mut pairs, wanted) };
+        if C::GENERAL {
+            // SAFETY: as above.
+            unsafe { p.rows.pairs_to_out(&mut pairs, wanted) };
+        }
         let mut start = [[Global::<u16>::NULL; 2]; MAX_FRAGMENTS];
         each_fragment::<C>(|f| {
             unroll::<2>(|i| {
                 let row = pairs[2 * f + i];
                 if row != NO_PAIR {
-                    start[f][i] = context.out_row::<C::Index>(item, row);
+                    start[f][i] = context.out_row::<C>(item, row);
                 }
             });
         });
-        // SAFETY: the tensors are as their fields say.
-        if let Some(scaling) = unsafe { p.weights.scaling(tile, item.slice) } {
-            weight.as_flattened_mut().iter_mut().for_each(|weight| *weight *= scaling);
+        if C::GENERAL {
+            // SAFETY: the tensors are as their fields say.
+            if let Some(scaling) = unsafe { p.weights.scaling(tile, item.slice) } {
+                weight.as_flattened_mut().iter_mut().for_each(|weight| *weight *= scaling);
+            }
         }
         OutRows { start, weight }
     }

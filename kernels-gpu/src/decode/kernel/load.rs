@@ -62,7 +62,9 @@ pub(super) unsafe fn x_row<C: Config>(context: &Context<'_>, tile: &Tile) -> Glo
         return Global::NULL;
     }
     // SAFETY: the tile has so many pairs.
-    let row = unsafe { p.rows.x(context.pair(tile, row)) };
+    let pair = unsafe { context.pair(tile, row) };
+    // SAFETY: it is one of P.
+    let row = if C::GENERAL { unsafe { p.rows.x(pair) } } else { p.rows.x_over.quotient(pair) };
     p.x.at(C::Index::from_u32(row).times(C::Index::from_u64(p.x_stride)))
 }
 

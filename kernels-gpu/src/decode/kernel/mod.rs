@@ -103,7 +103,7 @@ unsafe fn load_a<C: Config>(context: &Context<'_>, mut pipeline: Pipeline, start
             part.change(context, tile.rank);
             let in_dim = p.weights.in_dim;
             // SAFETY: the tile has ranks.
-            let a = unsafe { p.weights.a::<C::Index>(&tile, slice) };
+            let a = unsafe { context.a::<C>(&tile, slice) };
             part.each_stage(context, |group, k, length| {
                 let ranks = (tile.rank - GROUP * group).min(GROUP);
                 let row = C::Index::from_u32(GROUP * group).times(C::Index::from_u32(in_dim));
@@ -212,15 +212,17 @@ unsafe fn load_b<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
         if tile.rank == 0 {
             return;
         }
-        let part = ExpandPart::new(context, &item);
+        let part = ExpandPart::new::<C>(context, &item);
         let ranks = part.rank;
         // SAFETY: the tile has ranks.
-        let b = unsafe { p.weights.b::<C::Index>(&tile, slice) };
+        let b = unsafe { context.b::<C>(&tile, slice) };
         let mut out = Global::<u16>::NULL;
         if p.accumulate != 0 && thread::lane() < tile.rows {
             // SAFETY: the tile has so many pairs.
-            let row = unsafe { p.rows.out(context.pair(&tile, thread::lane()), true) };
-            out = row.map_or(out, |row| context.out_row::<C::Index>(&item, row));
+            let pair = unsafe { context.pair(&tile, thread::lane()) };
+            // SAFETY: it is one of P.
+            let row = if C::GENERAL { unsafe { p.rows.out(pair, true) } } else { Some(pair) };
+            out = row.map_or(out, |row| context.out_row::<C>(&item, row));
         }
         part.each_stage(|at, count| {
             let row = C::Index::from_u32(at).times(C::Index::from_u32(b.max_rank));
@@ -245,8 +247,8 @@ unsafe fn expand<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
     let mut received = 0;
     let expand = |item: WorkItem| {
         let tile = item.tile;
-        let part = ExpandPart::new(context, &item);
-        if context.p.rows.may_clear(context.p.accumulate) {
+        let part = ExpandPart::new::<C>(context, &item);
+        if C::GENERAL && context.p.rows.may_clear(context.p.accumulate) {
             // SAFETY: the segments are ready.
             unsafe { OutRows::new::<C>(context, &item, false) }.clear::<C>(&part);
         }

@@ -110,7 +110,7 @@ impl<'c, 'p> Search<'c, 'p> {
         // SAFETY: the warp has done its part of the search.
         unsafe { publish(context, by_block, &counts) };
         // SAFETY: as the caller promises.
-        Start { item: unsafe { WorkItem::new(p, tile, first_slice) }, part }
+        Start { item: unsafe { WorkItem::new::<C>(p, tile, first_slice) }, part }
     }
 }
 

@@ -22,9 +22,9 @@ impl WorkItem {
     /// # Safety
     /// The tile and the slice must be of the call.
     #[inline(always)]
-    pub unsafe fn new(p: &DecodeParams, tile: Tile, slice: u32) -> Self {
+    pub unsafe fn new<C: Config>(p: &DecodeParams, tile: Tile, slice: u32) -> Self {
         // SAFETY: as the caller promises.
-        let rank = unsafe { p.weights.rank(&tile, slice) };
+        let rank = if C::GENERAL { unsafe { p.weights.rank(&tile, slice) } } else { tile.rank };
         WorkItem { tile: Tile { rank, ..tile }, slice }
     }
 }
@@ -75,7 +75,7 @@ impl Context<'_> {
             }
         };
         // SAFETY: as the caller promises.
-        unsafe { WorkItem::new(p, tile, slice) }
+        unsafe { WorkItem::new::<C>(p, tile, slice) }
     }
 }
 
@@ -168,9 +168,9 @@ pub(super) struct ExpandPart {
 
 impl ExpandPart {
     #[inline(always)]
-    pub fn new(context: &Context<'_>, item: &WorkItem) -> Self {
-        let &Context { p, block, blocks, .. } = context;
-        let out_dim = p.weights.out_dim(item.slice);
+    pub fn new<C: Config>(context: &Context<'_>, item: &WorkItem) -> Self {
+        let &Context { block, blocks, .. } = context;
+        let out_dim = context.out_dim::<C>(item.slice);
         let (first, end) = split(pieces::<GROUP>(out_dim), block, blocks);
         let rank = item.tile.rank.next_multiple_of(8);
         ExpandPart {
