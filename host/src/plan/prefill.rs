@@ -153,7 +153,9 @@ impl Candidate {
         let work_tiles = tiles * f64::from((sizes.out_dims.len() as u32).div_ceil(slices));
         let blocks = f64::from(problem.limits.multiprocessors * shape.blocks_per_sm());
         let columns = (slices * rank_room).next_power_of_two().max(32).min(shape.width);
-        let (in_dim, out_dim) = (sizes.in_dim as f64, sizes.out_dims.mean());
+        // A slice that blocks do not share is one block's: the widest ends last.
+        let out_dim = if shared { sizes.out_dims.mean() } else { sizes.out_dims.max() as f64 };
+        let in_dim = sizes.in_dim as f64;
         let millions = |columns: u32, length: f64| f64::from(tile.rows() * columns) * length / 1e6;
         let x_bytes = problem.pairs as f64 / tiles * in_dim * DType::SIZE as f64;
         let mut work_tile = costs.tile;

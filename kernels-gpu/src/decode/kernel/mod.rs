@@ -192,7 +192,10 @@ unsafe fn shrink<C: Config>(context: &Context<'_>, mut pipeline: Pipeline) {
         sent += 1;
     };
     // SAFETY: as the caller promises.
-    unsafe { context.each_item::<C>(shrink) };
+    unsafe {
+        context.each_item::<C>(shrink);
+        shrink::drain(context, sent);
+    }
 }
 
 /// The B loader: expand's stages with b, and with the old values of `out`, a row a lane.
