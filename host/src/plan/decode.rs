@@ -146,7 +146,7 @@ impl Candidate {
     fn item_times(&self, problem: &Problem<'_>, likely: &Likely, costs: &DecodeCosts) -> [f64; 2] {
         let (sizes, rank) = (problem.sizes(), likely.rank);
         let (in_dim, out_dim, cluster) =
-            (sizes.in_dim as f64, sizes.out_dims.max() as f64, f64::from(self.cluster));
+            (sizes.in_dim as f64, sizes.out_dims.mean(), f64::from(self.cluster));
         // Blocks of a cluster share groups of ranks, and where there are more blocks K as well.
         let groups = (rank / GROUP).ceil();
         let group_blocks = (groups as u32).next_power_of_two().min(self.cluster);
