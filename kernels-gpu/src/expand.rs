@@ -443,6 +443,14 @@ mod kernel {
         async_copy::wait::<0>();
         let warp_row = thread::warp() / COLUMN_WARPS * 16 * M as u32;
         let warp_column = thread::warp() % COLUMN_WARPS * 32 * G as u32;
+        // Rows of pairs that have no row of x.
+        if p.rows.may_clear(p.accumulate) {
+            // SAFETY: the tile is one of p's.
+            let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice, false) };
+            // Threads that have the same rows take turns with the columns.
+            let own = thread::warp() % COLUMN_WARPS * 4 + thread::lane() % 4;
+            out.clear(&p, (run.first + own, run.end), 4 * COLUMN_WARPS);
+        }
         // SAFETY: the tile is one of p's.
         let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice, true) };
 
@@ -479,15 +487,6 @@ mod kernel {
             // SAFETY: the columns are the slice's.
             unsafe { out.add_and_store::<E, G, FAST>(&p, (first, run.end), &sum, &old) };
             column += tile_columns;
-        }
-
-        // Epilogue: rows of pairs that have no row of x.
-        if p.rows.may_clear(p.accumulate) {
-            // SAFETY: the tile is one of p's.
-            let out = unsafe { OutRows::<M>::new::<I>(&p, &tile, warp_row, run.slice, false) };
-            // Threads that have the same rows take turns with the columns.
-            let own = thread::warp() % COLUMN_WARPS * 4 + thread::lane() % 4;
-            out.clear(&p, (run.first + own, run.end), 4 * COLUMN_WARPS);
         }
     }
 }
