@@ -102,8 +102,10 @@ class OursDense:
             self.weights = [{"a": a, "b": b} for a, b in pairs]
 
     def route(self) -> None:
-        """Kept in the workspace."""
-        self.library.route(None, self.layer.token_lora, workspace=self.workspace, **self.sizes)
+        """Kept in the workspace: made by a call of these sizes, as that of the first layer is."""
+        layer = self.layer
+        tensors = {"token_lora": layer.token_lora, "out": torch.empty_like(layer.out)}
+        self.library.forward(layer.x, **self.weights[0], **tensors, workspace=self.workspace)
 
     def forward(self, chosen: int) -> None:
         """On the route that the workspace keeps."""
