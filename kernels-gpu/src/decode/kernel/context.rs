@@ -98,11 +98,10 @@ impl<'p> Context<'p> {
     #[inline(always)]
     pub unsafe fn a<C: Config>(&self, tile: &Tile, slice: u32) -> Matrix {
         let weights = &self.p.weights;
-        // SAFETY: as the caller promises.
-        if C::GENERAL {
-            unsafe { weights.a::<C::Index>(tile, slice) }
-        } else {
-            weights.stacked_a::<C::Index>(tile, slice)
+        match C::GENERAL {
+            // SAFETY: as the caller promises.
+            true => unsafe { weights.a::<C::Index>(tile, slice) },
+            false => weights.stacked_a::<C::Index>(tile, slice),
         }
     }
 
