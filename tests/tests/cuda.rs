@@ -138,8 +138,8 @@ mod gpu {
         tokens.into_iter().chain(overwriting).collect()
     }
 
-    /// Slices of own widths and in other orders, rows by an index, adapters by address and other ids: few pairs a
-    /// segment, many, and a call in halves.
+    /// Slices of own widths and in other orders, rows by an index, adapters by address and other ids: few
+    /// pairs a segment, many, and a call in halves.
     fn what_engines_have() -> Vec<Case> {
         let few = Case { tokens: 12, out_dims: OutDims::uniform(64, 2), in_dim: 136, ..Case::default() };
         let many = Case { tokens: 700, max_rank: 40, dtype: DType::F16, in_dim: 520, ..few.clone() };

@@ -166,8 +166,8 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     assert!(tally.missing().is_empty(), "kernels that did not run: {:?}", tally.missing());
 }
 
-/// Slices of own widths and in other orders, rows by an index, adapters by address and other ids, in every form
-/// and on every tile: few pairs a segment, and tiles of more than one.
+/// Slices of own widths and in other orders, rows by an index, adapters by address and other ids, in every
+/// form and on every tile: few pairs a segment, and tiles of more than one.
 #[test]
 fn every_form_takes_what_engines_have() {
     let few = Case { tokens: 12, out_dims: OutDims::uniform(64, 2), in_dim: 136, ..Case::default() };

@@ -120,8 +120,8 @@ fn a_call_of_two_tokens_by_hand() {
     assert_eq!(widened(&split_out), expected);
 }
 
-/// Pairs 0 … 3 of two tokens, K = 1, R = 1, x = 1, 2, 4, 8 by row, a = 1, and two slices whose columns multiply
-/// by 1, 2 and by 10, 20.
+/// Pairs 0 … 3 of two tokens, K = 1, R = 1, x = 1, 2, 4, 8 by row, a = 1, and two slices whose columns
+/// multiply by 1, 2 and by 10, 20.
 #[test]
 fn rows_and_columns_are_where_the_call_says() {
     let sizes = ProjectionSizes { top_k: 2, max_rank: 1, ..ProjectionSizes::gate_up(1, 2) };

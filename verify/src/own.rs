@@ -140,8 +140,8 @@ impl<'d, B: Backend, T: Element> PlacedTable<'d, B, T> {
     }
 
     pub fn adapters(&self) -> Adapters<'_, B::Space> {
-        // SAFETY: what the entries name lives as long as this, and is of the sizes of the case's projection. It
-        // begins after a guard of whole lines, and ranks are rounded up.
+        // SAFETY: what the entries name lives as long as this, and is of the sizes of the case's projection.
+        // It begins after a guard of whole lines, and ranks are rounded up.
         unsafe { Adapters::new(self.buffer.view().slice(self.entries.range())) }
     }
 

@@ -116,8 +116,8 @@ impl DecodeRows {
 pub struct DecodeTile {
     /// Pairs of a tile.
     pub rows: DecodeRows,
-    /// Whether a call may be any. If not it is plain: weights are stacked, slices in order and of one width, and
-    /// no rows are indexed. What other calls need is asked for in every work item, and lengthens it.
+    /// Whether a call may be any. If not it is plain: weights are stacked, slices in order and of one width,
+    /// and no rows are indexed. What other calls need is asked for in every work item, and lengthens it.
     pub is_general: bool,
 }
 

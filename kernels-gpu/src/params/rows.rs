@@ -45,8 +45,8 @@ pub mod indexed {
 impl PairRows {
     /// Makes rows of x out of pairs, `u32::MAX` of none among them.
     ///
-    /// Here and in [`PairRows::pairs_to_out`] all pairs are loaded before any is looked at, and one branch is for
-    /// all: loads wait for one another otherwise.
+    /// Here and in [`PairRows::pairs_to_out`] all pairs are loaded before any is looked at, and one branch is
+    /// for all: loads wait for one another otherwise.
     ///
     /// # Safety
     /// As for [`PairRows::x`].

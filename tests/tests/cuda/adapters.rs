@@ -44,8 +44,8 @@ fn adapter(
     sizes.out_dims.as_slice().iter().enumerate().map(slice).collect()
 }
 
-/// A graph of one call is replayed after each exchange of one slot's adapter: the rows of the other slots stay
-/// bitwise the same, and those of the slot are what a call with that adapter alone makes of them.
+/// A graph of one call is replayed after each exchange of one slot's adapter: the rows of the other slots
+/// stay bitwise the same, and those of the slot are what a call with that adapter alone makes of them.
 pub fn adapters_are_exchanged_between_replays(device: &Device) -> Result<(), Failed> {
     let stream = device.new_stream()?;
     let projection = Projection::new(ProjectionSizes {

@@ -144,9 +144,10 @@ pub(super) unsafe fn finish(context: &Context<'_>, sent: u32) {
     }
 }
 
-/// Waits until all blocks of the cluster have read the last parts of h that were sent to them, after `sent` work
-/// items. They say so at this block's barriers, and nobody else waits for that: a block that ended before would
-/// be arrived at when it is there no more, as the meeting of the cluster does not wait for what is on its way.
+/// Waits until all blocks of the cluster have read the last parts of h that were sent to them, after `sent`
+/// work items. They say so at this block's barriers, and nobody else waits for that: a block that ended
+/// before would be arrived at when it is there no more, as the meeting of the cluster does not wait for what
+/// is on its way.
 ///
 /// # Safety
 /// All threads of the role must come here, after the last work item.

@@ -208,8 +208,8 @@ impl Product {
     }
 }
 
-/// This thread's two rows of its warpgroup's pairs: where each begins in `out`, at its column of a slice, and its
-/// weight. A row that is not there is null.
+/// This thread's two rows of its warpgroup's pairs: where each begins in `out`, at its column of a slice, and
+/// its weight. A row that is not there is null.
 struct OutRows {
     start: [Global<u16>; 2],
     weight: [f32; 2],

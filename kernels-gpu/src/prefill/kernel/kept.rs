@@ -1,5 +1,5 @@
-//! What a consumer thread keeps of a work tile through its products: in shared memory, since the products need
-//! the registers.
+//! What a consumer thread keeps of a work tile through its products: in shared memory, since the products
+//! need the registers.
 
 use super::h::own_pairs;
 use super::work_tile::{Pass, Slices, WorkTile};

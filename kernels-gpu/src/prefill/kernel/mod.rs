@@ -131,8 +131,8 @@ unsafe fn consume<C: Config>(p: &PrefillParams, mut scheduler: TileScheduler) {
                 store_h::<C>(p, &h, kept_pairs(), work.pass, rank_shift(work.tile.rank));
             }
 
-            // The second product, and the store. A work tile that does not expand has no slices left here, but
-            // goes on: ptxas must see that all warps come to the products.
+            // The second product, and the store. A work tile that does not expand has no slices left here,
+            // but goes on: ptxas must see that all warps come to the products.
             expand(&mut consumer, p, h);
             if C::SHAPE.may_split() && p.shares_passes() {
                 let work = kept_work();
