@@ -123,8 +123,10 @@ impl Pairs {
         // SAFETY: pairs are below P.
         unsafe { p.rows.pairs_to_out(&mut rows, true) };
         each_sweep::<C>(|i| {
-            out.exist |= ((rows[i] != NO_PAIR && own.is_in(tile, i)) as u32) << i;
-            let row = C::Index::from_u32(rows[i]).times(C::Index::from_u64(p.out_stride));
+            let exists = rows[i] != NO_PAIR && own.is_in(tile, i);
+            out.exist |= (exists as u32) << i;
+            let row = C::Index::from_u32(if exists { rows[i] } else { 0 });
+            let row = row.times(C::Index::from_u64(p.out_stride));
             out.rows[i] = p.out.at(row.plus(C::Index::from_u32(own.element())));
         });
         out
