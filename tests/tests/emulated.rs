@@ -107,6 +107,11 @@ fn prefills() -> Vec<Options> {
     Options::every().into_iter().filter(prefill).collect()
 }
 
+/// The ways that force `decode`.
+fn decodes() -> Vec<Options> {
+    Options::every().into_iter().filter(|way| matches!(way.form, Some(PlanForm::Decode))).collect()
+}
+
 /// Whether blocks share passes.
 fn is_shared(way: &Options) -> bool {
     matches!(way.form, Some(PlanForm::SharedPrefill(_)))
@@ -159,6 +164,9 @@ fn every_kernel_of_the_table_passes_in_every_mode() {
     };
     let small = check_all(&of_width(0), &ways_of(IndexWidth::I32))
         .plus(check_all(&of_width(1), &ways_of(IndexWidth::I64)));
+    // `decode` has kernels of its own for calls by address.
+    let by_address: Vec<_> = grid.iter().map(|case| Case { table: true, ..case.clone() }).collect();
+    let small = small.plus(check_all(&by_address, &decodes()));
     let in_blocks = Case { block_size: Some(16), loras: Loras::Random, ..Case::default() };
     let others = [large_routes(), vec![in_blocks]].concat();
     let tally = small.plus(check_repeated(&others)).plus(check_all(&wide(), &prefills()));
