@@ -130,15 +130,15 @@ impl Projection {
 
     /// N of each slice: its own, or the one of all.
     fn out_dims(&self) -> Result<OutDims, Fault> {
-        let slices = self.slices.min(MOE_LORA_MAX_SLICES);
-        if let Some(&got) = self.out_dims[slices..].iter().find(|&&width| width != 0) {
+        let uniform = OutDims::uniform(self.out_dim, self.slices);
+        // How many slices there are is checked with all other sizes.
+        let Some((_, past)) = self.out_dims.split_at_checked(self.slices) else { return Ok(uniform) };
+        if let Some(&got) = past.iter().find(|&&width| width != 0) {
             let (field, expected) = ("projection.out_dims", "0 past the last slice");
             return Err(Fault::InvalidValue { field, expected, got: got as i128 });
         }
-        let width = |&own: &usize| if own == 0 { self.out_dim } else { own };
-        let widths: Vec<usize> = self.out_dims[..slices].iter().map(width).collect();
-        // How many slices there are is checked with all other sizes.
-        Ok(OutDims::new(&widths).unwrap_or(OutDims::uniform(0, self.slices)))
+        let mut own = self.out_dims.into_iter();
+        Ok(uniform.map(|width| own.next().filter(|&own| own != 0).unwrap_or(width)))
     }
 }
 

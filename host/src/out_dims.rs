@@ -89,7 +89,7 @@ impl OutDims {
     }
 
     /// As many slices, each of the width that `width` makes of its own.
-    pub fn map(self, width: impl Fn(usize) -> usize) -> Self {
+    pub fn map(self, mut width: impl FnMut(usize) -> usize) -> Self {
         let mut mapped = self;
         mapped.widths.iter_mut().take(self.count).for_each(|own| *own = width(*own));
         mapped

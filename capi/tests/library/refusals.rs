@@ -23,6 +23,8 @@ fn plain_calls() -> Vec<Row> {
     vec![
         (|call| call.projection.max_rank = 0, ZeroSize, "max_rank is 0, expected at least 1"),
         (|call| call.projection.top_k = 65, SizeTooLarge, "top_k is 65, expected at most 64"),
+        (|call| call.projection.slices = 0, ZeroSize, "slices is 0, expected at least 1"),
+        (|call| call.projection.slices = 5, SizeTooLarge, "slices is 5, expected at most 4"),
         (
             |call| call.forward.offset = usize::MAX,
             SizeOverflow,
