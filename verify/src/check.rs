@@ -15,9 +15,9 @@ use moe_lora::reference::{self, Expected, Target};
 use moe_lora::route::Route;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// One element may be off by this many times the tolerance, of the deviation that a delta has by
-/// construction plus its own size: far above what rounding `h` and `out` can do, far below the effect
-/// of one wrong operand.
+/// One element may be off by this many times the tolerance, of its own size plus that of others like it: the
+/// deviation that deltas have by construction, or the mean size of its row's, whichever is larger. It is far
+/// above what rounding `h` and `out` can do, and far below the effect of one wrong operand.
 const ELEMENT_SLACK: f64 = 10.0;
 
 /// The tolerance bounds a mean over many roundings. Fewer roundings of `h`, or of `out`, than this
@@ -296,8 +296,9 @@ impl<'d, T: Element> Trial<'d, T> {
                 Fate::Inactive => 0,
                 Fate::Active(target) => self.rank(s, target),
             };
+            let size = mean_size(values[..rank].iter().copied()).max(1.0);
             for (q, &h) in values.iter().enumerate() {
-                let deviation = if q < rank { 1.0 } else { 0.0 };
+                let deviation = if q < rank { size } else { 0.0 };
                 meter.add(first + q, image[first + q], 0.0, h, deviation)?;
             }
         }
@@ -344,11 +345,14 @@ impl<'d, T: Element> Trial<'d, T> {
                 Fate::Active(target) => weight * self.deviation(s, target),
                 Fate::Inactive | Fate::LeftAlone => 0.0,
             };
-            let deviations: Vec<_> = (0..case.out_dims.len()).map(deviation).collect();
             let deltas = self.delta.values[pair * width..][..width].iter().zip(&slices);
+            let of_slice = |s| deltas.clone().filter(move |&(_, &own)| own == s).map(|(&delta, _)| delta);
+            // With few elements of K, the size of a row's deltas is that of its own few values of `x`.
+            let size = |s| mean_size(of_slice(s)).max(deviation(s));
+            let sizes: Vec<_> = (0..case.out_dims.len()).map(size).collect();
             for (index, (&delta, &s)) in written.zip(deltas) {
                 let old = if case.accumulate { f64::from(tensor.image()[index].to_f32()) } else { 0.0 };
-                meter.add(index, image[index], old, delta, deviations[s])?;
+                meter.add(index, image[index], old, delta, sizes[s])?;
             }
         }
         self.relative_error(&meter, named)
@@ -378,6 +382,12 @@ impl<'d, T: Element> Trial<'d, T> {
     }
 }
 
+/// Root of the mean square; 0 of none.
+fn mean_size(values: impl Iterator<Item = f64>) -> f64 {
+    let (count, squares) = values.fold((0.0, 0.0), |(count, sum), value| (count + 1.0, sum + value * value));
+    if count == 0.0 { 0.0 } else { f64::sqrt(squares / count) }
+}
+
 /// Compares a result with the reference, element by element and as a whole.
 struct Meter<'t, T> {
     tensor: &'t Tensor<T>,
@@ -393,13 +403,13 @@ impl<'t, T: Element> Meter<'t, T> {
         Meter { tensor, tolerance, error: 0.0, norm: 0.0 }
     }
 
-    /// Takes in the image's element `index`, expected to be `old + delta` where deltas have the
-    /// standard deviation `deviation`; 0 for one that must be exact.
-    fn add(&mut self, index: usize, got: T, old: f64, delta: f64, deviation: f64) -> Result<(), Fault> {
+    /// Takes in the image's element `index`, expected to be `old + delta` where deltas like it are of the size
+    /// `size`; 0 for one that must be exact.
+    fn add(&mut self, index: usize, got: T, old: f64, delta: f64, size: f64) -> Result<(), Fault> {
         let (got, expected) = (got.to_f32(), old + delta);
         let error = f64::from(got) - expected;
         // Written so that NaN is never within.
-        let within = error.abs() <= ELEMENT_SLACK * self.tolerance * (deviation + delta.abs());
+        let within = error.abs() <= ELEMENT_SLACK * self.tolerance * (size + delta.abs());
         if !within {
             let place = self.tensor.place(index);
             return Err(Fault::WrongElement { tensor: self.tensor.name(), place, got, expected });
