@@ -19,9 +19,9 @@ from .cases import DenseCase
 from .data import BARE_TOKENS, DTYPES, Matrices, adapters_of, rotation_of
 from .dense_peer import DensePeer, Pair
 from .floors import Ceilings, dense_floor
-from .operator_runs import BASE, TOLERANCE, Results, attempt, time_graphs
+from .operator_runs import all_checked, attempt, check_adding, line_of, time_graphs
 from .ours import table_of
-from .records import Sink, show
+from .records import Sink
 
 
 @dataclass
@@ -90,8 +90,9 @@ class OursDense:
         case = layer.case
         self.layer = layer
         self.library: Any = moe_lora
-        self.sizes: dict[str, int] = {"experts": 1, "slots": case.adapters, "max_rank": case.rank}
-        self.workspace = moe_lora.Workspace(case.tokens, top_k=1, slices=len(case.out_dims), **self.sizes)
+        self.workspace = moe_lora.Workspace(
+            case.tokens, top_k=1, slices=len(case.out_dims), experts=1, slots=case.adapters, max_rank=case.rank
+        )
         pairs = zip(layer.weights.a, layer.weights.b, strict=True)
         self.weights: list[dict[str, Any]]
         if on_tables:
@@ -129,23 +130,6 @@ class VllmDense:
         self.peer.forward(layer.x, layer.weights.a[chosen], layer.weights.b[chosen], layer.out)
 
 
-def check(made: Dense, layer: Layer) -> float:
-    """The error of a call that adds to what ``out`` holds; what it must not touch must be as it was."""
-    reference = layer.reference(0)
-    base = torch.randn_like(layer.out).mul_(BASE * reference.square().mean().sqrt().item())
-    layer.out.copy_(base)
-    made.route()
-    made.forward(0)
-    bare = layer.token_lora < 0
-    if not torch.equal(layer.out[bare], base[bare]):
-        raise AssertionError("the rows of tokens without an adapter were changed")
-    error = float((layer.out.float() - base.float() - reference).norm() / reference.norm())
-    allowed = TOLERANCE[layer.case.dtype]
-    if not error <= allowed:
-        raise AssertionError(f"wrong result: error {error:.1e}, at most {allowed:.1e} is allowed")
-    return error
-
-
 class Shelf:
     """Weights, kept from one case to the next as long as their shapes are the same."""
 
@@ -168,8 +152,7 @@ class Shelf:
 
 def load(peers: Path) -> tuple[Pair | None, str | None]:
     """vLLM's pair, or why there is none."""
-    pair, fault = attempt(partial(Pair.load, peers))
-    return pair, fault
+    return attempt(partial(Pair.load, peers))
 
 
 def run_case(sink: Sink, shelf: Shelf, missing: str | None, case: DenseCase, ceilings: Ceilings) -> None:
@@ -181,28 +164,26 @@ def run_case(sink: Sink, shelf: Shelf, missing: str | None, case: DenseCase, cei
         "ours": partial(OursDense, layer, on_tables=False),
         "table": partial(OursDense, layer, on_tables=True),
     }
-    results: Results = {}
     if shelf.pair is not None:
         makers["vllm033"] = partial(VllmDense, layer, shelf.pair)
-    else:
-        results["vllm033"] = {"failed": missing or "vLLM's files are missing"}
 
     # Checked with tokens that have no adapter, of which the timed batch has none.
     adapters = layer.token_lora.clone()
     layer.token_lora[BARE_TOKENS - 1 :: BARE_TOKENS] = -1
-    ready: dict[str, Dense] = {}
-    for label, make in makers.items():
+    reference, bare = layer.reference(0), layer.token_lora < 0
 
-        def checked(make: Callable[[], Dense] = make) -> tuple[Dense, float]:
-            made = make()
-            return made, check(made, layer)
+    def checked(make: Callable[[], Dense]) -> tuple[Dense, float]:
+        made = make()
 
-        done, fault = attempt(checked)
-        if fault is None:
-            ready[label], error = done
-            results[label] = {"error": error}
-        else:
-            results[label] = {"failed": fault}
+        def call() -> None:
+            made.route()
+            made.forward(0)
+
+        return made, check_adding(call, layer.out, bare, case.dtype, reference)
+
+    ready, results = all_checked({label: partial(checked, make) for label, make in makers.items()})
+    if missing is not None:
+        results["vllm033"] = {"failed": missing}
 
     layer.token_lora.copy_(adapters)
     layer.out.zero_()
@@ -216,10 +197,9 @@ def run_case(sink: Sink, shelf: Shelf, missing: str | None, case: DenseCase, cei
         "us",
         {label: partial(measure.rotation, made.forward, sets, calls) for label, made in ready.items()},
     )
-    line = ", ".join(f"{label} {show(result)}" for label, result in results.items())
     sink.write(
         "dense",
-        f"dense {case.describe()}: floor {floor_us:.1f}, {line}",
+        f"dense {case.describe()}: floor {floor_us:.1f}, {line_of(results)}",
         case=case.to_json(),
         adapters_used=used,
         sets=sets,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .peers import Vllm
 from .records import OURS, Sink, show
 from .vllm_defaults import tuned_blocks
 
+Made = TypeVar("Made")
 Make = Callable[[], Implementation]
 Results = dict[str, dict[str, Any]]
 
@@ -26,6 +27,8 @@ Results = dict[str, dict[str, Any]]
 TOLERANCE = {"bf16": 6e-3, "f16": 1.2e-3}
 #: What `out` holds before a checked call, in multiples of a normal value and of the delta's size.
 BASE = 0.25
+#: What is timed: on a kept route, and with routing in the call.
+KEYS = ("us", "routed_us")
 #: Tokens of the cases whose host time is measured too.
 HOST_TOKENS = (1, 80, 1024)
 
@@ -85,7 +88,7 @@ def fold_tuned(results: Results) -> None:
     for label, result in peers.items():
         if "/" in label and "failed" in result:
             tuned["left_out"][label] = result["failed"]
-        for key in ("us", "routed_us"):
+        for key in KEYS:
             if key in result and result[key] <= tuned.get(key, result[key]):
                 tuned[key], tuned["of"][key] = result[key], label
     results["tuned"] = tuned
@@ -95,17 +98,17 @@ def _distance(got: torch.Tensor, reference: torch.Tensor) -> float:
     return float((got - reference).norm() / reference.norm())
 
 
-def check(implementation: Implementation, projection: Projection, reference: torch.Tensor) -> float:
-    """The error of a call that adds to what ``out`` holds; what it must not touch must be as it was."""
-    out = projection.out
+def check_adding(
+    call: Callable[[], None], out: torch.Tensor, bare: torch.Tensor, dtype: str, reference: torch.Tensor
+) -> float:
+    """The error of a call that adds to what ``out`` holds; it must not touch the rows that are ``bare``."""
     base = torch.randn_like(out).mul_(BASE * reference.square().mean().sqrt().item())
     out.copy_(base)
-    implementation.routed(projection, 0)
-    bare = projection.routing.token_lora < 0
+    call()
     if not torch.equal(out[bare], base[bare]):
         raise AssertionError("the rows of tokens without an adapter were changed")
     error = _distance(out.float() - base.float(), reference)
-    allowed = TOLERANCE[projection.case.dtype]
+    allowed = TOLERANCE[dtype]
     if not error <= allowed:
         raise AssertionError(f"wrong result: error {error:.1e}, at most {allowed:.1e} is allowed")
     return error
@@ -121,29 +124,36 @@ def check_overwriting(ours: Ours, projection: Projection, reference: torch.Tenso
         raise AssertionError(f"wrong result when overwriting: error {error:.1e}")
 
 
-def make_checked(
-    makers: Mapping[str, Make], projection: Projection
-) -> tuple[dict[str, Implementation], Results]:
-    """Those whose result is right, and for each its error, or why it failed."""
-    reference = projection.reference(0)
-    ready: dict[str, Implementation] = {}
+def all_checked(makers: Mapping[str, Callable[[], tuple[Made, float]]]) -> tuple[dict[str, Made], Results]:
+    """Those that could be made and checked, and for each its error, or why it failed."""
+    ready: dict[str, Made] = {}
     results: Results = {}
     for label, make in makers.items():
-
-        def checked(make: Make = make) -> tuple[Implementation, float]:
-            made = make()
-            made.prepare(projection)
-            if isinstance(made, Ours):
-                check_overwriting(made, projection, reference)
-            return made, check(made, projection, reference)
-
-        done, fault = attempt(checked)
+        done, fault = attempt(make)
         if fault is None:
             ready[label], error = done
             results[label] = {"error": error}
         else:
             results[label] = {"failed": fault}
     return ready, results
+
+
+def make_checked(
+    makers: Mapping[str, Make], projection: Projection
+) -> tuple[dict[str, Implementation], Results]:
+    """Those whose result is right, and for each its error, or why it failed."""
+    reference = projection.reference(0)
+    bare = projection.routing.token_lora < 0
+
+    def checked(make: Make) -> tuple[Implementation, float]:
+        made = make()
+        made.prepare(projection)
+        if isinstance(made, Ours):
+            check_overwriting(made, projection, reference)
+        call = partial(made.routed, projection, 0)
+        return made, check_adding(call, projection.out, bare, projection.case.dtype, reference)
+
+    return all_checked({label: partial(checked, make) for label, make in makers.items()})
 
 
 def time_graphs(results: Results, key: str, makers: Mapping[str, Callable[[], list[measure.Call]]]) -> None:
@@ -161,6 +171,17 @@ def time_graphs(results: Results, key: str, makers: Mapping[str, Callable[[], li
             results[label] = {"failed": fault}
     for label, microseconds in measure.in_turns(recordings).items():
         results.setdefault(label, {})[key] = microseconds
+
+
+def time_both(
+    results: Results, ready: Mapping[str, Implementation], projection: Projection, sets: int, calls: int
+) -> None:
+    """Notes the times on a kept route, and with routing in the call, which are :data:`KEYS`."""
+    kept = {label: partial(made.forward, projection) for label, made in ready.items()}
+    routed = {label: partial(made.routed, projection) for label, made in ready.items()}
+    for key, work in zip(KEYS, (kept, routed), strict=True):
+        rotations = {label: partial(measure.rotation, call, sets, calls) for label, call in work.items()}
+        time_graphs(results, key, rotations)
 
 
 def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceilings) -> None:
@@ -182,23 +203,16 @@ def run_case(sink: Sink, vllm: Vllm, shelf: Shelf, case: Case, ceilings: Ceiling
         implementation.routed(projection, 0)
     least = floor(case, segments)
     floor_us = least.microseconds(ceilings)
-    calls_needed = measure.calls_of(floor_us)
-    kept = {label: partial(made.forward, projection) for label, made in ready.items()}
-    routed = {label: partial(made.routed, projection) for label, made in ready.items()}
-    for key, calls in (("us", kept), ("routed_us", routed)):
-        rotations = {
-            label: partial(measure.rotation, call, sets, calls_needed) for label, call in calls.items()
-        }
-        time_graphs(results, key, rotations)
+    time_both(results, ready, projection, sets, measure.calls_of(floor_us))
     fold_tuned(results)
     if case.tokens in HOST_TOKENS:
-        for label, call in routed.items():
+        for label, made in ready.items():
             if "us" in results.get(label, {}):
-                results[label]["host_us"] = measure.host_time(call, sets)
+                results[label]["host_us"] = measure.host_time(partial(made.routed, projection), sets)
 
     sink.write(
         "case",
-        f"{case.describe()}: floor {floor_us:.1f}, {_line(results)}",
+        f"{case.describe()}: floor {floor_us:.1f}, {line_of(results)}",
         case=case.to_json(),
         segments=segments,
         sets=sets,
@@ -234,7 +248,7 @@ def run_layer(sink: Sink, vllm: Vllm, w13: Case, w2: Case, ceilings: Ceilings) -
     fold_tuned(results)
     sink.write(
         "layer",
-        f"layer of {w13.tokens} tokens: floor {floor_us:.1f}, {_line(results)}",
+        f"layer of {w13.tokens} tokens: floor {floor_us:.1f}, {line_of(results)}",
         cases=[w13.to_json(), w2.to_json()],
         floor_us=floor_us,
         results=results,
@@ -256,9 +270,9 @@ def run_route(sink: Sink, vllm: Vllm, case: Case) -> None:
     }
     time_graphs(results, "us", {label: partial(calls, make) for label, make in makers.items()})
     sink.write(
-        "route", f"route of {case.pairs} pairs: {_line(results)}", case=case.to_json(), results=results
+        "route", f"route of {case.pairs} pairs: {line_of(results)}", case=case.to_json(), results=results
     )
 
 
-def _line(results: Results) -> str:
+def line_of(results: Results) -> str:
     return ", ".join(f"{label} {show(result)}" for label, result in results.items())

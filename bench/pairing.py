@@ -9,12 +9,9 @@ from . import measure
 from .cases import Case
 from .data import Projection, Routing, sets_needed
 from .floors import Ceilings, floor
-from .operator_runs import Make, Shelf, make_checked, time_graphs
+from .operator_runs import KEYS, Make, Shelf, make_checked, time_both
 from .ours import OnTables, Ours
 from .records import Sink
-
-#: What is timed: on a kept route, and with routing in the call.
-KEYS = ("us", "routed_us")
 
 
 class Pairing:
@@ -45,14 +42,7 @@ class Pairing:
         for implementation in ready.values():
             implementation.routed(projection, 0)
         floor_us = floor(case, segments).microseconds(self.ceilings)
-        calls = measure.calls_of(floor_us)
-        for key in KEYS:
-            work = {
-                label: partial(made.forward if key == "us" else made.routed, projection)
-                for label, made in ready.items()
-            }
-            rotations = {label: partial(measure.rotation, call, sets, calls) for label, call in work.items()}
-            time_graphs(results, key, rotations)
+        time_both(results, ready, projection, sets, measure.calls_of(floor_us))
         ratios = {
             key: results["table"][key] / results["ours"][key]
             for key in KEYS

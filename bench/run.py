@@ -67,7 +67,7 @@ def _beside_peers(
     if "dense" in parts:
         _dense(sink, peers, quick, ceilings)
         torch.cuda.empty_cache()
-    if not set(parts) & {"cases", "layers", "routes", "replay"}:
+    if not set(parts) - {PAIRING, "first", "dense"}:
         return
 
     layers = cases.layers(quick)
