@@ -158,7 +158,11 @@ impl SliceOrder {
         }
     }
 
-    pub(crate) fn check(self, out_dims: &OutDims) -> Result<()> {
+    /// Checks that slices of these widths can be in this order.
+    ///
+    /// # Errors
+    /// [`Error::UnequalSlices`] when slices of several widths are to be interleaved.
+    pub fn check(self, out_dims: &OutDims) -> Result<()> {
         if self == SliceOrder::Interleaved && !out_dims.is_uniform() {
             return Err(Error::UnequalSlices { out_dims: out_dims.to_string() });
         }

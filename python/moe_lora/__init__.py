@@ -3,7 +3,7 @@
 It adds, for every (token, expert) pair of a mixture-of-experts layer, the low-rank update of the token's own
 adapter: ``out[p] (+)= weight[p] * b[l, e] @ (a[l, e] @ x[row(p)])``.
 
-Tensors are PyTorch's, or those of any library with DLPack or the CUDA array interface. They are never copied.
+Tensors are PyTorch's, or those of any library with DLPack or the CUDA array interface. Calls never copy them.
 Calls are queued on the library's current stream and can be captured into a CUDA graph. They allocate nothing
 once their workspace has grown. A dense layer is one of one expert, without ``topk_ids``. ``AdapterTable``
 names each slot's weights by their addresses. ``moe_lora.vllm`` has vLLM's operators with these kernels.

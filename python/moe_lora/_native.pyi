@@ -185,7 +185,7 @@ def forward(
         rows. A pair whose row is not there is inactive.
     :param out_index: the row of ``out`` of each pair, likewise; ``out`` is then ``[rows, ≥ offset + Σ N]``.
         A pair whose row is not there writes nothing. No two pairs may have one row. On the route that the
-        workspace keeps it must be ``[T, k]``.
+        workspace keeps, and with ``blocks``, it must be ``[T, k]``.
     :param mul_routed_weight: multiply each pair's update by its weight.
     :param accumulate: add to ``out``, leaving inactive pairs as they are; ``False``: overwrite, with zeros
         where a pair is inactive.
@@ -226,7 +226,7 @@ def shrink(
 
     :param table: in place of ``a``. Scalings are ``expand``'s.
     :param h: ``[S, T, k, R]`` or ``[S, P, R]`` of ``x``'s type, contiguous, written whole; it must be given.
-        On the route that the workspace keeps only the first form will do.
+        On the route that the workspace keeps, and with ``blocks``, only the first form will do.
     :param experts: E, needed where ``a`` is shared by all experts.
     """
 

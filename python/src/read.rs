@@ -3,7 +3,7 @@
 use crate::fault::{Fault, Outcome};
 use crate::routing::Routing;
 use crate::tensor::{Dim, Exchange, List, Name, Tensor, Type};
-use moe_lora::{Cuda, DType, Element, Error, OutDims, Rows, RowsMut, SliceOrder, View, XRows};
+use moe_lora::{Cuda, DType, Element, OutDims, Rows, RowsMut, SliceOrder, View, XRows};
 use pyo3::prelude::*;
 
 /// An argument that may be left out.
@@ -155,7 +155,7 @@ pub struct Output {
 }
 
 /// What the operator's contract calls the shape of `out`.
-const OUT: [Dim; 3] = [Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + S·N")];
+const OUT: [Dim; 3] = [Dim::Named("T"), Dim::Named("k"), Dim::Named("≥ offset + Σ N")];
 
 impl Output {
     /// Reads it, and says T and k, as far as tensors of the output tell.
@@ -215,7 +215,7 @@ impl Output {
             };
         };
         if !matches!(out.shape(), [_, _] | [_, _, _]) {
-            return Err(out.wrong_shape("[rows, ≥ offset + S·N]"));
+            return Err(out.wrong_shape("[rows, ≥ offset + Σ N]"));
         }
         if let Some(size) = routing.size(reader)? {
             check_index(index, size.0 * size.1)?;
@@ -231,9 +231,7 @@ impl Output {
     /// Checks what depends on the weights.
     pub fn check(&self, dtype: Type, out_dims: &OutDims) -> Outcome<()> {
         self.out.expect_type(&[dtype])?;
-        if self.order == SliceOrder::Interleaved && !out_dims.is_uniform() {
-            return Err(Error::UnequalSlices { out_dims: out_dims.to_string() }.into());
-        }
+        self.order.check(out_dims)?;
         let width = out_dims.total().checked_add(self.offset);
         let width = width.ok_or_else(|| {
             Fault::Argument(format!("offset: expected a column of out, got {}", self.offset))

@@ -62,7 +62,7 @@ FORWARD: list[tuple[dict[str, Any], str]] = [
     (dict(token_lora=Fake(5, **I32)), "token_lora: expected shape [≥ 6], got shape [5]"),
     (dict(topk_weights=Fake(T, dtype="float32")), "topk_weights: expected shape [6, 2], got shape [6]"),
     (dict(topk_weights=None), "topk_weights: expected shape [6, 2] with mul_routed_weight, got None"),
-    (dict(out=Fake(T * K_TOP, 2 * N)), "out: expected shape [T, k, ≥ offset + S·N], got shape [12, 48]"),
+    (dict(out=Fake(T * K_TOP, 2 * N)), "out: expected shape [T, k, ≥ offset + Σ N], got shape [12, 48]"),
     (dict(offset=1), "out: expected shape [6, 2, ≥ 49], got shape [6, 2, 48]"),
     (dict(adapter_enabled=Fake(1, **I32)), "adapter_enabled: expected shape [≥ 2], got shape [1]"),
     (dict(ranks=Fake(L, 1, **I32)), "ranks: expected shape [≥ 2], got shape [2, 1]"),
@@ -193,7 +193,7 @@ FORWARD += [
     (dict(out_index=Fake(11, **I32)), "out_index: expected shape [12], got shape [11]"),
     (
         dict(out_index=Fake(12, **I32), out=Fake(50)),
-        "out: expected shape [rows, ≥ offset + S·N], got shape [50]",
+        "out: expected shape [rows, ≥ offset + Σ N], got shape [50]",
     ),
     (
         dict(out_index=Fake(12, **I32), out=Fake(50, 40)),
@@ -257,7 +257,7 @@ def dense(**change: Any) -> dict[str, Any]:
         ),
         (
             dict(topk_ids=Fake(T, 1, **I32)),
-            "out: expected shape [T, k, ≥ offset + S·N], got shape [6, 32]",
+            "out: expected shape [T, k, ≥ offset + Σ N], got shape [6, 32]",
         ),
         (dict(expert_map=Fake(1, **I32)), "expert_map: expected with topk_ids, which it maps"),
         (

@@ -54,10 +54,12 @@ pub struct Operands<B: Backend> {
     pub out: B::Buffer<bf16>,
 }
 
+pub fn values(count: usize) -> Vec<bf16> {
+    (0..count).map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0)).collect()
+}
+
 impl<B: Backend> Operands<B> {
     pub fn new(backend: &B) -> moe_lora::Result<Self> {
-        let values =
-            |len| (0..len).map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0)).collect::<Vec<_>>();
         Ok(Operands {
             ids: backend.upload(&[0, 3, 1, 0, 2, 1])?,
             slots: backend.upload(&[1, -1, 0])?,

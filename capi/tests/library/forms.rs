@@ -2,10 +2,11 @@
 //! Rust library's own; and structs that end before them.
 
 use crate::abi::{
-    Dtype, Expand, ExpertWeights, Forward, MOE_LORA_ACCUMULATE, MOE_LORA_MAX_SLICES, Projection, Routing,
-    Shrink, Tensor, XRows,
+    Expand, Forward, MOE_LORA_ACCUMULATE, MOE_LORA_MAX_SLICES, Projection, Routing, Shrink, Tensor,
 };
-use crate::calls::{ABSENT, Operands, PROJECTION, TOKENS, expand_of, outputs, shrink_of, tensor, tensor_mut};
+use crate::calls::{
+    ABSENT, Operands, PROJECTION, TOKENS, expand_of, outputs, shrink_of, tensor, tensor_mut, values,
+};
 use crate::functions::{Context, Functions};
 use half::bf16;
 use libtest_mimic::Failed;
@@ -79,19 +80,13 @@ impl Form {
         let mut out_dims = [0; MOE_LORA_MAX_SLICES];
         out_dims[..self.out_dims.len()].copy_from_slice(self.out_dims);
         Projection {
-            size: size_of::<Projection>(),
-            dtype: Dtype::Bf16 as i32,
-            x_rows: XRows::Token as i32,
-            a_experts: ExpertWeights::PerExpert as i32,
-            b_experts: ExpertWeights::PerExpert as i32,
             top_k: sizes.top_k,
             experts: sizes.experts,
-            slots: sizes.slots,
             max_rank: sizes.max_rank,
             slices: self.out_dims.len(),
-            in_dim: sizes.in_dim,
             out_dim: 0,
             out_dims,
+            ..PROJECTION
         }
     }
 
@@ -116,10 +111,6 @@ struct Inputs<B: Backend> {
     a: Vec<B::Buffer<bf16>>,
     b: Vec<B::Buffer<bf16>>,
     entries: B::Buffer<AdapterEntry>,
-}
-
-fn values(count: usize) -> Vec<bf16> {
-    (0..count).map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0)).collect()
 }
 
 impl<B: Backend> Inputs<B> {
