@@ -91,7 +91,12 @@ class OursDense:
         self.layer = layer
         self.library: Any = moe_lora
         self.workspace = moe_lora.Workspace(
-            case.tokens, top_k=1, slices=len(case.out_dims), experts=1, slots=case.adapters, max_rank=case.rank
+            case.tokens,
+            top_k=1,
+            slices=len(case.out_dims),
+            experts=1,
+            slots=case.adapters,
+            max_rank=case.rank,
         )
         pairs = zip(layer.weights.a, layer.weights.b, strict=True)
         self.weights: list[dict[str, Any]]

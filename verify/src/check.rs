@@ -403,8 +403,8 @@ impl<'t, T: Element> Meter<'t, T> {
         Meter { tensor, tolerance, error: 0.0, norm: 0.0 }
     }
 
-    /// Takes in the image's element `index`, expected to be `old + delta` where deltas like it are of the size
-    /// `size`; 0 for one that must be exact.
+    /// Takes in the image's element `index`, expected to be `old + delta` where deltas like it are of the
+    /// size `size`; 0 for one that must be exact.
     fn add(&mut self, index: usize, got: T, old: f64, delta: f64, size: f64) -> Result<(), Fault> {
         let (got, expected) = (got.to_f32(), old + delta);
         let error = f64::from(got) - expected;
