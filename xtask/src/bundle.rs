@@ -17,9 +17,10 @@ use crate::shell::{
 use crate::{bench, ptx, python};
 
 /// A bundle has to travel: more than this and something is in it that should not be. By code generator llvm
-/// it is 109 MB, of which 24 are the kernels of four generations as they are and 48 the same, packed, in six
-/// programs; by nvvm the kernels are about a quarter larger.
-const LARGEST: u64 = 140_000_000;
+/// it is 182 MB, of which 36 are the kernels of four generations as they are and 99 the same, packed, in nine
+/// programs; by nvvm the kernels are about a quarter larger. As a `.tar.xz`, which keeps what is alike once,
+/// it is a quarter.
+const LARGEST: u64 = 240_000_000;
 
 const README: &str = include_str!("bundle/README.txt");
 const RUN_TESTS: &str = include_str!("bundle/run-tests.sh");
