@@ -1,10 +1,12 @@
 """Brings the files of vLLM that are measured: ``python -m bench.fetch FOLDER``.
 
-They come out of vLLM's own wheels, by pip, and stay in a folder that git ignores.
+``--every-release`` brings those too that say what functions take in each release that the plugin is for. The
+files come out of vLLM's own wheels, by pip, and stay in a folder that git ignores.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -35,12 +37,41 @@ RELEASES = {
         },
     ),
 }
-PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux1_x86_64")
+#: The releases that the plugin is for (``moe_lora.vllm.versions``), and the files that say what the functions
+#: take that it replaces or relies on; each keeps its name under ``releases/VERSION``.
+PLUGIN_RELEASES = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
+PLUGIN_FILES = (
+    OPERATOR,
+    f"{FOLDER}/lora_shrink_op.py",
+    f"{FOLDER}/lora_expand_op.py",
+    f"{FOLDER}/lora_kernel_metadata.py",
+    "vllm/lora/punica_wrapper/punica_gpu.py",
+    "vllm/lora/layers/base.py",
+    "vllm/_custom_ops.py",
+    "vllm/envs.py",
+    "vllm/platforms/cuda.py",
+)
+PLATFORMS = (
+    "manylinux_2_35_x86_64",
+    "manylinux_2_31_x86_64",
+    "manylinux_2_28_x86_64",
+    "manylinux1_x86_64",
+)
+
+Release = tuple[str, dict[str, str]]
 
 
-def fetch(folder: Path) -> None:
+def every_release() -> dict[str, Release]:
+    """What ``--every-release`` brings, as :data:`RELEASES` has it."""
+    return {
+        version: (f"releases/{version}", {file: file for file in PLUGIN_FILES})
+        for version in PLUGIN_RELEASES
+    }
+
+
+def fetch(folder: Path, releases: dict[str, Release]) -> None:
     """Fetches what is not there yet."""
-    for version, (name, files) in RELEASES.items():
+    for version, (name, files) in releases.items():
         target = folder / name
         if all((target / file).is_file() for file in files.values()):
             continue
@@ -51,6 +82,7 @@ def fetch(folder: Path) -> None:
             target.mkdir(parents=True, exist_ok=True)
             with zipfile.ZipFile(wheel) as archive:
                 for member, file in files.items():
+                    (target / file).parent.mkdir(parents=True, exist_ok=True)
                     (target / file).write_bytes(archive.read(member))
 
 
@@ -65,6 +97,12 @@ def _download(version: str, to: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    fetch(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python -m bench.fetch", description="Brings files of vLLM.")
+    parser.add_argument("folder", type=Path, help="where they go")
+    parser.add_argument(
+        "--every-release", action="store_true", help="also files of each release that the plugin is for: 3 GB"
+    )
+    args = parser.parse_args()
+    fetch(args.folder, RELEASES)
+    if args.every_release:
+        fetch(args.folder, every_release())

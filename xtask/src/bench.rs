@@ -43,8 +43,15 @@ pub struct Args {
     /// Measure nothing: report what was measured elsewhere. Needs no GPU
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["quick", "cases", "parts"])]
     from: Option<PathBuf>,
+    /// Measure a whole vLLM instead, with adapters and without, about four minutes a variant: the one in
+    /// KIT/site, or the one that is installed. Results go to docs/bench and README.md
+    #[arg(long, value_name = "KIT", num_args = 0..=1, conflicts_with_all = ["quick", "cases", "parts", "from"])]
+    vllm: Option<Option<PathBuf>>,
+    /// Of --vllm, only these variants: base,off-x,on-x,off,on
+    #[arg(long, value_name = "VARIANTS", requires = "vllm")]
+    variants: Option<String>,
     /// Measure nothing: fetch vLLM's files, for `cargo xtask bundle --peers`
-    #[arg(long, conflicts_with_all = ["quick", "cases", "parts", "from", "out"])]
+    #[arg(long, conflicts_with_all = ["quick", "cases", "parts", "from", "out", "vllm"])]
     fetch: bool,
     #[command(flatten)]
     codegen: CodegenArgs,
@@ -58,6 +65,9 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(results) = &args.from {
         return report(args, &absolute(results)?);
     }
+    if let Some(kit) = &args.vllm {
+        return in_vllm(args, kit.as_deref());
+    }
     let results = target_dir()?.join("bench/results.jsonl");
     let measured = measure(args, &results)?;
     let reported = report(args, &results);
@@ -69,22 +79,16 @@ pub fn fetch() -> Result<()> {
     run_command(machine_python()?.args(["-m", "bench.fetch"]).arg(peers_dir()?))
 }
 
+/// Brings also what is read of each release of vLLM that the plugin is for: 3 GB are fetched.
+pub fn fetch_every_release() -> Result<()> {
+    run_command(machine_python()?.args(["-m", "bench.fetch", "--every-release"]).arg(peers_dir()?))
+}
+
 /// Measures. The inner result is an error when it began: the results of what did not fail are there.
 fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
-    let probe = machine_python()?.args(["-m", "bench.probe"]).output().context("cannot run Python")?;
-    if !probe.status.success() {
-        bail!("{}\n{ELSEWHERE}", String::from_utf8_lossy(&probe.stderr).trim_end());
-    }
+    probe()?;
     fetch()?;
-    setup::compiler(&args.codegen)?;
-    // For this machine alone.
-    let wheel = python::wheel(&Environment::new()?, &Glibc::Native, &args.codegen)?;
-    let site = target_dir()?.join("bench/site");
-    empty_dir(&site)?;
-    // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.
-    read(machine_python()?.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&site))?;
-
-    let path = std::env::join_paths([site.as_path(), workspace_root()])?;
+    let path = package(args)?;
     let mut bench = machine_python()?;
     bench.args(["-m", "bench", "run", "--peers"]).arg(peers_dir()?).arg("--out").arg(results);
     bench.args(args.quick.then_some("--quick"));
@@ -95,6 +99,52 @@ fn measure(args: &Args, results: &Path) -> Result<Result<()>> {
         bench.args(["--parts", parts]);
     }
     Ok(run_command(bench.env("PYTHONPATH", path)))
+}
+
+/// Measures a whole vLLM, and replaces its table in README.md where all variants were measured.
+fn in_vllm(args: &Args, kit: Option<&Path>) -> Result<()> {
+    probe()?;
+    let results = match &args.out {
+        Some(out) => absolute(out)?.join("vllm.jsonl"),
+        None => target_dir()?.join("bench/vllm.jsonl"),
+    };
+    let mut bench = machine_python()?;
+    bench.args(["-m", "bench", "vllm", "--out"]).arg(&results);
+    if let Some(kit) = kit {
+        bench.arg("--kit").arg(absolute(kit)?);
+    }
+    if let Some(variants) = &args.variants {
+        bench.args(["--variants", variants]);
+    }
+    run_command(bench.env("PYTHONPATH", package(args)?))?;
+    if args.out.is_none() && args.variants.is_none() {
+        let mut report = Environment::new()?.python();
+        report.current_dir(workspace_root()).args(["-m", "bench", "report", "--only", "in vLLM"]);
+        report.args(["--out", "docs/bench", "--into", "README.md"]).arg(&results);
+        run_command(&mut report)?;
+    }
+    println!("{}", results.display());
+    Ok(())
+}
+
+/// Says what to do where nothing can be measured.
+fn probe() -> Result<()> {
+    let probe = machine_python()?.args(["-m", "bench.probe"]).output().context("cannot run Python")?;
+    if !probe.status.success() {
+        bail!("{}\n{ELSEWHERE}", String::from_utf8_lossy(&probe.stderr).trim_end());
+    }
+    Ok(())
+}
+
+/// Builds the Python package for this machine alone, and says where Python finds it, and the benchmark.
+fn package(args: &Args) -> Result<std::ffi::OsString> {
+    setup::compiler(&args.codegen)?;
+    let wheel = python::wheel(&Environment::new()?, &Glibc::Native, &args.codegen)?;
+    let site = target_dir()?.join("bench/site");
+    empty_dir(&site)?;
+    // A wheel of this project's holds files to be found by Python, and nothing to be run at installation.
+    read(machine_python()?.args(["-m", "zipfile", "-e"]).arg(wheel).arg(&site))?;
+    Ok(std::env::join_paths([site.as_path(), workspace_root()])?)
 }
 
 fn report(args: &Args, results: &Path) -> Result<()> {

@@ -47,7 +47,7 @@ enum Part {
     Candle,
     /// The same with candle's CUDA back end, built alone
     CandleCuda,
-    /// The Python package beside vLLM's own operators
+    /// The Python package beside vLLM's own operators, and the files of each vLLM that its plugin is for
     Peers,
 }
 
@@ -119,7 +119,7 @@ impl Part {
                 run_command(cargo().args(check).arg("--all-targets"))
             }
             Part::Peers => {
-                bench::fetch()?;
+                bench::fetch_every_release()?;
                 setup::compiler(&codegen)?;
                 let skipped = target_dir()?.join("skipped-peers.txt");
                 std::fs::write(&skipped, "")?;

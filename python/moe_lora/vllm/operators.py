@@ -1,41 +1,24 @@
-"""vLLM's fused MoE-LoRA operator, with this package's kernels underneath.
+"""vLLM's fused MoE-LoRA operators, as functions and as operators of ``torch.library``.
 
-``fused_moe_lora``, ``fused_moe_lora_shrink``, ``fused_moe_lora_expand`` and ``moe_lora_align_block_size``
-have the names, arguments and meaning of vLLM 0.33's (``vllm/lora/ops/triton_ops/fused_moe_lora_op.py`` and
-``vllm/_custom_ops.py``). They are operators of ``torch.library`` (``torch.ops.moe_lora``): they work under
-``torch.compile`` and can be captured into CUDA graphs. ``install()`` puts them into a running vLLM. It is an
-entry point of ``vllm.general_plugins``, so vLLM calls it wherever both packages are installed.
-
-Two forms of routing, as in vLLM: *sorted*, three arrays that ``moe_lora_align_block_size`` has filled, and
-*naive*, with ``sorted_token_ids=None``, where ``expert_ids`` is ``topk_ids`` flattened and slots come from
-``token_lora_mapping``. Arguments that tune vLLM's kernels (``BLOCK_SIZE_*``, warps, stages, ``use_gdc``,
-``use_tma``) are accepted and ignored, except ``BLOCK_SIZE_M`` in the sorted form, which says how the arrays
-were sorted.
-
-Needs PyTorch. vLLM is needed by ``install()``, and by ``fully_sharded`` for its collectives.
+Names, arguments and meaning are vLLM 0.33's (``vllm/lora/ops/triton_ops/fused_moe_lora_op.py`` and
+``vllm/_custom_ops.py``). Two forms of routing, as in vLLM: *sorted*, three arrays that
+``moe_lora_align_block_size`` has filled, and *naive*, with ``sorted_token_ids=None``, where ``expert_ids`` is
+``topk_ids`` flattened and slots come from ``token_lora_mapping``. Arguments that tune vLLM's kernels
+(``BLOCK_SIZE_*``, warps, stages, ``use_gdc``, ``use_tma``) are accepted and ignored, except ``BLOCK_SIZE_M``
+in the sorted form, which says how the arrays were sorted.
 """
 
 import functools
-import importlib
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from moe_lora import _native
-
-__all__ = [
-    "fused_moe_lora",
-    "fused_moe_lora_expand",
-    "fused_moe_lora_shrink",
-    "install",
-    "moe_lora_align_block_size",
-]
+from moe_lora.vllm import fallback
 
 
-def _ids(ids: torch.Tensor) -> torch.Tensor:
+def ids_of(ids: torch.Tensor) -> torch.Tensor:
     """Ids as the kernels read them, of 32 bits, as vLLM's routers leave them, or of 64."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.to(torch.int32)
 
@@ -111,7 +94,7 @@ def _routing(
         return {"topk_ids": None, "token_lora": None, "blocks": arrays}
     if expert_ids.numel() != tokens * top_k:
         raise ValueError(f"expert_ids: expected shape [{tokens * top_k}], got shape {list(expert_ids.shape)}")
-    topk_ids = _ids(expert_ids).view(tokens, top_k)
+    topk_ids = ids_of(expert_ids).view(tokens, top_k)
     if not add_inputs and tokens > 0:
         # vLLM's kernels leave inactive pairs as they are when they overwrite, too; a route made of ids would
         # have them written as zeros.
@@ -175,22 +158,38 @@ def _fused_moe_lora(
         "accumulate": add_inputs,
         "offset": offset,
     }
-    if not fully_sharded:
-        _native.forward(qcurr_hidden_states, lora_a_stacked, lora_b_stacked, out=output, **routing, **delta)
+    if fully_sharded:
+        sizes = (tokens, top_k_num, experts)
+        add_sharded(qcurr_hidden_states, lora_a_stacked, lora_b_stacked, output, sizes, routing, delta)
         return
+    _native.forward(qcurr_hidden_states, lora_a_stacked, lora_b_stacked, out=output, **routing, **delta)
 
+
+def add_sharded(
+    x: torch.Tensor,
+    a: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    b: list[torch.Tensor] | tuple[torch.Tensor, ...],
+    out: torch.Tensor,
+    sizes: tuple[int, int, int],
+    routing: dict[str, Any],
+    delta: dict[str, Any],
+) -> None:
+    """Adds the update of adapters that are divided among devices (``fully_sharded_loras``).
+
+    Either ``a`` is divided by ranks, and h is gathered, or by columns, and h is summed. ``sizes``: T, k, E.
+    """
     from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
-    a, b = lora_a_stacked[0], lora_b_stacked[0]
+    tokens, top_k, experts = sizes
     # Zeros, since the sorted form names active pairs alone.
-    h = qcurr_hidden_states.new_zeros((len(lora_a_stacked), tokens, top_k_num, a.shape[2]))
-    _native.shrink(qcurr_hidden_states, lora_a_stacked, h=h, experts=experts, **routing)
-    if b.shape[3] == a.shape[2]:
+    h = x.new_zeros((len(a), tokens, top_k, a[0].shape[2]))
+    _native.shrink(x, a, h=h, experts=experts, **routing)
+    if b[0].shape[3] == a[0].shape[2]:
         h = tensor_model_parallel_all_reduce(h)
     else:
         h = tensor_model_parallel_all_gather(h)
     # The workspace's own route would be of the rank before the gather.
-    _native.expand(h, lora_b_stacked, out=output, experts=experts, **routing, **delta)
+    _native.expand(h, b, out=out, experts=experts, **routing, **delta)
 
 
 def _fused_moe_lora_shrink(
@@ -321,7 +320,7 @@ def _moe_lora_align_block_size(
     expert_map: torch.Tensor | None = None,
 ) -> None:
     _native.align(
-        _ids(topk_ids),
+        ids_of(topk_ids),
         token_lora_mapping,
         num_experts,
         block_size,
@@ -337,19 +336,20 @@ def _moe_lora_align_block_size(
     )
 
 
-_LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
+LIBRARY = torch.library.Library("moe_lora", "FRAGMENT")
 
 
-def _register(function: Callable[..., None], mutates: Sequence[str]) -> Callable[..., None]:
-    """Makes an operator of `function`, and returns what calls it.
+def register(function: Callable[..., None], mutates: Sequence[str]) -> Callable[..., None]:
+    """Makes an operator of ``function``, and returns what calls it.
 
     The operator is for any device: the function itself says which tensor lies on the wrong one.
     """
     name = function.__name__.removeprefix("_")
-    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=tuple(mutates)))
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    guarded = fallback.guard(name, function)
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=tuple(mutates)))
+    LIBRARY.impl(name, guarded, "CompositeExplicitAutograd")
     # Nothing is returned, and shapes are checked when there are tensors.
-    torch.library.register_fake(f"moe_lora::{name}", lambda *args, **kwargs: None, lib=_LIBRARY)
+    torch.library.register_fake(f"moe_lora::{name}", lambda *args, **kwargs: None, lib=LIBRARY)
     operator = getattr(torch.ops.moe_lora, name).default
 
     @functools.wraps(function)
@@ -359,51 +359,25 @@ def _register(function: Callable[..., None], mutates: Sequence[str]) -> Callable
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             operator(*args, **kwargs)
         else:
-            function(*args, **kwargs)
+            guarded(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = name
     return call
 
 
-fused_moe_lora = _register(_fused_moe_lora, ["output"])
-fused_moe_lora_shrink = _register(_fused_moe_lora_shrink, ["a_intermediate_cache1"])
-fused_moe_lora_expand = _register(_fused_moe_lora_expand, ["output"])
-moe_lora_align_block_size = _register(
+fused_moe_lora = register(_fused_moe_lora, ["output"])
+fused_moe_lora_shrink = register(_fused_moe_lora_shrink, ["a_intermediate_cache1"])
+fused_moe_lora_expand = register(_fused_moe_lora_expand, ["output"])
+moe_lora_align_block_size = register(
     _moe_lora_align_block_size, ["sorted_token_ids", "experts_ids", "num_tokens_post_pad"]
 )
 
-_OPERATORS = "vllm.lora.ops.triton_ops.fused_moe_lora_op"
-_REPLACED = {
-    _OPERATORS: [fused_moe_lora, fused_moe_lora_shrink, fused_moe_lora_expand],
+#: The operators, by the modules of vLLM that define theirs.
+OPERATORS = {
+    "vllm.lora.ops.triton_ops.fused_moe_lora_op": [
+        fused_moe_lora,
+        fused_moe_lora_shrink,
+        fused_moe_lora_expand,
+    ],
     "vllm._custom_ops": [moe_lora_align_block_size],
 }
-
-
-def _arguments(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def install() -> None:
-    """Replaces vLLM's operators by these, in every module of vLLM that has imported them.
-
-    Starts nothing on the GPU.
-
-    :raises RuntimeError: when this vLLM's operator takes other arguments than these know; nothing is replaced
-        then.
-    """
-    modules = {name: importlib.import_module(name) for name in _REPLACED}
-    theirs, ours = _arguments(modules[_OPERATORS]._fused_moe_lora), _arguments(_fused_moe_lora)
-    if theirs != ours[: len(theirs)]:
-        raise RuntimeError(
-            "moe_lora stands in for vLLM 0.33's fused_moe_lora; this vLLM's takes other arguments: "
-            f"{', '.join(theirs)}. Leave moe_lora out of VLLM_PLUGINS to run without it."
-        )
-    replaced = {}
-    for name, operators in _REPLACED.items():
-        for operator in operators:
-            replaced[id(getattr(modules[name], operator.__name__))] = operator
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "vllm" and module is not None:
-            for attribute, value in list(vars(module).items()):
-                if id(value) in replaced:
-                    setattr(module, attribute, replaced[id(value)])
