@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def main() -> int:
     run.add_argument(
         "--table", action="store_true", help="only: stacked weights against a table of them; needs no peers"
     )
+    whole = commands.add_parser("vllm", help="measure a whole vLLM with adapters and without; needs a GPU")
+    whole.add_argument("--kit", type=Path, help="folder whose site/ has a vLLM; without: the installed one")
+    whole.add_argument("--out", type=Path, required=True, help="JSON lines to write; logs go beside it")
+    whole.add_argument("--variants", default="base,off-x,on-x,off,on", help="which, in this order")
+    whole.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another value of bench/in_vllm/settings.py, as layers=4 or engine={\"quantization\": \"fp8\"}",
+    )
     made = commands.add_parser("report", help="tables and a chart; needs matplotlib, no GPU")
     made.add_argument("results", type=Path, help="JSON lines that run wrote")
     made.add_argument("--out", type=Path, help="folder for the table and the chart")
@@ -39,12 +51,15 @@ def main() -> int:
         if args.only is not None:
             if args.only not in report.SECTIONS or not args.into:
                 parser.error(f"--only: expected one of {', '.join(report.SECTIONS)}, with --into")
-            report.write_section(args.results, args.only, args.into)
+            report.write_section(args.results, args.only, args.into, args.out)
         elif args.out is None:
             parser.error("--out: expected a folder")
         else:
             report.write(args.results, args.out, args.into)
         return 0
+
+    if args.command == "vllm":
+        return _vllm(args, parser)
 
     from .run import PAIRING, PARTS
     from .run import run as measure
@@ -59,6 +74,25 @@ def main() -> int:
     chosen = None if args.cases is None else cases.read(args.cases)
     failures = measure(args.out, args.peers, chosen, args.quick, parts)
     return 1 if failures else 0
+
+
+def _vllm(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .in_vllm import run as in_vllm
+    from .in_vllm.settings import VARIANTS, Settings
+
+    variants = args.variants.split(",")
+    if unknown := set(variants) - set(VARIANTS):
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    settings = Settings()
+    for setting in args.set:
+        name, _, value = setting.partition("=")
+        if not hasattr(settings, name):
+            parser.error(f"--set {name}: expected one of {', '.join(vars(settings))}")
+        try:
+            setattr(settings, name, json.loads(value))
+        except json.JSONDecodeError as error:
+            parser.error(f"--set {name}: {error}")
+    return 1 if in_vllm.run(args.out, args.kit, variants, settings) else 0
 
 
 if __name__ == "__main__":

@@ -35,14 +35,19 @@ def write(path: Path, folder: Path, documents: Sequence[Path] = ()) -> list[Path
     for document in documents:
         text = document.read_text()
         for name, section in SECTIONS.items():
-            text = splice(text, f"{results.slug}: {name}", section(results))
+            # What is measured by a run of its own is not here.
+            if made := section(results):
+                text = splice(text, f"{results.slug}: {name}", made)
         document.write_text(text)
         written.append(document)
     return written
 
 
-def write_section(path: Path, name: str, documents: Sequence[Path]) -> None:
-    """Replaces one section of documents alone. Results of a part of the benchmark will do."""
+def write_section(path: Path, name: str, documents: Sequence[Path], folder: Path | None = None) -> None:
+    """Replaces one section of documents alone. Results of a part of the benchmark will do.
+
+    They are kept in ``folder``, where there is one, by the names of the device and the section.
+    """
     results = Results(read(path))
     text = SECTIONS[name](results)
     if not text:
@@ -53,6 +58,10 @@ def write_section(path: Path, name: str, documents: Sequence[Path]) -> None:
         if begin_mark(f"{results.device}: {name}") not in before:
             raise ValueError(f"{document}: expected the mark {begin_mark(f'{results.device}: {name}')}")
         document.write_text(after)
+    if folder is not None:
+        kept = folder / f"{results.device}-{name.replace(' ', '-').lower()}.jsonl"
+        if path.resolve() != kept.resolve():
+            shutil.copyfile(path, kept)
 
 
 def begin_mark(name: str) -> str:
@@ -296,6 +305,43 @@ def serving(results: Results) -> str:
     return _table(["", *columns.values()], rows)
 
 
+def in_vllm(results: Results) -> str:
+    """A whole vLLM with adapters, and how much of its rate without any is left: the best round of each."""
+    records = {record["variant"]: record["results"][record["variant"]] for record in results.of("vllm")}
+    rounds = {
+        variant: max(record["rounds"], key=lambda timed: timed["requests_per_s"])
+        for variant, record in records.items()
+        if "rounds" in record
+    }
+    base = rounds.get("base")
+    rows = []
+    for variant, timed in rounds.items():
+        share = f"{timed['requests_per_s'] / base['requests_per_s']:.0%}" if base else "–"
+        prompt = timed["prompt_ms"]
+        rows.append(
+            [
+                VARIANTS[variant],
+                f"{timed['requests_per_s']:.1f}",
+                share,
+                f"{timed['decode_ms']:.2f}",
+                f"{prompt:.0f}" if prompt is not None else "–",
+                f"{timed['first_token_ms']:,.0f}",
+            ]
+        )
+    head = ["LoRA", "requests/s", "of base", "decode step, ms", "prompt step, ms", "first token, ms"]
+    return _table(head, rows)
+
+
+#: What the variants of a whole vLLM are called.
+VARIANTS = {
+    "base": "none",
+    "off-x": "on experts, vLLM's own",
+    "on-x": "on experts, moe-lora",
+    "off": "on experts and attention, vLLM's own",
+    "on": "on experts and attention, moe-lora",
+}
+
+
 def accuracy(results: Results) -> str:
     """The largest error of each implementation over all cases, by type."""
     worst: dict[str, dict[str, float]] = {}
@@ -343,6 +389,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "host time": host,
     "first result": first_result,
     "serving": serving,
+    "in vLLM": in_vllm,
     "largest errors": accuracy,
     "failures": failures,
 }
