@@ -84,6 +84,12 @@ class Results:
         return "-".join(word for word in words if word != "nvidia")
 
 
+def best_round(record: Record) -> Record:
+    """Of a whole vLLM's rounds the one of the most requests a second."""
+    rounds: list[Record] = record["rounds"]
+    return max(rounds, key=lambda timed: float(timed["requests_per_s"]))
+
+
 def show(result: Record) -> str:
     """One implementation's times, in microseconds: on a kept route, with routing, of the host."""
     if "failed" in result:

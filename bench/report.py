@@ -11,7 +11,7 @@ from statistics import geometric_mean
 
 from . import cases, chart
 from .cases import QWEN3, Case, DenseCase
-from .records import NAMES, Record, Results, read
+from .records import NAMES, Record, Results, best_round, read
 
 #: What ours is compared with; the first is ours too.
 PEERS = ("standin", "pr32770", "vllm033", "tuned")
@@ -308,11 +308,7 @@ def serving(results: Results) -> str:
 def in_vllm(results: Results) -> str:
     """A whole vLLM with adapters, and how much of its rate without any is left: the best round of each."""
     records = {record["variant"]: record["results"][record["variant"]] for record in results.of("vllm")}
-    rounds = {
-        variant: max(record["rounds"], key=lambda timed: timed["requests_per_s"])
-        for variant, record in records.items()
-        if "rounds" in record
-    }
+    rounds = {variant: best_round(record) for variant, record in records.items() if "rounds" in record}
     base = rounds.get("base")
     rows = []
     for variant, timed in rounds.items():

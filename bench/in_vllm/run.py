@@ -11,9 +11,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..records import Record, Sink
+from ..records import Record, Sink, best_round
 from . import adapters
 from .agreement import agreement
 from .settings import AGREEING, VARIANTS, Settings, model
@@ -114,15 +113,13 @@ def _measure(folder: Path, kit: Path | None, variant: str, log: Path) -> Record:
             return {"failed": f"it took more than {LONGEST} s; {log} has its output"}
         finally:
             _end(engine.pid)
-    result = folder / f"{variant}.json"
+    result, lines = folder / f"{variant}.json", log.read_text(errors="replace").splitlines()
     if not result.is_file():
-        lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
-        return {"failed": f"{lines[-1] if lines else 'no result'}; {log} has its output"}
+        errors = [line for line in lines if "Error" in line]
+        return {"failed": f"{errors[-1] if errors else 'no result'}; {log} has its output"}
     record: Record = json.loads(result.read_text())
-    record["warnings"] = sorted(
-        {line[line.index("moe_lora leaves") :] for line in log.read_text(errors="replace").splitlines()
-         if "moe_lora leaves" in line}
-    )  # fmt: skip
+    mark = "moe_lora leaves"
+    record["warnings"] = sorted({line[line.index(mark) :] for line in lines if mark in line})
     return record
 
 
@@ -136,16 +133,10 @@ def _end(group: int) -> None:
         time.sleep(0.1)
 
 
-def best(record: Record) -> dict[str, Any]:
-    """The round of the most requests a second."""
-    rounds: list[dict[str, Any]] = record["rounds"]
-    return max(rounds, key=lambda timed: float(timed["requests_per_s"]))
-
-
 def _show(record: Record) -> str:
     if "failed" in record:
         return f"FAILED ({record['failed']})"
-    round_ = best(record)
+    round_ = best_round(record)
     prompt = "" if round_["prompt_ms"] is None else f", prompt step {round_['prompt_ms']:.1f}"
     return (
         f"{round_['requests_per_s']:.1f} requests/s, decode step {round_['decode_ms']:.2f} ms{prompt}, "
